@@ -1,0 +1,121 @@
+"""The nouns that every floor shares: segments of a document, an image as codes, and the engine's events.
+
+A :class:`Document` is the only input of the model: text and images in order, each marked as context or as supervised
+response. Every task (drawing, captioning, editing, stories) is a Document and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nextflow_ar.scales import ScaleSchedule
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image as PILImage
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """One image as codes, scale by scale.
+
+    ``target``: (T,) int64, the codes to predict. ``input``: (T,) int64, the codes fed back; equal to ``target`` unless
+    self-correction sampled them (paper section 3.4). Both are ordered by scale, then row-major.
+    """
+
+    schedule: ScaleSchedule
+    target: torch.Tensor
+    input: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("target", "input"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (self.schedule.num_tokens,):
+                raise ValueError(f"codes.{name} has shape {shape}, the schedule needs ({self.schedule.num_tokens},)")
+
+    @classmethod
+    def plain(cls, schedule: ScaleSchedule, indices: torch.Tensor) -> Codes:
+        """Codes whose inputs equal their targets."""
+        return cls(schedule, indices, indices)
+
+    def scale(self, k: int) -> torch.Tensor:
+        """Target codes of scale ``k`` (0-based), shape (h_k * w_k,)."""
+        return self.target[self.schedule.offsets[k] : self.schedule.offsets[k + 1]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text. ``supervised``: its tokens (and the end marker after it) carry loss."""
+
+    text: str
+    supervised: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image segment. ``supervised``: its codes carry loss."""
+
+    codes: Codes
+    supervised: bool = False
+
+
+Segment = Text | Image
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Segments in reading order."""
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def text_to_image(cls, prompt: str, codes: Codes) -> Document:
+        """A prompt as context and the image it describes as the response."""
+        return cls((Text(prompt), Image(codes, supervised=True)))
+
+    @classmethod
+    def image_to_text(cls, codes: Codes, caption: str, *, image_supervised: bool = False) -> Document:
+        """An image as context (or, unconditionally, as response too) and its caption as the response."""
+        return cls((Image(codes, supervised=image_supervised), Text(caption, supervised=True)))
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """New text of row ``row``."""
+
+    row: int
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleReady:
+    """Scale ``scale`` (0-based) of ``num_scales`` is sampled for row ``row``.
+
+    ``codes``: (T_so_far,) int64, all codes of the image up to and including this scale.
+    """
+
+    row: int
+    scale: int
+    num_scales: int
+    codes: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ImageReady:
+    """Row ``row`` has all codes of its image; ``image`` is set by the pipeline, the engine leaves it None."""
+
+    row: int
+    codes: Codes
+    image: PILImage.Image | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """Row ``row`` has ended. ``reason``: "stop" (end marker or picture complete) or "length"."""
+
+    row: int
+    reason: str
+
+
+Event = TextDelta | ScaleReady | ImageReady | Done
