@@ -60,7 +60,15 @@ class Image:
     supervised: bool = False
 
 
-Segment = Text | Image
+@dataclass(frozen=True)
+class Mark:
+    """A special token such as ``<|im_start|>``, by name. ``supervised``: the place before it learns to predict it."""
+
+    token: str
+    supervised: bool = False
+
+
+Segment = Text | Image | Mark
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,57 @@
+# Every target sets up .venv by itself; all it needs is Python 3.11 or later.
+#   PYTHON       interpreter of the new .venv (default: the first suitable one found)
+#   TORCH        what to install when .venv has no torch >= 2.11
+#   TORCH_INDEX  package index to take torch from, for instance PyTorch's own CPU index, which spares Linux
+#                the gigabytes of CUDA (default: pip's own settings)
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+NANO_RECIPES := $(addprefix recipes/nano_,teacher.yaml tokenizer.yaml decoder.yaml judge.yaml)
+BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+define HAS_TORCH
+from importlib.metadata import version; assert tuple(map(int, version("torch").split(".")[:2])) >= (2, 11)
+endef
+
+.PHONY: demo test lint nano bench setup clean
+
+demo: .venv/.ready
+	$(BIN)/python examples/demo.py
+
+test: .venv/.ready-dev
+	$(BIN)/pytest --cov=nextflow_ar --cov-report=term:skip-covered --cov-fail-under=85
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+nano: .venv/.ready
+	set -e; for recipe in $(NANO_RECIPES); do $(BIN)/nextflow-ar train $$recipe; done
+
+bench: .venv/.ready
+	set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done
+
+setup: .venv/.ready-dev
+
+.venv/.ready: pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or later found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || \
+		$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+.venv/.ready-dev: .venv/.ready
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+# Trained runs and .venv stay.
+clean:
+	rm -rf out build dist htmlcov .coverage* .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

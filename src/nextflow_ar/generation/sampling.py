@@ -1,0 +1,131 @@
+"""Choosing tokens from logits: pure functions and the settings that steer them.
+
+Every row draws from a generator of its own, and every operation works row by row, so a row's tokens do not depend on
+which other rows share its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PerScale = float | tuple[float, ...]
+"""One value for all scales, two (a straight line from the first scale to the last), or one for each scale."""
+
+
+class SettingError(ValueError):
+    """A sampling setting that makes no sense: one line that says what is accepted."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are chosen. Every field may differ by scale (:data:`PerScale`); text uses the first value.
+
+    ``guidance``: 1 is none; logits are ``u + guidance * (c - u)`` of conditional c and unconditional u. ``temperature``:
+    0 always takes the best. ``top_k``: only so many best entries, 0 for all. ``top_p``: only the smallest set of best
+    entries with at least this probability.
+    """
+
+    guidance: PerScale = 1.0
+    temperature: PerScale = 1.0
+    top_k: PerScale = 0
+    top_p: PerScale = 1.0
+
+    def __post_init__(self) -> None:
+        for name, low, high, what in (
+            ("guidance", 0.0, float("inf"), "a number of at least 0"),
+            ("temperature", 0.0, float("inf"), "a number of at least 0"),
+            ("top_k", 0.0, float("inf"), "a whole number of at least 0 (0: all)"),
+            ("top_p", 1e-9, 1.0, "a number above 0 and at most 1"),
+        ):
+            for value in values_of(getattr(self, name)):
+                whole = name != "top_k" or float(value).is_integer()
+                if not (low <= value <= high and value < float("inf") and whole):
+                    raise SettingError(f"{name.replace('_', '-')} is {what}, got {value:g}")
+
+    def at(self, scale: int, scales: int) -> tuple[float, float, int, float]:
+        """(guidance, temperature, top_k, top_p) at 0-based ``scale`` of ``scales``."""
+        g, t, k, p = (at_scale(getattr(self, f.name), scale, scales, f.name) for f in fields(self))
+        return g, t, round(k), p
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale needs unconditional rows."""
+        return any(value != 1.0 for value in values_of(self.guidance))
+
+    def changed(self, **changes: Any) -> SamplingSettings:
+        """A copy with the fields that are not None changed."""
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+def values_of(value: PerScale) -> tuple[float, ...]:
+    """The numbers of a setting."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def at_scale(value: PerScale, scale: int, scales: int, name: str = "the setting") -> float:
+    """A setting's value at one scale. Raises SettingError when the number of values fits no rule."""
+    if not isinstance(value, tuple):
+        return float(value)
+    if len(value) == 1:
+        return float(value[0])
+    if len(value) == scales:
+        return float(value[scale])
+    if len(value) == 2:
+        share = scale / max(1, scales - 1)
+        return float(value[0] + (value[1] - value[0]) * share)
+    raise SettingError(
+        f"{name.replace('_', '-')} takes one value, two (first and last scale) or one for each of the {scales} scales, "
+        f"got {len(value)}"
+    )
+
+
+def guide(
+    conditional: Float[Tensor, "n v"], unconditional: Float[Tensor, "n v"], guidance: float
+) -> Float[Tensor, "n v"]:
+    """Classifier-free guidance on logits."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def keep_best(logits: Float[Tensor, "n v"], top_k: int, top_p: float) -> Float[Tensor, "n v"]:
+    """Logits with everything outside the ``top_k`` best and the ``top_p`` nucleus at -inf; the best always stays.
+
+    Entries that tie with the last one kept by ``top_k`` are kept as well; the nucleus is cut at exact ranks.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        share = ordered.softmax(-1)
+        outside = share.cumsum(-1) - share >= top_p
+        outside[..., 0] = False
+        logits = logits.masked_fill(outside.scatter(-1, index, outside), float("-inf"))
+    return logits
+
+
+def draw(
+    logits: Float[Tensor, "n v"], temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> Int[Tensor, " n"]:
+    """One entry per row of logits, by the Gumbel-max rule with ``generator``'s noise; the best at temperature 0.
+
+    The filters see the tempered distribution. Consumes ``n * v`` numbers whatever the settings, so that changing one
+    scale's settings does not shift the noise of later scales.
+    """
+    logits = logits.float()
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float32)
+    if temperature <= 0:
+        return logits.argmax(-1)
+    logits = keep_best(logits / temperature, top_k, top_p)
+    noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+    return (logits + noise.to(logits.device)).argmax(-1)
+
+
+def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A CPU generator per row: the same seed gives the same noise on every device and in every batch."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,0 +1,91 @@
+"""Checkpoint folders: everything generation needs, architecture included, in one place.
+
+``config.json`` (ModelConfig), ``model.safetensors`` (bf16), ``text_tokenizer/``, ``image_tokenizer/``,
+``generation.json`` (sampling defaults), ``README.md`` (model card), ``checksums.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.sequence.layout import LayoutOptions
+from nextflow_ar.sequence.vocab import Vocabulary, load_text_tokenizer
+from nextflow_ar.storage import StorageError, pack_weights, read_checked, read_weights, write_atomic, write_folder
+from nextflow_ar.tokenizer.image_tokenizer import CONFIG_FILE, WEIGHTS_FILE, ImageTokenizer
+
+GENERATION_FILE = "generation.json"
+CARD_FILE = "README.md"
+
+
+@dataclass(eq=False)
+class Bundle:
+    """A loaded checkpoint folder."""
+
+    model: NextFlowModel
+    image_tokenizer: ImageTokenizer
+    vocab: Vocabulary
+    generation: dict[str, Any]
+
+    @property
+    def layout(self) -> LayoutOptions:
+        """How this model's sequences are laid out."""
+        return LayoutOptions(self.model.config.rope_range)
+
+
+def save_bundle(
+    folder: Path,
+    model: NextFlowModel,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: PreTrainedTokenizerFast,
+    generation: dict[str, Any],
+    card: str,
+) -> None:
+    """Write a checkpoint folder atomically. Raises StorageError; the old folder then stays."""
+
+    def fill(target: Path) -> None:
+        write_atomic(target / CONFIG_FILE, json.dumps(to_dict(model.config), indent=1).encode())
+        weights = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        write_atomic(target / WEIGHTS_FILE, pack_weights(weights))
+        write_atomic(target / GENERATION_FILE, json.dumps(generation, indent=1).encode())
+        write_atomic(target / CARD_FILE, card.encode())
+        text_tokenizer.save_pretrained(target / "text_tokenizer")
+        image_tokenizer.save_pretrained(target / "image_tokenizer")
+
+    write_folder(folder, fill)
+
+
+def load_bundle(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+    """Load a checkpoint folder for inference.
+
+    Raises StorageError, one line, for a missing or damaged file or weights that do not fit the configuration.
+    """
+    config = _config(folder)
+    model = NextFlowModel(config)
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in read_weights(folder, WEIGHTS_FILE).items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise StorageError(f"{folder}: the weights do not fit the configuration: {str(error)[:120]}") from None
+    try:
+        generation = json.loads(read_checked(folder, GENERATION_FILE))
+    except ValueError as error:
+        raise StorageError(f"{folder}: {GENERATION_FILE} is not valid JSON: {error}") from None
+    vocab = Vocabulary(load_text_tokenizer(folder / "text_tokenizer"), config.text_vocab, config.codes)
+    image_tokenizer = ImageTokenizer.from_pretrained(folder / "image_tokenizer")
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return Bundle(model, image_tokenizer.to(device), vocab, generation)
+
+
+def _config(folder: Path) -> ModelConfig:
+    try:
+        return from_dict(ModelConfig, json.loads(read_checked(folder, CONFIG_FILE)), str(folder / CONFIG_FILE))
+    except (ValueError, ConfigError) as error:
+        raise StorageError(f"{folder}: {CONFIG_FILE} does not fit: {' '.join(str(error).split())[:160]}") from None

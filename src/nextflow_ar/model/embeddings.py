@@ -1,0 +1,81 @@
+"""What the transformer is fed: text, code vectors enlarged to the next grid, scale and scale-length embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nextflow_ar.config import ModelConfig
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.tokenizer.quantizer import resize
+
+
+def sinusoid(values: Int[Tensor, "*n"], dim: int) -> Float[Tensor, "*n d"]:
+    """Sine and cosine of ``values`` at geometric wavelengths."""
+    frequencies = torch.exp(-math.log(1000.0) * torch.arange(dim // 2, device=values.device) / (dim // 2))
+    angles = values[..., None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ScaleInputs(nn.Module):
+    """Codes of an image to the inputs of its blocks (paper section 2.2, residual features).
+
+    ``codes``: (K, C) embedding, started from the tokenizer's codebook. The connector maps C to the hidden size.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.accumulated = config.scale_input == "accumulated"
+        self.code_embed = nn.Embedding(config.codes, config.code_dim)
+        self.register_buffer("code_scale", torch.ones(()))
+        self.connector = nn.Sequential(
+            nn.Linear(config.code_dim, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.hidden)
+        )
+        self.scale_embed = nn.Embedding(config.max_scales + 1, config.hidden)
+        self.length_embed = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.place_embed = None
+        if config.positions == "learned":
+            self.place_embed = nn.Embedding(64 * 64, config.hidden)
+
+    @torch.no_grad()
+    def start_from(self, codebook: Float[Tensor, "k c"]) -> None:
+        """Take the tokenizer's codebook as embedding; vectors are brought to unit deviation on their way in."""
+        self.code_embed.weight.copy_(codebook)
+        self.code_scale.fill_(1.0 / float(codebook.std().clamp_min(1e-6)))
+
+    def block(
+        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, k: int, total: Tensor | None = None
+    ) -> Float[Tensor, "n c h w"]:
+        """Vectors fed to the block that follows scale ``k`` (0-based) of ``codes``: grid k's codes, enlarged.
+
+        ``codes`` holds at least scales 0..k. With accumulated input, the sum over scales 0..k, reduced to the grid.
+        """
+        target = schedule.grids[k + 1] if k + 1 < len(schedule) else schedule.final
+        if not self.accumulated:
+            return resize(self._vectors(codes, schedule, k), target, "bicubic")
+        summed = sum(resize(self._vectors(codes, schedule, j), schedule.final, "bicubic") for j in range(k + 1))
+        assert isinstance(summed, Tensor)
+        return resize(summed, target, "area")
+
+    def _vectors(self, codes: Tensor, schedule: ScaleSchedule, k: int) -> Tensor:
+        part = codes[:, schedule.offsets[k] : schedule.offsets[k + 1]]
+        return self.code_embed(part).transpose(1, 2).unflatten(2, schedule.grids[k]) * self.code_scale
+
+    def forward(self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, closed: bool) -> Float[Tensor, "n m d"]:
+        """Inputs of all blocks after ``<boi>``, without scale embeddings; the closing block too if ``closed``."""
+        blocks = range(len(schedule) if closed else len(schedule) - 1)
+        if not blocks:
+            return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.scale_embed.embedding_dim)
+        vectors = [self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks]
+        return self.connector(torch.cat(vectors, dim=1))
+
+    def tags(self, scales: Int[Tensor, "b l"], lengths: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        """Scale and scale-length embeddings of every place of an image; zero elsewhere."""
+        on = (scales >= 0)[..., None]
+        scale = self.scale_embed(scales.clamp_min(0))
+        counts = torch.arange(self.scale_embed.num_embeddings + 1, device=lengths.device)
+        table = self.length_embed(sinusoid(counts, self.scale_embed.embedding_dim).to(self.length_embed.weight.dtype))
+        return (scale + table[lengths]) * on

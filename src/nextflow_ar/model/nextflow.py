@@ -1,0 +1,132 @@
+"""NextFlow: one decoder-only transformer over text and the scales of images (paper section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.backbone import Backbone, Cache
+from nextflow_ar.model.embeddings import ScaleInputs
+from nextflow_ar.model.loss import chunked_linear_cross_entropy
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.batch import Batch
+from nextflow_ar.sequence.blocks import block_mask
+from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, Sample
+
+
+@dataclass(frozen=True, eq=False)
+class LossReport:
+    """``total``: weighted sum over all places, differentiable. ``losses``: (N,) nats, ``scales``: (N,) scale of each
+    place (TEXT_SCALE: text), ``right``: (N,) whether the best entry is the target; ``weight``: sum of the weights.
+    """
+
+    total: Tensor
+    losses: Tensor
+    scales: Tensor
+    right: Tensor
+    weight: Tensor
+
+
+class NextFlowModel(nn.Module):
+    """Backbone, inputs of both modalities, and one head over text and codes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.scale_inputs = ScaleInputs(config)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.runner: Callable[..., Tensor] = self.backbone.run
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Start from nothing: normal weights of deviation 0.02 (output projections scaled by depth), a zero head."""
+        depth = (2 * self.config.layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                spread = parameter.shape[1] ** -0.5 if "connector" in name else 0.02
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    spread *= depth
+                parameter.normal_(0.0, spread, generator=generator)
+        self.head.weight.zero_()
+
+    def compile_backbone(self) -> None:
+        """Compile the transformer (training); embeddings and loss stay eager."""
+        self.runner = torch.compile(self.backbone.run, dynamic=False)
+
+    def embed_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        """Embeddings of text places; zero where codes are fed (token -1)."""
+        return self.backbone.embed_tokens(tokens.clamp_min(0)) * (tokens >= 0)[..., None]
+
+    def embed(self, batch: Batch) -> Float[Tensor, "b l d"]:
+        """Inputs of a whole batch."""
+        x = self.embed_text(batch.tokens)
+        rows, length = batch.shape
+        flat = x.reshape(rows * length, -1)
+        for group in batch.images:
+            inputs = self.scale_inputs(group.codes, group.schedule, group.closed)
+            steps = torch.arange(inputs.shape[1], device=x.device)
+            places = (group.rows * length + group.starts)[:, None] + steps
+            flat = flat.index_add(0, places.flatten(), inputs.flatten(0, 1).to(flat.dtype))
+            if self.scale_inputs.place_embed is not None:
+                flat = flat.index_add(0, places.flatten(), self._places(group.schedule, group.closed, len(group.rows)))
+        x = flat.view(rows, length, -1)
+        return x + self.scale_inputs.tags(batch.scales, batch.lengths).to(x.dtype)
+
+    def embed_scale(
+        self, codes: Int[Tensor, "b t"], schedule: ScaleSchedule, k: int, block: Sample
+    ) -> Float[Tensor, "b n d"]:
+        """Inputs of the block that follows scale ``k`` (0-based) of growing images; ``block`` is its layout.
+
+        ``codes`` holds at least scales 0..k. Equal to the same places of :meth:`embed`.
+        """
+        vectors = self.scale_inputs.block(codes, schedule, k).flatten(2).transpose(1, 2)
+        x = self.scale_inputs.connector(vectors)
+        if self.scale_inputs.place_embed is not None:
+            x = x + self.scale_inputs.place_embed(torch.arange(x.shape[1], device=x.device))
+        device = x.device
+        tags = self.scale_inputs.tags(block.scales[None].to(device), block.lengths[None].to(device))
+        return x + tags.to(x.dtype)
+
+    def _places(self, schedule: ScaleSchedule, closed: bool, count: int) -> Tensor:
+        assert self.scale_inputs.place_embed is not None
+        sizes = list(schedule.sizes[1:]) + ([schedule.sizes[-1]] if closed else [])
+        index = torch.cat([torch.arange(size) for size in sizes]).to(self.scale_inputs.place_embed.weight.device)
+        return self.scale_inputs.place_embed(index).repeat(count, 1)
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
+        """Hidden states of a whole batch (teacher forcing)."""
+        mask = block_mask(batch.blocks, batch.documents)
+        return self.runner(self.embed(batch), batch.positions, mask)
+
+    def step(
+        self, embeddings: Float[Tensor, "b l d"], positions: Float[Tensor, "3 b l"], mask: Tensor | None, cache: Cache
+    ) -> Float[Tensor, "b l d"]:
+        """Hidden states of new places behind a cache."""
+        return self.backbone.run(embeddings, positions, mask, cache)
+
+    def logits(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+        """Scores over text entries, then codes."""
+        return self.head(hidden)
+
+    def losses(self, batch: Batch) -> LossReport:
+        """Weighted cross-entropy of every place that predicts something."""
+        hidden = self.hidden(batch)
+        places = (batch.targets != IGNORED).flatten().nonzero()[:, 0]
+        targets = batch.targets.flatten()[places]
+        weights = batch.weights.flatten()[places]
+        picked = hidden.flatten(0, 1)[places]
+        compute = torch.get_autocast_dtype(picked.device.type) if torch.is_autocast_enabled("cpu") else picked.dtype
+        with torch.autocast(picked.device.type, enabled=False):
+            total, losses, best = chunked_linear_cross_entropy(
+                picked.to(compute), self.head.weight, targets, weights
+            )
+        scales = torch.where(targets < self.config.text_vocab, TEXT_SCALE, batch.scales.flatten()[places])
+        return LossReport(total, losses, scales, best == targets, weights.sum())

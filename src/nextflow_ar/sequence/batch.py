@@ -1,0 +1,123 @@
+"""Samples to batches: padded rows, or several samples packed into one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, Sample
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGroup:
+    """All images of a batch that share a schedule and are closed alike.
+
+    ``codes``: (N, T) input codes. ``rows``, ``starts``: (N,) the batch row and the position of the first fed place.
+    """
+
+    schedule: ScaleSchedule
+    closed: bool
+    codes: Tensor
+    rows: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Columns of :class:`~nextflow_ar.sequence.layout.Sample`, each with a leading batch axis ((B, L), positions
+    (3, B, L)), and the images by group.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    blocks: Tensor
+    scales: Tensor
+    lengths: Tensor
+    documents: Tensor
+    images: tuple[ImageGroup, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        columns = {
+            name: getattr(self, name).to(device)
+            for name in ("tokens", "targets", "weights", "positions", "blocks", "scales", "lengths", "documents")
+        }
+        groups = tuple(
+            replace(g, codes=g.codes.to(device), rows=g.rows.to(device), starts=g.starts.to(device)) for g in self.images
+        )
+        return Batch(**columns, images=groups)
+
+
+_PAD = {"tokens": 0, "targets": IGNORED, "weights": 0.0, "blocks": 0, "scales": TEXT_SCALE, "lengths": 0, "documents": -1}
+
+
+def pack(samples: Sequence[Sample]) -> Sample:
+    """One sample that holds several one after the other; each keeps its own positions and sees only itself."""
+    if len(samples) == 1:
+        return samples[0]
+    columns = {name: torch.cat([getattr(s, name) for s in samples]) for name in _PAD if name != "documents"}
+    documents, images, offset, number = [], [], 0, 0
+    for sample in samples:
+        documents.append(sample.documents + number)
+        images += [replace(span, boi=span.boi + offset) for span in sample.images]
+        number += int(sample.documents.max().item()) + 1
+        offset += len(sample)
+    positions = torch.cat([s.positions for s in samples], dim=1)
+    return Sample(**columns, positions=positions, documents=torch.cat(documents), images=tuple(images))
+
+
+def collate(
+    samples: Sequence[Sample], length: int | None = None, *, align: Literal["left", "right"] = "left"
+) -> Batch:
+    """Rows of ``length`` places (default: the longest sample). Raises ValueError when a sample is longer.
+
+    ``align``: "left" pads at the end (training); "right" pads at the beginning, so that all rows end together
+    (generation prefixes).
+    """
+    longest = max(len(s) for s in samples)
+    length = length or longest
+    if longest > length:
+        raise ValueError(f"a sample of {longest} tokens does not fit rows of {length}")
+    starts = [length - len(s) if align == "right" else 0 for s in samples]
+
+    def column(name: str) -> Tensor:
+        first: Tensor = getattr(samples[0], name)
+        out = torch.full((len(samples), length), _PAD[name], dtype=first.dtype)
+        for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
+            out[row, start : start + len(sample)] = getattr(sample, name)
+        return out
+
+    positions = torch.zeros(3, len(samples), length)
+    for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
+        positions[:, row, start : start + len(sample)] = sample.positions
+    return Batch(**{name: column(name) for name in _PAD}, positions=positions, images=_groups(samples, starts))
+
+
+def _groups(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[ImageGroup, ...]:
+    found: dict[tuple[ScaleSchedule, bool], list[tuple[int, int, Tensor]]] = {}
+    for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
+        for span in sample.images:
+            key = (span.codes.schedule, span.closed)
+            found.setdefault(key, []).append((row, start + span.boi + 1, span.codes.input))
+    return tuple(
+        ImageGroup(
+            schedule,
+            closed,
+            torch.stack([codes for _, _, codes in members]),
+            torch.tensor([row for row, _, _ in members]),
+            torch.tensor([start for _, start, _ in members]),
+        )
+        for (schedule, closed), members in found.items()
+    )

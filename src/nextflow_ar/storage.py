@@ -1,0 +1,106 @@
+"""Files that are whole or absent: atomic writes, checkpoint folders with checksums, one-line errors.
+
+A checkpoint folder is written beside its final place and moved there in one step, so a full disk or a kill leaves the
+old one intact. ``checksums.json`` names every file with its SHA-256; loading verifies what it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+CHECKSUMS = "checksums.json"
+
+
+class StorageError(RuntimeError):
+    """A checkpoint cannot be written or read: one line that names the file and the reason."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader or a crash sees the old or the new content, never a part. Raises StorageError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Replace ``folder`` by what ``fill(temporary)`` writes, checksums added. On any error the old folder stays.
+
+    Raises StorageError when the disk is full or the place not writable.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    try:
+        temporary.chmod(0o755)
+        fill(temporary)
+        sums = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        write_atomic(temporary / CHECKSUMS, json.dumps(sums, indent=1).encode())
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_checked(folder: Path, name: str) -> bytes:
+    """A checkpoint folder's file, verified against its checksum.
+
+    Raises StorageError when the folder or file is missing, or its content is not what was saved.
+    """
+    if not folder.is_dir():
+        raise StorageError(f"{folder}: no such checkpoint folder")
+    try:
+        data = (folder / name).read_bytes()
+        sums = json.loads((folder / CHECKSUMS).read_text()) if (folder / CHECKSUMS).is_file() else {}
+    except FileNotFoundError:
+        raise StorageError(f"{folder}: the checkpoint lacks the file {name}") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder}: cannot be read: {error}") from None
+    if name in sums and hashlib.sha256(data).hexdigest() != sums[name]:
+        raise StorageError(f"{folder}: the file {name} is damaged (its checksum differs from {CHECKSUMS})")
+    return data
+
+
+def pack_weights(tensors: Mapping[str, Tensor]) -> bytes:
+    """Safetensors bytes of a state dict."""
+    return save_safetensors({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
+
+
+def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """State dict in a checkpoint folder's safetensors file. Raises StorageError as :func:`read_checked` does."""
+    data = read_checked(folder, name)
+    try:
+        return load_safetensors(data)
+    except (SafetensorError, ValueError) as error:
+        raise StorageError(f"{folder}: {name} is not a safetensors file: {error}") from None

@@ -1,0 +1,226 @@
+"""Multi-scale residual quantisation over a dual codebook with one shared index (paper section 2.3; TokenFlow).
+
+A feature map (B, C, H, W), semantic channels first, is written as a sum over scales: at scale k the residual is
+area-reduced to the grid (h_k, w_k), every cell takes the nearest code under ``weight * |semantic|^2 + |pixel|^2``, the
+codes are bicubically enlarged to the final grid and subtracted. Everything here runs in fp32 whatever autocast says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nextflow_ar.config import QuantizerConfig
+from nextflow_ar.scales import Grid, ScaleSchedule
+
+_DISTANCE_BUDGET = 1 << 24
+"""Most entries of a (cells, codes) distance matrix held at once: 64 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class SelfCorrection:
+    """Sampling of input codes while encoding (paper section 3.4).
+
+    ``share``: of the cells of every scale, how many are sampled (paper: 0.6). ``top_k``: among that many nearest codes.
+    ``temperature``: of the softmax over negative distances, in units of the mean distance to the nearest code.
+    """
+
+    share: float
+    top_k: int
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """Result of a residual pass: ``features`` (B, C, H, W) fp32, ``target`` and ``input`` (B, T) int64.
+
+    ``prefix_errors``: (S,) mean squared distance between the features and the sum after each scale.
+    """
+
+    features: Tensor
+    target: Tensor
+    input: Tensor
+    prefix_errors: Tensor
+
+
+@lru_cache(maxsize=256)
+def resize_matrix(source: int, target: int, mode: str) -> Tensor:
+    """(target, source) fp32 matrix of one-dimensional "area" or "bicubic" resizing; rows sum to 1."""
+    eye = torch.eye(source)[:, None, :, None]  # (source, 1, source, 1)
+    if mode == "area":
+        out = F.interpolate(eye, size=(target, 1), mode="area")
+    else:
+        out = F.interpolate(eye, size=(target, 1), mode="bicubic", align_corners=False)
+    return out[:, 0, :, 0].T.contiguous()
+
+
+def resize(x: Float[Tensor, "b c h w"], size: Grid, mode: str) -> Float[Tensor, "b c i j"]:
+    """Separable resizing by :func:`resize_matrix`; the identity when the size is already right."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    rows = resize_matrix(x.shape[-2], size[0], mode).to(x)
+    columns = resize_matrix(x.shape[-1], size[1], mode).to(x)
+    return rows @ x @ columns.T
+
+
+class MultiScaleQuantizer(nn.Module):
+    """The dual codebook and its residual chain.
+
+    ``codebook``: (K, C) fp32 buffer, semantic half first; moved by exponential moving averages of what each code is
+    assigned (:meth:`learn`), never by the optimiser.
+    """
+
+    codebook: Tensor
+    metric: Tensor
+    ema_count: Tensor
+    ema_sum: Tensor
+    scale_counts: Tensor
+
+    def __init__(self, config: QuantizerConfig, num_scales: int) -> None:
+        super().__init__()
+        self.config = config
+        size, dim = config.codebook_size, config.dim
+        self.register_buffer("codebook", torch.zeros(size, dim))
+        weights = [config.semantic_weight**0.5] * config.semantic_dim + [1.0] * config.pixel_dim
+        self.register_buffer("metric", torch.tensor(weights), persistent=False)
+        self.register_buffer("ema_count", torch.zeros(size), persistent=False)
+        self.register_buffer("ema_sum", torch.zeros(size, dim), persistent=False)
+        self.register_buffer("scale_counts", torch.zeros(num_scales, size), persistent=False)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        """Vectors in the space where the shared distance is Euclidean."""
+        if self.config.normalize:
+            halves = (self.config.semantic_dim, self.config.pixel_dim)
+            x = torch.cat([F.normalize(half, dim=-1) for half in x.split(halves, dim=-1)], dim=-1)
+        return x * self.metric
+
+    def distances(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
+        """Shared squared distance of vectors to every code. The whole matrix: callers chunk."""
+        keys, codes = self._keys(x.float()), self._keys(self.codebook)
+        return keys.square().sum(1, keepdim=True) - 2.0 * keys @ codes.T + codes.square().sum(1)
+
+    def nearest(self, x: Float[Tensor, "n c"]) -> Int[Tensor, " n"]:
+        """Index of the nearest code of each vector; memory stays below a fixed budget for any codebook."""
+        codes = self._keys(self.codebook)
+        half_norms = 0.5 * codes.square().sum(1)
+        step = max(1, _DISTANCE_BUDGET // codes.shape[0])
+        chunks = [(self._keys(part) @ codes.T - half_norms).argmax(1) for part in x.float().split(step)]
+        return torch.cat(chunks)
+
+    def sample_nearest(
+        self, x: Float[Tensor, "n c"], correction: SelfCorrection, generator: torch.Generator | None
+    ) -> Int[Tensor, " n"]:
+        """A code per vector, drawn from the softmax over the ``top_k`` nearest."""
+        out = []
+        for part in x.float().split(max(1, _DISTANCE_BUDGET // self.codebook.shape[0])):
+            near, index = self.distances(part).topk(correction.top_k, dim=1, largest=False)
+            unit = near[:, :1].mean().clamp_min(1e-12) * correction.temperature
+            choice = torch.multinomial((-(near - near[:, :1]) / unit).softmax(1), 1, generator=generator)
+            out.append(index.gather(1, choice)[:, 0])
+        return torch.cat(out)
+
+    def lookup(self, indices: Int[Tensor, "*n"]) -> Float[Tensor, "*n c"]:
+        """Code vectors."""
+        return F.embedding(indices, self.codebook)
+
+    def _grid(self, indices: Tensor, grid: Grid) -> Tensor:
+        """(B, h*w) codes as a (B, C, h, w) map of vectors."""
+        return self.lookup(indices).transpose(1, 2).unflatten(2, grid)
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        features: Float[Tensor, "b c h w"],
+        schedule: ScaleSchedule,
+        *,
+        keep: Int[Tensor, " b"] | None = None,
+        correction: SelfCorrection | None = None,
+        generator: torch.Generator | None = None,
+        trace: list[tuple[int, Tensor, Tensor]] | None = None,
+    ) -> Quantized:
+        """Residual pass over all scales.
+
+        ``keep``: (B,) how many scales of each row enter ``features`` (scale dropout in training); None: all.
+        ``correction``: sample input codes; the sampled code is what is subtracted, so later targets answer it.
+        ``trace``: collects (scale, cells (n, C), codes (n,)) for :meth:`learn`.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            rest = features.detach().float()
+            total = torch.zeros_like(rest)
+            targets, inputs, errors = [], [], []
+            for k, grid in enumerate(schedule):
+                reduced = resize(rest, grid, "area")
+                cells = reduced.flatten(2).transpose(1, 2).reshape(-1, reduced.shape[1])
+                target = self.nearest(cells)
+                chosen = target
+                if correction is not None and correction.share > 0:
+                    pick = torch.rand(len(target), generator=generator, device=target.device) < correction.share
+                    if pick.any():
+                        chosen = target.clone()
+                        chosen[pick] = self.sample_nearest(cells[pick], correction, generator)
+                if trace is not None:
+                    trace.append((k, cells, target))
+                shape = (rest.shape[0], grid[0] * grid[1])
+                step = resize(self._grid(chosen.view(shape), grid), schedule.final, "bicubic")
+                rest = rest - step
+                errors.append(rest.square().mean())
+                total = total + (step if keep is None else step * (k < keep)[:, None, None, None])
+                targets.append(target.view(shape))
+                inputs.append(chosen.view(shape))
+        return Quantized(total, torch.cat(targets, 1), torch.cat(inputs, 1), torch.stack(errors))
+
+    def accumulate(
+        self, indices: Int[Tensor, "b t"], schedule: ScaleSchedule, upto_scale: int | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Sum of the codes' vectors over scales, on the final grid. ``upto_scale``: only the first so many scales."""
+        total = self.codebook.new_zeros(indices.shape[0], self.config.dim, *schedule.final)
+        for k, grid in enumerate(schedule):
+            if upto_scale is not None and k >= upto_scale:
+                break
+            part = indices[:, schedule.offsets[k] : schedule.offsets[k + 1]]
+            total = total + resize(self._grid(part, grid), schedule.final, "bicubic")
+        return total
+
+    @torch.no_grad()
+    def learn(
+        self,
+        trace: list[tuple[int, Tensor, Tensor]],
+        *,
+        decay: float,
+        revive_below: float,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Move the codebook towards what it was assigned, and revive dead codes; returns how many were revived.
+
+        ``decay``: of the moving averages. ``revive_below``: a code whose moving count per step falls under this is
+        put onto a random cell of this batch; cells of every scale are equally likely, so coarse scales get their codes.
+        """
+        size = self.config.codebook_size
+        for k, _, index in trace:
+            self.scale_counts[k].mul_(decay).add_(torch.bincount(index, minlength=size).float(), alpha=1 - decay)
+        cells = torch.cat([cells for _, cells, _ in trace])
+        index = torch.cat([index for _, _, index in trace])
+        self.ema_count.mul_(decay).add_(torch.bincount(index, minlength=size).float(), alpha=1 - decay)
+        summed = torch.zeros_like(self.ema_sum).index_add_(0, index, cells)
+        self.ema_sum.mul_(decay).add_(summed, alpha=1 - decay)
+        alive = self.ema_count > 1e-6
+        self.codebook[alive] = self.ema_sum[alive] / self.ema_count[alive, None]
+        dead = (self.ema_count < revive_below).nonzero()[:, 0]
+        if len(dead):
+            weights = torch.cat([torch.full((len(c),), 1.0 / len(c)) for _, c, _ in trace])
+            chosen = torch.multinomial(weights, len(dead), replacement=len(dead) > len(cells), generator=generator)
+            self.codebook[dead] = cells[chosen.to(cells.device)]
+            self.ema_sum[dead] = self.codebook[dead]
+            self.ema_count[dead] = 1.0
+        return len(dead)
+
+    def usage(self) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
+        """Per scale, from the moving counts: share of codes in use, and perplexity of the code distribution."""
+        share = self.scale_counts / self.scale_counts.sum(1, keepdim=True).clamp_min(1e-9)
+        perplexity = (-(share * share.clamp_min(1e-12).log()).sum(1)).exp()
+        return (share > 0.01 / self.config.codebook_size).float().mean(1), perplexity

@@ -1,0 +1,100 @@
+"""The optimiser of every stage: Muon for the hidden matrices, AdamW for all else, behind one face."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict
+from torch import nn
+
+_NOT_HIDDEN = ("embed", "head", "lm_head")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """``lr``: of AdamW (embeddings, heads, norms, biases). ``muon_lr``: of the hidden matrices, in AdamW's units (the
+    update is scaled to AdamW's root mean square); 0 gives those to AdamW as well. ``schedule``: "cosine" over the whole
+    run, or "constant" with a linear fall over the last ``decay`` share of the steps; both end at ``final`` times the peak.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    lr: float
+    muon_lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    warmup: int
+    schedule: Literal["cosine", "constant"]
+    decay: float
+    final: float
+    clip: float
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of the peak rate at ``step`` of ``steps``."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        start = self.warmup if self.schedule == "cosine" else int(steps * (1 - self.decay))
+        progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+        fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0 - progress
+        return self.final + (1 - self.final) * fall
+
+
+class StageOptimizer:
+    """Muon and AdamW over one model's trainable parameters; :meth:`step` takes the schedule's factor (1 = peak)."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        self.config = config
+        hidden: list[nn.Parameter] = []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, parameter in named:
+            if not parameter.requires_grad:
+                continue
+            if parameter.ndim < 2:
+                plain.append(parameter)
+            elif config.muon_lr == 0 or any(word in name for word in _NOT_HIDDEN):
+                decayed.append(parameter)
+            else:
+                hidden.append(parameter)
+        self.parameters = hidden + decayed + plain
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
+        ]
+        self.peaks = [config.lr]
+        # Muon takes matrices: a convolution's kernel is shown to it as (out, in * h * w), sharing memory.
+        self._matrices = [(p, nn.Parameter(p.detach().view(p.shape[0], -1))) for p in hidden]
+        if hidden:
+            matrices = [matrix for _, matrix in self._matrices]
+            self.optimizers.append(
+                torch.optim.Muon(
+                    matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+            self.peaks.append(config.muon_lr)
+
+    def step(self, factor: float) -> float:
+        """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping."""
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+        for parameter, matrix in self._matrices:
+            matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
+            parameter.grad = None
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of both."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)

@@ -1,0 +1,110 @@
+"""A run's folder: resolved recipe, JSONL metrics, one atomic checkpoint, sample sheets; and its progress bar."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nextflow_ar.storage import StorageError, write_atomic
+
+_CHECKPOINT = "checkpoint.pt"
+
+
+class RunFolder:
+    """Where one training writes.
+
+    Raises StorageError when the folder is not writable, or holds a run of another recipe (a resume must continue what
+    was started; only the keys named in ``may_change`` may differ).
+    """
+
+    def __init__(self, path: Path, recipe: dict[str, Any], may_change: tuple[str, ...] = ("out",)) -> None:
+        self.path = path
+        resolved = path / "recipe.yaml"
+        text = yaml.safe_dump(recipe, sort_keys=False)
+        if (path / _CHECKPOINT).is_file() and resolved.is_file():
+            old = yaml.safe_load(resolved.read_text())
+            changed = [k for k in {*old, *recipe} - set(may_change) if old.get(k) != recipe.get(k)]
+            if changed:
+                raise StorageError(
+                    f"{path} holds a run of another recipe (differs in {', '.join(sorted(changed))}): "
+                    "name another folder with --set out=FOLDER, or remove it"
+                )
+        write_atomic(resolved, text.encode())
+        self._started = time.time()
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        line = json.dumps({"time": round(time.time() - self._started, 1), **rounded})
+        try:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.path}: metrics cannot be written: {error.strerror}") from None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint atomically; the old one survives a full disk."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.path / _CHECKPOINT, buffer.getvalue())
+
+    def load(self) -> dict[str, Any] | None:
+        """The last checkpoint, or None at a run's beginning. Raises StorageError when it is damaged."""
+        path = self.path / _CHECKPOINT
+        if not path.is_file():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise StorageError(f"{path}: the checkpoint cannot be read: {str(error).splitlines()[0][:120]}") from None
+
+    def sheet(self, name: str, rows: list[np.ndarray], zoom: int = 2) -> Path:
+        """Write rows of pictures, each (n, H, W, 3) uint8, as one PNG; returns its path."""
+        stacked = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+        picture = Image.fromarray(stacked)
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        write_atomic(self.path / f"{name}.png", buffer.getvalue())
+        return self.path / f"{name}.png"
+
+
+@contextmanager
+def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Any]:
+    """A rich progress bar on stderr; yields ``update(completed, note)``."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+
+        def update(completed: int, note: str) -> None:
+            bar.update(task, completed=completed, note=note)
+
+        yield update
+
+
+class Every:
+    """True at most once per ``seconds``, and not before the first interval has passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._last = seconds, time.time()
+
+    def __call__(self) -> bool:
+        """Whether the interval has passed since the last True."""
+        if time.time() - self._last < self.seconds:
+            return False
+        self._last = time.time()
+        return True
+
