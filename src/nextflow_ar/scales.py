@@ -52,7 +52,10 @@ class ScaleSchedule:
         """
         if not 1 <= num_scales <= len(BASE_SIZES):
             raise ValueError(f"the number of scales is 1 to {len(BASE_SIZES)}, got {num_scales}")
-        grids = [(max(1, round(b * final[0] / 64)), max(1, round(b * final[1] / 64))) for b in BASE_SIZES[:num_scales]]
+        grids = [
+            (max(1, round(b * final[0] / 64)), max(1, round(b * final[1] / 64)))
+            for b in BASE_SIZES[:num_scales]
+        ]
         return cls(((1, 1), *grids[1:]))
 
     @classmethod
@@ -70,7 +73,9 @@ class ScaleSchedule:
             raise ValueError(f"an image size is two positive numbers, got {width}x{height}")
         ratio = height / width
         if not 0.25 / 1.1 <= ratio <= 4 * 1.1:
-            raise ValueError(f"no schedule covers {width}x{height}: aspect ratios from 1:4 to 4:1 are accepted")
+            raise ValueError(
+                f"no schedule covers {width}x{height}: aspect ratios from 1:4 to 4:1 are accepted"
+            )
         best = min(FINAL_GRIDS, key=lambda g: max(g[0] / g[1] / ratio, ratio / (g[0] / g[1])))
         return cls.from_final(best, num_scales)
 

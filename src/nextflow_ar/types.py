@@ -32,7 +32,9 @@ class Codes:
         for name in ("target", "input"):
             shape = tuple(getattr(self, name).shape)
             if shape != (self.schedule.num_tokens,):
-                raise ValueError(f"codes.{name} has shape {shape}, the schedule needs ({self.schedule.num_tokens},)")
+                raise ValueError(
+                    f"codes.{name} has shape {shape}, the schedule needs ({self.schedule.num_tokens},)"
+                )
 
     @classmethod
     def plain(cls, schedule: ScaleSchedule, indices: torch.Tensor) -> Codes:

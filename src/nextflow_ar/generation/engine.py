@@ -88,13 +88,17 @@ class Engine:
         for i, request in enumerate(requests):
             longest = max(len(s) for s in (prefixes[i], without[i]) if s is not None)
             self._fits(longest + request.schedule.num_tokens - 1)
-            request.settings.at(0, len(request.schedule))  # a wrong number of values is an error before the work
+            request.settings.at(
+                0, len(request.schedule)
+            )  # a wrong number of values is an error before the work
             groups.setdefault((_rounded(longest), request.schedule), []).append(i)
         for (length, schedule), members in groups.items():
             width = max(1, self.max_rows // 2)
             for start in range(0, len(members), width):
                 chosen = members[start : start + width]
-                yield from self._draw([requests[i] for i in chosen], chosen, prefixes, without, length, schedule)
+                yield from self._draw(
+                    [requests[i] for i in chosen], chosen, prefixes, without, length, schedule
+                )
 
     def texts(self, requests: Sequence[TextRequest]) -> Iterator[Event]:
         """Write all requests; yields TextDelta as text grows and Done per row. Raises ContextError as :meth:`images`."""
@@ -106,7 +110,9 @@ class Engine:
         for length, members in groups.items():
             for start in range(0, len(members), self.max_rows):
                 chosen = members[start : start + self.max_rows]
-                yield from self._write([requests[i] for i in chosen], chosen, [prefixes[i] for i in chosen], length)
+                yield from self._write(
+                    [requests[i] for i in chosen], chosen, [prefixes[i] for i in chosen], length
+                )
 
     def _fits(self, length: int) -> None:
         limit = self.model.config.max_positions
@@ -187,7 +193,9 @@ class Engine:
     def _grow(self, rows: _Rows, codes: Tensor, schedule: ScaleSchedule, k: int) -> Tensor:
         """Feed the codes of scale ``k`` back; (R, n, D) hidden states that predict scale ``k + 1``."""
         # <boi> is the last place of every prefix: one before the clock and block that follow it.
-        blocks = [scale_block(schedule, k + 1, clock - 1, block - 1, self.layout) for clock, block in rows.clocks]
+        blocks = [
+            scale_block(schedule, k + 1, clock - 1, block - 1, self.layout) for clock, block in rows.clocks
+        ]
         x = self.model.embed_scale(codes, schedule, k, blocks[0])
         positions = torch.stack([b.positions for b in blocks], dim=1).to(self.device)
         rows.seen = torch.cat([rows.seen, rows.seen.new_ones(x.shape[:2])], dim=1)
@@ -220,7 +228,9 @@ class Engine:
                 return
             hidden = self._append(rows, tokens, step)
 
-    def _said(self, number: int, ids: list[int], shown: list[str], place: int, *, final: bool) -> Iterator[Event]:
+    def _said(
+        self, number: int, ids: list[int], shown: list[str], place: int, *, final: bool
+    ) -> Iterator[Event]:
         """The new text of a row, held back while a character is incomplete."""
         text = self.vocab.decode(ids)
         if not final and text.endswith("�"):
@@ -232,7 +242,11 @@ class Engine:
 
     @torch.inference_mode()
     def _next_tokens(
-        self, hidden: Tensor, requests: Sequence[TextRequest], generators: Sequence[torch.Generator], running: set[int]
+        self,
+        hidden: Tensor,
+        requests: Sequence[TextRequest],
+        generators: Sequence[torch.Generator],
+        running: set[int],
     ) -> Tensor:
         logits = self._scores(hidden, 0, self.vocab.text_size)
         logits[:, self.vocab.never] = float("-inf")
@@ -245,7 +259,9 @@ class Engine:
     @torch.inference_mode()
     def _append(self, rows: _Rows, tokens: Tensor, step: int) -> Tensor:
         """Feed one text token per row; (R, D) hidden states."""
-        places = torch.tensor([clock + step for clock, _ in rows.clocks], dtype=torch.float32, device=self.device)
+        places = torch.tensor(
+            [clock + step for clock, _ in rows.clocks], dtype=torch.float32, device=self.device
+        )
         rows.seen = torch.cat([rows.seen, rows.seen.new_ones(len(tokens), 1)], dim=1)
         x = self.model.embed_text(tokens[:, None])
         hidden = self.model.step(x, places.expand(3, -1)[..., None], rows.seen[:, None, None], rows.cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -10,6 +12,10 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from nextflow_ar.config import ModelConfig
+
+
+_CACHE = "cache" if "cache" in inspect.signature(Qwen2_5_VLTextModel.forward).parameters else "past_key_values"
+"""transformers 5.24 renamed the argument."""
 
 
 def new_cache() -> Cache:
@@ -80,7 +86,7 @@ class Backbone(Qwen2_5_VLTextModel):
             inputs_embeds=embeddings,  # pyright: ignore[reportArgumentType]
             position_ids=torch.stack([scale, row, column]),  # pyright: ignore[reportArgumentType]
             attention_mask={"full_attention": mask},  # pyright: ignore[reportArgumentType]
-            past_key_values=cache,
+            **{_CACHE: cache},  # pyright: ignore[reportArgumentType]
             use_cache=cache is not None,
             is_causal=False,
         )

@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.layout import LayoutOptions
-from nextflow_ar.sequence.vocab import Vocabulary, load_text_tokenizer
-from nextflow_ar.storage import StorageError, pack_weights, read_checked, read_weights, write_atomic, write_folder
+from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, Vocabulary, load_text_tokenizer
+from nextflow_ar.storage import (
+    StorageError,
+    pack_weights,
+    read_checked,
+    read_weights,
+    write_atomic,
+    write_folder,
+)
 from nextflow_ar.tokenizer.image_tokenizer import CONFIG_FILE, WEIGHTS_FILE, ImageTokenizer
 
 GENERATION_FILE = "generation.json"
@@ -62,18 +68,24 @@ def save_bundle(
     write_folder(folder, fill)
 
 
-def load_bundle(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+def load_bundle(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Bundle:
     """Load a checkpoint folder for inference.
 
     Raises StorageError, one line, for a missing or damaged file or weights that do not fit the configuration.
     """
     config = _config(folder)
     model = NextFlowModel(config)
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in read_weights(folder, WEIGHTS_FILE).items()}
+    weights = {
+        k: v.float() if v.is_floating_point() else v for k, v in read_weights(folder, WEIGHTS_FILE).items()
+    }
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise StorageError(f"{folder}: the weights do not fit the configuration: {str(error)[:120]}") from None
+        raise StorageError(
+            f"{folder}: the weights do not fit the configuration: {str(error)[:120]}"
+        ) from None
     try:
         generation = json.loads(read_checked(folder, GENERATION_FILE))
     except ValueError as error:
@@ -86,6 +98,10 @@ def load_bundle(folder: Path, device: torch.device | str = "cpu", dtype: torch.d
 
 def _config(folder: Path) -> ModelConfig:
     try:
-        return from_dict(ModelConfig, json.loads(read_checked(folder, CONFIG_FILE)), str(folder / CONFIG_FILE))
+        return from_dict(
+            ModelConfig, json.loads(read_checked(folder, CONFIG_FILE)), str(folder / CONFIG_FILE)
+        )
     except (ValueError, ConfigError) as error:
-        raise StorageError(f"{folder}: {CONFIG_FILE} does not fit: {' '.join(str(error).split())[:160]}") from None
+        raise StorageError(
+            f"{folder}: {CONFIG_FILE} does not fit: {' '.join(str(error).split())[:160]}"
+        ) from None

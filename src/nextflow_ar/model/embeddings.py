@@ -56,7 +56,9 @@ class ScaleInputs(nn.Module):
         target = schedule.grids[k + 1] if k + 1 < len(schedule) else schedule.final
         if not self.accumulated:
             return resize(self._vectors(codes, schedule, k), target, "bicubic")
-        summed = sum(resize(self._vectors(codes, schedule, j), schedule.final, "bicubic") for j in range(k + 1))
+        summed = sum(
+            resize(self._vectors(codes, schedule, j), schedule.final, "bicubic") for j in range(k + 1)
+        )
         assert isinstance(summed, Tensor)
         return resize(summed, target, "area")
 
@@ -64,7 +66,9 @@ class ScaleInputs(nn.Module):
         part = codes[:, schedule.offsets[k] : schedule.offsets[k + 1]]
         return self.code_embed(part).transpose(1, 2).unflatten(2, schedule.grids[k]) * self.code_scale
 
-    def forward(self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, closed: bool) -> Float[Tensor, "n m d"]:
+    def forward(
+        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, closed: bool
+    ) -> Float[Tensor, "n m d"]:
         """Inputs of all blocks after ``<boi>``, without scale embeddings; the closing block too if ``closed``."""
         blocks = range(len(schedule) if closed else len(schedule) - 1)
         if not blocks:
@@ -77,5 +81,7 @@ class ScaleInputs(nn.Module):
         on = (scales >= 0)[..., None]
         scale = self.scale_embed(scales.clamp_min(0))
         counts = torch.arange(self.scale_embed.num_embeddings + 1, device=lengths.device)
-        table = self.length_embed(sinusoid(counts, self.scale_embed.embedding_dim).to(self.length_embed.weight.dtype))
+        table = self.length_embed(
+            sinusoid(counts, self.scale_embed.embedding_dim).to(self.length_embed.weight.dtype)
+        )
         return (scale + table[lengths]) * on

@@ -76,7 +76,9 @@ class NextFlowModel(nn.Module):
             places = (group.rows * length + group.starts)[:, None] + steps
             flat = flat.index_add(0, places.flatten(), inputs.flatten(0, 1).to(flat.dtype))
             if self.scale_inputs.place_embed is not None:
-                flat = flat.index_add(0, places.flatten(), self._places(group.schedule, group.closed, len(group.rows)))
+                flat = flat.index_add(
+                    0, places.flatten(), self._places(group.schedule, group.closed, len(group.rows))
+                )
         x = flat.view(rows, length, -1)
         return x + self.scale_inputs.tags(batch.scales, batch.lengths).to(x.dtype)
 
@@ -98,7 +100,9 @@ class NextFlowModel(nn.Module):
     def _places(self, schedule: ScaleSchedule, closed: bool, count: int) -> Tensor:
         assert self.scale_inputs.place_embed is not None
         sizes = list(schedule.sizes[1:]) + ([schedule.sizes[-1]] if closed else [])
-        index = torch.cat([torch.arange(size) for size in sizes]).to(self.scale_inputs.place_embed.weight.device)
+        index = torch.cat([torch.arange(size) for size in sizes]).to(
+            self.scale_inputs.place_embed.weight.device
+        )
         return self.scale_inputs.place_embed(index).repeat(count, 1)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
@@ -107,7 +111,11 @@ class NextFlowModel(nn.Module):
         return self.runner(self.embed(batch), batch.positions, mask)
 
     def step(
-        self, embeddings: Float[Tensor, "b l d"], positions: Float[Tensor, "3 b l"], mask: Tensor | None, cache: Cache
+        self,
+        embeddings: Float[Tensor, "b l d"],
+        positions: Float[Tensor, "3 b l"],
+        mask: Tensor | None,
+        cache: Cache,
     ) -> Float[Tensor, "b l d"]:
         """Hidden states of new places behind a cache."""
         return self.backbone.run(embeddings, positions, mask, cache)
@@ -123,7 +131,9 @@ class NextFlowModel(nn.Module):
         targets = batch.targets.flatten()[places]
         weights = batch.weights.flatten()[places]
         picked = hidden.flatten(0, 1)[places]
-        compute = torch.get_autocast_dtype(picked.device.type) if torch.is_autocast_enabled("cpu") else picked.dtype
+        compute = (
+            torch.get_autocast_dtype(picked.device.type) if torch.is_autocast_enabled("cpu") else picked.dtype
+        )
         with torch.autocast(picked.device.type, enabled=False):
             total, losses, best = chunked_linear_cross_entropy(
                 picked.to(compute), self.head.weight, targets, weights

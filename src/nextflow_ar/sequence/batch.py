@@ -52,15 +52,33 @@ class Batch:
         """The batch on another device."""
         columns = {
             name: getattr(self, name).to(device)
-            for name in ("tokens", "targets", "weights", "positions", "blocks", "scales", "lengths", "documents")
+            for name in (
+                "tokens",
+                "targets",
+                "weights",
+                "positions",
+                "blocks",
+                "scales",
+                "lengths",
+                "documents",
+            )
         }
         groups = tuple(
-            replace(g, codes=g.codes.to(device), rows=g.rows.to(device), starts=g.starts.to(device)) for g in self.images
+            replace(g, codes=g.codes.to(device), rows=g.rows.to(device), starts=g.starts.to(device))
+            for g in self.images
         )
         return Batch(**columns, images=groups)
 
 
-_PAD = {"tokens": 0, "targets": IGNORED, "weights": 0.0, "blocks": 0, "scales": TEXT_SCALE, "lengths": 0, "documents": -1}
+_PAD = {
+    "tokens": 0,
+    "targets": IGNORED,
+    "weights": 0.0,
+    "blocks": 0,
+    "scales": TEXT_SCALE,
+    "lengths": 0,
+    "documents": -1,
+}
 
 
 def pack(samples: Sequence[Sample]) -> Sample:
@@ -102,7 +120,9 @@ def collate(
     positions = torch.zeros(3, len(samples), length)
     for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
         positions[:, row, start : start + len(sample)] = sample.positions
-    return Batch(**{name: column(name) for name in _PAD}, positions=positions, images=_groups(samples, starts))
+    return Batch(
+        **{name: column(name) for name in _PAD}, positions=positions, images=_groups(samples, starts)
+    )
 
 
 def _groups(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[ImageGroup, ...]:

@@ -120,7 +120,9 @@ class _Builder:
         self.block += len(ids)
         self.clock += len(ids)
 
-    def grid(self, grid: tuple[int, int], scale: int, length: int, targets: Sequence[int], weight: float) -> None:
+    def grid(
+        self, grid: tuple[int, int], scale: int, length: int, targets: Sequence[int], weight: float
+    ) -> None:
         size = grid[0] * grid[1]
         self.tokens += [-1] * size
         self.targets += targets
@@ -188,7 +190,9 @@ class _Builder:
         )
 
 
-def build(document: Document, vocab: Vocabulary, options: LayoutOptions, *, close_last: bool = False) -> Sample:
+def build(
+    document: Document, vocab: Vocabulary, options: LayoutOptions, *, close_last: bool = False
+) -> Sample:
     """Lay a document out.
 
     ``close_last``: close an image even when it ends the document, so that text can be generated after it.
@@ -227,7 +231,9 @@ def next_clock(sample: Sample) -> tuple[int, int]:
     return int(sample.positions[2].max().item()) + 1, int(sample.blocks.max().item()) + 1
 
 
-def image_prefix(document: Document, schedule: ScaleSchedule, vocab: Vocabulary, options: LayoutOptions) -> Sample:
+def image_prefix(
+    document: Document, schedule: ScaleSchedule, vocab: Vocabulary, options: LayoutOptions
+) -> Sample:
     """Lay out what precedes a new image: the document's segments and the image's ``<boi>``, whose place predicts grid 1.
 
     Identical to the beginning of :func:`build` for the document with the image appended. The document may be empty.

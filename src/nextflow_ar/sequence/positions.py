@@ -26,5 +26,9 @@ def grid_positions(grid: Grid, scale: float, constant_range: float) -> Float[tor
     rows = unit * (torch.arange(h, dtype=torch.float32) + 0.5)
     columns = unit * (torch.arange(w, dtype=torch.float32) + 0.5)
     return torch.stack(
-        [rows.repeat_interleave(w), columns.repeat(h), torch.full((h * w,), float(scale), dtype=torch.float32)]
+        [
+            rows.repeat_interleave(w),
+            columns.repeat(h),
+            torch.full((h * w,), float(scale), dtype=torch.float32),
+        ]
     )

@@ -84,7 +84,9 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if len(self.tokenizer) > self.text_size:
-            raise ValueError(f"the text tokenizer has {len(self.tokenizer)} entries, the model {self.text_size}")
+            raise ValueError(
+                f"the text tokenizer has {len(self.tokenizer)} entries, the model {self.text_size}"
+            )
 
     def special(self, token: str) -> int:
         """Id of a special token. Raises ValueError for a token that is not special."""
@@ -106,6 +108,12 @@ class Vocabulary:
     def end(self) -> int:
         """End of a response."""
         return self.special(END_OF_TEXT)
+
+    @property
+    def never(self) -> list[int]:
+        """Entries that text generation must not choose: image marks, turn marks, and ids without a token."""
+        marks = [self.special(t) for t in (BOI, EOI, TURN_START, TURN_END)]
+        return marks + list(range(len(self.tokenizer), self.text_size))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Special tokens inside it are spelled out as text, so a prompt cannot forge them."""

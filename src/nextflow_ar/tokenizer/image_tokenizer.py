@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from nextflow_ar.config import ImageTokenizerConfig, from_dict, to_dict
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.storage import StorageError, pack_weights, read_checked, read_weights, write_atomic, write_folder
+from nextflow_ar.storage import (
+    StorageError,
+    pack_weights,
+    read_checked,
+    read_weights,
+    write_atomic,
+    write_folder,
+)
 from nextflow_ar.tokenizer.pixels import PixelDecoder, PixelEncoder, to_bytes, to_unit
 from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer, Quantized, SelfCorrection
 from nextflow_ar.tokenizer.semantic import SemanticDecoder, SemanticEncoder, SemanticHead
@@ -29,7 +36,10 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         q, hidden = config.quantizer, config.semantic.hidden
-        if 2 ** len(config.encoder_channels) != config.downsample or config.semantic.patch != config.downsample:
+        if (
+            2 ** len(config.encoder_channels) != config.downsample
+            or config.semantic.patch != config.downsample
+        ):
             raise ValueError("downsample is 2 ** len(encoder_channels) and equals the semantic patch")
         self.config = config
         self.encoder = PixelEncoder(config.encoder_channels, config.encoder_blocks, q.pixel_dim)
@@ -75,7 +85,9 @@ class ImageTokenizer(nn.Module):
     ) -> Quantized:
         """Codes of pictures; ``input`` differs from ``target`` where self-correction sampled."""
         schedule = schedule or self.schedule_for(pixels.shape[2], pixels.shape[3])
-        return self.quantizer.quantize(self.features(pixels), schedule, correction=correction, generator=generator)
+        return self.quantizer.quantize(
+            self.features(pixels), schedule, correction=correction, generator=generator
+        )
 
     @torch.no_grad()
     def decode(
@@ -99,7 +111,9 @@ class ImageTokenizer(nn.Module):
 
         def fill(target: Path) -> None:
             write_atomic(target / CONFIG_FILE, json.dumps(to_dict(self.config), indent=1).encode())
-            weights = {k: v if k == "quantizer.codebook" else v.bfloat16() for k, v in self.state_dict().items()}
+            weights = {
+                k: v if k == "quantizer.codebook" else v.bfloat16() for k, v in self.state_dict().items()
+            }
             write_atomic(target / WEIGHTS_FILE, pack_weights(weights))
 
         write_folder(Path(folder), fill)
@@ -117,5 +131,7 @@ class ImageTokenizer(nn.Module):
         try:
             tokenizer.load_state_dict(weights)
         except RuntimeError as error:
-            raise StorageError(f"{folder}: the weights do not fit the configuration: {str(error)[:120]}") from None
+            raise StorageError(
+                f"{folder}: the weights do not fit the configuration: {str(error)[:120]}"
+            ) from None
         return tokenizer.eval().requires_grad_(False)

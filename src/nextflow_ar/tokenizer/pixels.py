@@ -40,7 +40,9 @@ class GridAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Same shape out."""
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
+        q, k, v = (
+            self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
+        )
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
 
@@ -63,7 +65,11 @@ class PixelEncoder(nn.Module):
             if i + 1 < len(channels):
                 layers.append(nn.Conv2d(width, channels[i + 1], 3, stride=2, padding=1))
         layers.append(_middle(channels[-1]))
-        layers += [nn.GroupNorm(max(1, channels[-1] // 16), channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], dim, 1)]
+        layers += [
+            nn.GroupNorm(max(1, channels[-1] // 16), channels[-1]),
+            nn.SiLU(),
+            nn.Conv2d(channels[-1], dim, 1),
+        ]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]:

@@ -159,7 +159,9 @@ class MultiScaleQuantizer(nn.Module):
                 target = self.nearest(cells)
                 chosen = target
                 if correction is not None and correction.share > 0:
-                    pick = torch.rand(len(target), generator=generator, device=target.device) < correction.share
+                    pick = (
+                        torch.rand(len(target), generator=generator, device=target.device) < correction.share
+                    )
                     if pick.any():
                         chosen = target.clone()
                         chosen[pick] = self.sample_nearest(cells[pick], correction, generator)
@@ -202,7 +204,9 @@ class MultiScaleQuantizer(nn.Module):
         """
         size = self.config.codebook_size
         for k, _, index in trace:
-            self.scale_counts[k].mul_(decay).add_(torch.bincount(index, minlength=size).float(), alpha=1 - decay)
+            self.scale_counts[k].mul_(decay).add_(
+                torch.bincount(index, minlength=size).float(), alpha=1 - decay
+            )
         cells = torch.cat([cells for _, cells, _ in trace])
         index = torch.cat([index for _, _, index in trace])
         self.ema_count.mul_(decay).add_(torch.bincount(index, minlength=size).float(), alpha=1 - decay)
@@ -213,7 +217,9 @@ class MultiScaleQuantizer(nn.Module):
         dead = (self.ema_count < revive_below).nonzero()[:, 0]
         if len(dead):
             weights = torch.cat([torch.full((len(c),), 1.0 / len(c)) for _, c, _ in trace])
-            chosen = torch.multinomial(weights, len(dead), replacement=len(dead) > len(cells), generator=generator)
+            chosen = torch.multinomial(
+                weights, len(dead), replacement=len(dead) > len(cells), generator=generator
+            )
             self.codebook[dead] = cells[chosen.to(cells.device)]
             self.ema_sum[dead] = self.codebook[dead]
             self.ema_count[dead] = 1.0

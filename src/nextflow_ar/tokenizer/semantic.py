@@ -42,7 +42,9 @@ class SemanticEncoder(nn.Module):
         patches = pixels.reshape(b, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, p * p * 3)
         shapes = torch.tensor([[h, w]], device=pixels.device).expand(b, 2)
         mask = torch.ones(b, h * w, dtype=torch.int32, device=pixels.device)
-        out = self.tower(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
+        out = self.tower(
+            pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
+        ).last_hidden_state
         return out.transpose(1, 2).reshape(b, -1, h, w)
 
 

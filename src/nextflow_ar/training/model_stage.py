@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
@@ -22,7 +21,12 @@ from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import LayoutOptions, build
-from nextflow_ar.sequence.vocab import Vocabulary, load_text_tokenizer, train_text_tokenizer
+from nextflow_ar.sequence.vocab import (
+    PreTrainedTokenizerFast,
+    Vocabulary,
+    load_text_tokenizer,
+    train_text_tokenizer,
+)
 from nextflow_ar.storage import write_folder
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
@@ -167,7 +171,9 @@ class ModelTrainer:
                 generator=self.generator,
             )
         documents = [
-            document(source.task, scene, Codes(self.schedule, codes.target[i], codes.input[i]), mixture, first + i)
+            document(
+                source.task, scene, Codes(self.schedule, codes.target[i], codes.input[i]), mixture, first + i
+            )
             for i, scene in enumerate(scenes)
         ]
         return collate([build(d, self.vocab, self.layout) for d in documents], source.length)
@@ -182,7 +188,9 @@ class ModelTrainer:
                 report = self.model.losses(batch)
             total = report.total / weight
             if not torch.isfinite(total):
-                raise FloatingPointError(f"the loss is not finite at step {self.step}: the last checkpoint is kept")
+                raise FloatingPointError(
+                    f"the loss is not finite at step {self.step}: the last checkpoint is kept"
+                )
             total.backward()
             losses.append(report.losses)
             scales.append(report.scales)
@@ -202,7 +210,9 @@ class ModelTrainer:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.averages[name])
-        return Bundle(model.eval().requires_grad_(False), self.image_tokenizer, self.vocab, dict(GENERATION_DEFAULTS))
+        return Bundle(
+            model.eval().requires_grad_(False), self.image_tokenizer, self.vocab, dict(GENERATION_DEFAULTS)
+        )
 
     def export(self, folder: Path, card: str) -> Path:
         """Write the averaged weights as a checkpoint folder."""
@@ -222,8 +232,13 @@ class ModelTrainer:
                 last = self.step == recipe.steps
                 if self.step % 20 == 0 or last:
                     speed = rows * (self.step - first) / (time.time() - started)
-                    self.run.log(step=self.step, images=self.step * rows, images_per_s=round(speed, 1), **found)
-                    update(self.step, f"loss {found['loss']:.3f} text {found.get('text', 0.0):.3f} {speed:.0f} img/s")
+                    self.run.log(
+                        step=self.step, images=self.step * rows, images_per_s=round(speed, 1), **found
+                    )
+                    update(
+                        self.step,
+                        f"loss {found['loss']:.3f} text {found.get('text', 0.0):.3f} {speed:.0f} img/s",
+                    )
                 if preview is not None and (sheet() or last):
                     self.run.sheet(f"sheet_{self.step:06d}", preview(self.bundle(), self.step))
                 if save() or last:

@@ -61,7 +61,10 @@ class StageOptimizer:
             else:
                 hidden.append(parameter)
         self.parameters = hidden + decayed + plain
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
         ]
@@ -72,7 +75,10 @@ class StageOptimizer:
             matrices = [matrix for _, matrix in self._matrices]
             self.optimizers.append(
                 torch.optim.Muon(
-                    matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+                    matrices,
+                    lr=config.muon_lr,
+                    weight_decay=config.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
                 )
             )
             self.peaks.append(config.muon_lr)

@@ -15,7 +15,14 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from nextflow_ar.storage import StorageError, write_atomic
 
@@ -68,7 +75,9 @@ class RunFolder:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise StorageError(f"{path}: the checkpoint cannot be read: {str(error).splitlines()[0][:120]}") from None
+            raise StorageError(
+                f"{path}: the checkpoint cannot be read: {str(error).splitlines()[0][:120]}"
+            ) from None
 
     def sheet(self, name: str, rows: list[np.ndarray], zoom: int = 2) -> Path:
         """Write rows of pictures, each (n, H, W, 3) uint8, as one PNG; returns its path."""
@@ -107,4 +116,3 @@ class Every:
             return False
         self._last = time.time()
         return True
-

@@ -169,7 +169,9 @@ class TokenizerTrainer:
                 with torch.no_grad():
                     goal = self.teacher(pixels)
                 read = self.model.semantics(straight)
-            terms["semantic"] = (1 - F.cosine_similarity(read.float(), goal.float(), dim=1)).mean() * weights.semantic
+            terms["semantic"] = (
+                1 - F.cosine_similarity(read.float(), goal.float(), dim=1)
+            ).mean() * weights.semantic
         return terms
 
     def _advance(self) -> dict[str, float]:
@@ -179,7 +181,9 @@ class TokenizerTrainer:
         terms = self.losses(pixels)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite at step {self.step}: the last checkpoint is kept")
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step}: the last checkpoint is kept"
+            )
         loss.backward()
         self.optimizer.step(recipe.optimizer.factor(self.step, recipe.steps))
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
@@ -246,7 +250,11 @@ def evaluate_tokenizer(
     counts = torch.bincount(codes.flatten(), minlength=model.config.quantizer.codebook_size)
     seen = float((counts > 0).float().mean())
     model.train()
-    return {"psnr": round(psnrs[-1], 2), "psnr_by_scale": [round(p, 2) for p in psnrs], "codes_used": seen}, rows
+    return {
+        "psnr": round(psnrs[-1], 2),
+        "psnr_by_scale": [round(p, 2) for p in psnrs],
+        "codes_used": seen,
+    }, rows
 
 
 def train_tokenizer(recipe: TokenizerRecipe, recipe_values: dict[str, Any]) -> Path:

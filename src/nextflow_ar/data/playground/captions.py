@@ -85,7 +85,13 @@ def read_caption(text: str) -> Reading | None:
         found = _THING.match(part.strip())
         if found is None or found["name"] not in _NAMES:
             return None
-        count = 1 if found["count"] in ("a", "an") else NUMBERS.index(found["count"]) if found["count"] in NUMBERS else 0
+        count = (
+            1
+            if found["count"] in ("a", "an")
+            else NUMBERS.index(found["count"])
+            if found["count"] in NUMBERS
+            else 0
+        )
         colour = found["colour"]
         if count == 0 or (colour is not None and colour not in COLOURS):
             return None

@@ -87,7 +87,16 @@ LEVELS: dict[str, Level] = {
     "easy": Level("easy", 64, _EASY_NOUNS, SHAPES, _EASY_COLOURS, (32,), 16, 4, 0, 0.0),
     "medium": Level("medium", 64, _EASY_NOUNS, SHAPES, _EASY_COLOURS, tuple(range(20, 41, 2)), 1, 4, 25, 0.0),
     "hard": Level(
-        "hard", 64, tuple(n.name for n in NOUNS), SHAPES, tuple(COLOURS), tuple(range(14, 49, 2)), 1, 5, 25, 0.5
+        "hard",
+        64,
+        tuple(n.name for n in NOUNS),
+        SHAPES,
+        tuple(COLOURS),
+        tuple(range(14, 49, 2)),
+        1,
+        5,
+        25,
+        0.5,
     ),
 }
 
@@ -116,15 +125,18 @@ def held_out_pairs(scene: Scene) -> int:
 
 
 def _overlap(a: Thing, b: Thing) -> bool:
-    return abs(a.centre[0] - b.centre[0]) < (a.size + b.size) / 2 and abs(a.centre[1] - b.centre[1]) < (
-        a.size + b.size
-    ) / 2
+    return (
+        abs(a.centre[0] - b.centre[0]) < (a.size + b.size) / 2
+        and abs(a.centre[1] - b.centre[1]) < (a.size + b.size) / 2
+    )
 
 
 def relation_holds(relation: str, a: Thing, b: Thing) -> bool:
     """Whether ``a`` stands in ``relation`` to ``b``: the named axis separates them and dominates the other."""
     dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
-    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
+    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[
+        relation
+    ]
     return along > 0 and along >= 0.4 * (a.size + b.size) and abs(across) <= 0.75 * along
 
 
@@ -149,7 +161,9 @@ class SceneSampler:
             scene = self._propose(rng, task or chosen)
             if scene is not None and self._accept(scene):
                 return scene
-        raise RuntimeError(f"no scene of type {task or chosen} fits the level {self.level.name!r} and its split")
+        raise RuntimeError(
+            f"no scene of type {task or chosen} fits the level {self.level.name!r} and its split"
+        )
 
     def _accept(self, scene: Scene) -> bool:
         if self.split == "any":
@@ -245,7 +259,9 @@ class SceneSampler:
 
 @lru_cache(maxsize=8)
 def _photos(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}))
+    return tuple(
+        sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+    )
 
 
 @lru_cache(maxsize=256)
@@ -253,7 +269,9 @@ def _photo(path: Path, canvas: int) -> np.ndarray:
     with Image.open(path) as file:
         picture = file.convert("RGB")
     side = min(picture.size)
-    return np.asarray(picture.resize((canvas, canvas), Image.Resampling.LANCZOS, (0, 0, side, side)), np.float32)
+    return np.asarray(
+        picture.resize((canvas, canvas), Image.Resampling.LANCZOS, (0, 0, side, side)), np.float32
+    )
 
 
 def render(scene: Scene, sprite_folder: Path | None = None) -> np.ndarray:

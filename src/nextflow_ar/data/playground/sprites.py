@@ -13,7 +13,13 @@ from nextflow_ar.data.playground.words import NOUNS, SHAPES
 
 FONT_PACKAGE = "fonts-noto-color-emoji"
 _FONT_FILE = "NotoColorEmoji.ttf"
-_FONT_DIRS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "~/Library/Fonts")
+_FONT_DIRS = (
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "~/.fonts",
+    "~/.local/share/fonts",
+    "~/Library/Fonts",
+)
 _STRIKE = 109  # the only bitmap size in the font
 _OVERSAMPLE = 4  # shapes are drawn larger and reduced, for soft edges
 
@@ -86,7 +92,9 @@ def _draw_shape(name: str, side: int, colour: tuple[int, int, int]) -> Image.Ima
 
 
 @lru_cache(maxsize=16384)
-def sprite(name: str, size: int, colour: tuple[int, int, int] | None = None, folder: Path | None = None) -> np.ndarray:
+def sprite(
+    name: str, size: int, colour: tuple[int, int, int] | None = None, folder: Path | None = None
+) -> np.ndarray:
     """A thing in a square box.
 
     ``size``: side of the box in pixels; the thing keeps a margin of one pixel (a sixteenth on large boxes).

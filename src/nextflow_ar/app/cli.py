@@ -1,0 +1,348 @@
+"""The command ``nextflow-ar``. It shows events and files; all work is done on lower floors.
+
+Exit status: 0 done, 1 failed, 2 wrong use. Errors are one line on stderr; ``--debug`` anywhere shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nextflow_ar.config import ConfigError
+from nextflow_ar.storage import StorageError
+
+if TYPE_CHECKING:
+    from nextflow_ar.generation.pipeline import NextFlowPipeline
+    from nextflow_ar.generation.sampling import PerScale, SamplingSettings
+
+app = typer.Typer(
+    name="nextflow-ar",
+    help="Draw pictures from words, describe pictures, and train the model that does it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="The same seed gives the same result.")
+]
+_PER_SCALE = "one value, two (first and last scale), or one per scale, joined by commas"
+
+
+class UsageError(ValueError):
+    """An argument that cannot be meant: one line."""
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (accepted anywhere).")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("nextflow-ar"))
+        raise typer.Exit(0)
+
+
+def _per_scale(text: str | None, name: str) -> PerScale | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{name} takes {_PER_SCALE}; got {text!r}") from None
+    return values[0] if len(values) == 1 else values
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise UsageError(f"--size takes WIDTHxHEIGHT in pixels such as 64x64, got {text!r}")
+    return int(width), int(height)
+
+
+@contextmanager
+def _waiting(text: str, quiet: bool) -> Iterator[None]:
+    """A spinner on stderr while something takes its time."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+def _load(model: str) -> NextFlowPipeline:
+    from nextflow_ar.generation.pipeline import NextFlowPipeline
+
+    with _waiting(f"loading {model}", False):
+        return NextFlowPipeline.from_pretrained(model)
+
+
+def _settings(pipeline: NextFlowPipeline, **given: str | None) -> SamplingSettings:
+    changes = {name: _per_scale(text, "--" + name.replace("_", "-")) for name, text in given.items()}
+    return pipeline.defaults.changed(**changes)
+
+
+def _numbered(out: Path, count: int) -> list[Path]:
+    """The output file itself for one picture, ``name-1.png`` and so on for several."""
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+
+
+def _writable(path: Path) -> None:
+    """Fail before the work, not after it, when a picture cannot be written there."""
+    from PIL import Image
+
+    from nextflow_ar.tokenizer.pictures import PictureError
+
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"{path}: cannot write '{path.suffix}' pictures; use .png, .jpg or .webp")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file to write")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise PictureError(f"{path}: cannot be written: {path.parent} is not a folder")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Picture file to write (.png, .jpg, .webp).")],
+    size: Annotated[
+        str | None, typer.Option("--size", help="WIDTHxHEIGHT; default: the model's largest square.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, max=1024, help="How many pictures.")] = 1,
+    seed: Seed = 0,
+    guidance: Annotated[
+        str | None, typer.Option("--guidance", help=f"Strength of guidance: {_PER_SCALE}.")
+    ] = None,
+    temperature: Annotated[
+        str | None, typer.Option("--temperature", help=f"Temperature: {_PER_SCALE}.")
+    ] = None,
+    top_k: Annotated[
+        str | None, typer.Option("--top-k", help=f"Keep the k best codes (0: all): {_PER_SCALE}.")
+    ] = None,
+    top_p: Annotated[str | None, typer.Option("--top-p", help=f"Keep the nucleus: {_PER_SCALE}.")] = None,
+    preview: Annotated[
+        Path | None, typer.Option("--preview", help="Folder for a picture after every scale.")
+    ] = None,
+    model: Model = "nano",
+    as_json: Json = False,
+) -> None:
+    """Draw a picture from words."""
+    from nextflow_ar.tokenizer.pictures import save_picture
+    from nextflow_ar.types import ImageReady, ScaleReady
+
+    _writable(out)
+    wanted = _size(size)
+    pipeline = _load(model)
+    settings = _settings(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    from nextflow_ar.generation.pipeline import fold_seed
+
+    seeds = [fold_seed(seed, j) for j in range(n)]
+    requests = pipeline.requests([prompt] * n, seeds, settings, wanted)
+    paths, previews = _numbered(out, n), []
+    schedule = requests[0].schedule
+    with _waiting("drawing", as_json):
+        for event in pipeline.stream(requests):
+            if isinstance(event, ScaleReady) and preview is not None:
+                name = f"{paths[event.row].stem}-scale-{event.scale + 1:02d}.png"
+                picture = pipeline.preview(schedule, event.codes, event.scale + 1)
+                save_picture(_array(picture), preview / name)
+                previews.append(str(preview / name))
+            if isinstance(event, ImageReady) and event.image is not None:
+                save_picture(_array(event.image), paths[event.row])
+    if as_json:
+        files = [{"file": str(p), "seed": s} for p, s in zip(paths, seeds, strict=True)]
+        typer.echo(
+            json.dumps({"prompt": prompt, "model": model, "pictures": files, "previews": sorted(previews)})
+        )
+    else:
+        typer.echo("\n".join(str(p) for p in paths))
+
+
+def _array(picture: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(picture)
+
+
+@app.command()
+def describe(
+    image: Annotated[Path, typer.Argument(help="Picture file.")],
+    question: Annotated[
+        str | None, typer.Option("--question", "-q", help="Ask something about the picture.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=4096)] = 64,
+    model: Model = "nano",
+    as_json: Json = False,
+) -> None:
+    """Say what a picture shows."""
+    from nextflow_ar.tokenizer.pictures import open_picture
+
+    picture = open_picture(image)
+    pipeline = _load(model)
+    with _waiting("reading", as_json):
+        text = pipeline.describe(picture, question=question, max_tokens=max_tokens)[0]
+    typer.echo(json.dumps({"image": str(image), "text": text}, ensure_ascii=False) if as_json else text)
+
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the reconstructions.")],
+    model: Model = "nano",
+    as_json: Json = False,
+) -> None:
+    """Pass pictures through the image tokenizer and back, and say how much was lost."""
+    import numpy as np
+
+    from nextflow_ar.tokenizer.pictures import open_picture, save_picture
+
+    files: list[Path] = []
+    for path in images:
+        found = (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+        )
+        if not found:
+            raise UsageError(f"{path}: the folder holds no pictures")
+        files += found
+    pictures = [(path, open_picture(path)) for path in files]
+    pipeline = _load(model)
+    rows, strips, used = [], [], set()
+    for path, picture in pictures:
+        before = pipeline.fit(picture)
+        after = np.asarray(pipeline.reconstruct(picture))
+        error = float(np.mean((before.astype(float) - after) ** 2))
+        psnr = round(10 * np.log10(255**2 / max(error, 1e-3)), 2)
+        name = path.stem + ".png"
+        while name in used:
+            name = "_" + name
+        used.add(name)
+        save_picture(after, out / name)
+        strips.append(np.concatenate([before, after], axis=1))
+        rows.append({"file": str(path), "out": str(out / name), "psnr": psnr})
+    save_picture(np.concatenate(strips, axis=0), out / "side_by_side.png")
+    if as_json:
+        typer.echo(json.dumps({"model": model, "pictures": rows}))
+        return
+    for row in rows:
+        typer.echo(f"{row['psnr']:6.2f} dB  {row['file']} -> {row['out']}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (recipes/*.yaml).")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: a.b=c. May be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run one training stage; a stopped run goes on where it was."""
+    from nextflow_ar.app.stages import run_recipe
+
+    folder = run_recipe(recipe, changes or [])
+    typer.echo(json.dumps({"out": str(folder)}) if as_json else str(folder))
+
+
+@app.command()
+def evaluate(
+    suite: Annotated[str, typer.Argument(help="playground")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for results; a stopped run goes on there.")
+    ],
+    model: Model = "nano",
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts per task type.")] = 80,
+    captions: Annotated[int, typer.Option("--captions", min=0, help="Scenes to caption.")] = 400,
+    judge: Annotated[Path | None, typer.Option("--judge", help="Folder of another judge.")] = None,
+    guidance: Annotated[str | None, typer.Option("--guidance", help=_PER_SCALE)] = None,
+    temperature: Annotated[str | None, typer.Option("--temperature", help=_PER_SCALE)] = None,
+    top_k: Annotated[str | None, typer.Option("--top-k", help=_PER_SCALE)] = None,
+    top_p: Annotated[str | None, typer.Option("--top-p", help=_PER_SCALE)] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score a model: drawing, captions, and the ceilings beside them."""
+    if suite != "playground":
+        raise UsageError(f"unknown suite {suite!r}: playground")
+    from nextflow_ar.app.stages import evaluate_playground
+    from nextflow_ar.evaluation.playground import BenchSettings
+
+    pipeline = _load(model)
+    settings = _settings(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    size = BenchSettings(n_per_type=prompts, in_distribution=prompts, captions=captions, batch=32)
+    report = evaluate_playground(pipeline, settings, seed, out, size, judge, model)
+    typer.echo(report.to_json() if as_json else report.table())
+
+
+def _known_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...]]:
+    """Errors of wrong use, and of failed work; imported late, since most commands need few of them."""
+    from nextflow_ar.data.playground.sprites import SpritesMissing
+    from nextflow_ar.evaluation.judge import JudgeError
+    from nextflow_ar.evaluation.playground import BenchError
+    from nextflow_ar.generation.engine import ContextError
+    from nextflow_ar.generation.pipeline import RequestError
+    from nextflow_ar.generation.sampling import SettingError
+    from nextflow_ar.tokenizer.pictures import PictureError
+
+    usage = (UsageError, ConfigError, ContextError, RequestError, SettingError)
+    failed = (StorageError, PictureError, SpritesMissing, JudgeError, BenchError, FloatingPointError)
+    return usage, failed
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command with ``arguments``; returns the exit status. Prints one line on stderr for every error."""
+    debug = "--debug" in arguments
+    try:
+        result = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("nextflow-ar: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "format_message"):  # the command line parser's own errors
+            message = error.format_message()  # type: ignore[attr-defined]
+            if message:
+                print(f"nextflow-ar: {' '.join(message.split())}", file=sys.stderr)
+            return 2
+        usage, failed = _known_errors()
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (*usage, *failed)):
+            print(f"nextflow-ar: {message}", file=sys.stderr)
+            return 2 if isinstance(error, usage) else 1
+        kind = type(error).__name__
+        print(f"nextflow-ar: {kind}: {message[:300]} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def main() -> None:
+    """Entry point of the command."""
+    raise SystemExit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What a recipe's ``kind`` runs, and the benchmark with a pipeline behind it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nextflow_ar.config import ConfigError, from_dict, load_yaml, override, to_dict
+
+if TYPE_CHECKING:
+    from nextflow_ar.evaluation.playground import BenchSettings
+    from nextflow_ar.evaluation.playground_report import Report
+    from nextflow_ar.generation.pipeline import NextFlowPipeline
+    from nextflow_ar.generation.sampling import SamplingSettings
+    from nextflow_ar.model.checkpoint import Bundle
+
+KINDS = ("teacher", "tokenizer", "model", "judge")
+SHEET_PROMPTS = (
+    "a red circle on a blue background",
+    "a dog on a white background",
+    "three frogs on an orange background",
+    "a blue triangle on a yellow background",
+    "a cat left of a rocket on a green background",
+    "a green square and a white ring on a black background",
+    "four strawberries on a white background",
+    "a house above a car on a yellow background",
+    "a penguin and a pizza on a purple background",
+    "two yellow crosses on a red background",
+    "a turtle below a red square on a white background",
+    "a purple ring and an orange cross on a black background",
+)
+
+
+def run_recipe(path: Path, changes: list[str]) -> Path:
+    """Train what a recipe file says; returns the finished folder. Raises ConfigError for a recipe that does not fit."""
+    values = override(load_yaml(path), changes)
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise ConfigError(f"{path}: 'kind' is one of {', '.join(KINDS)}, got {kind!r}")
+    where = str(path)
+    if kind == "teacher":
+        from nextflow_ar.training.teacher import TeacherRecipe, train_teacher
+
+        teacher = from_dict(TeacherRecipe, values, where)
+        return train_teacher(teacher, to_dict(teacher))
+    if kind == "tokenizer":
+        from nextflow_ar.training.tokenizer_stage import TokenizerRecipe, train_tokenizer
+
+        tokenizer = from_dict(TokenizerRecipe, values, where)
+        return train_tokenizer(tokenizer, to_dict(tokenizer))
+    if kind == "model":
+        from nextflow_ar.training.model_stage import ModelRecipe, train_model
+
+        model = from_dict(ModelRecipe, values, where)
+        return train_model(model, to_dict(model), preview_sheet)
+    return _judge(values, where)
+
+
+def _judge(values: dict[str, Any], where: str) -> Path:
+    from rich.console import Console
+
+    from nextflow_ar.evaluation.judge_training import JudgeSettings, train_judge
+
+    plain = {k: v for k, v in values.items() if k not in ("kind", "out")}
+    if "out" not in values:
+        raise ConfigError(f"{where}: missing key 'out'")
+    out = Path(values["out"])
+    console = Console(stderr=True)
+    train_judge(
+        from_dict(JudgeSettings, plain, where), out, lambda line: console.print(line, highlight=False)
+    )
+    return out
+
+
+def preview_sheet(bundle: Bundle, step: int) -> list[np.ndarray]:
+    """Rows of pictures for a training's sample sheet: fixed prompts, two seeds each; and the coarse scales of the first.
+
+    Drawn in fp32 or bf16 as the machine prefers, from the averaged weights.
+    """
+    from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype
+
+    bundle.model.to(best_dtype(bundle.model.head.weight.device))
+    pipeline = NextFlowPipeline(bundle)
+    rows = []
+    for seed in (1, 2):
+        pictures = pipeline.generate(SHEET_PROMPTS, seed=seed)
+        rows.append(np.stack([np.asarray(picture) for picture in pictures]))
+    return rows
+
+
+def evaluate_playground(
+    pipeline: NextFlowPipeline,
+    settings: SamplingSettings,
+    seed: int,
+    out: Path,
+    size: BenchSettings,
+    judge_folder: Path | None,
+    model: str,
+) -> Report:
+    """PlaygroundBench for a pipeline: drawing, captions, and reconstructions as the ceiling."""
+    from nextflow_ar.evaluation.judge import Judge
+    from nextflow_ar.evaluation.playground import evaluate
+    from nextflow_ar.training.runs import progress_bar
+
+    def draw(prompts: list[str]) -> np.ndarray:
+        return np.stack([np.asarray(p) for p in pipeline.generate(prompts, seed=seed, settings=settings)])
+
+    def describe(pictures: np.ndarray) -> list[str]:
+        return pipeline.describe(list(pictures))
+
+    def through(pictures: np.ndarray) -> np.ndarray:
+        return np.stack([np.asarray(pipeline.reconstruct(picture)) for picture in pictures])
+
+    about = {"model": model, "seed": seed} | {
+        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()
+    }
+    with progress_bar("playground", 1) as update:
+
+        def show(part: str, done: int, total: int) -> None:
+            update(done / total, part)
+
+        judge = Judge.load(judge_folder) if judge_folder is not None else None
+        return evaluate(
+            draw, describe, through, out=out, settings=size, judge=judge, about=about, progress=show
+        )

@@ -1,0 +1,93 @@
+"""Picture files in and out: any mode, orientation and size, bounded memory, one-line errors."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 64_000_000
+"""Largest picture that is opened, in pixels; the header is checked before anything is decoded."""
+
+
+class PictureError(ValueError):
+    """A picture cannot be read or written: one line that names the file and the reason."""
+
+
+def open_picture(path: Path | str) -> Image.Image:
+    """The first frame of a picture file as upright 8-bit RGB; transparency is laid over white.
+
+    Accepts what Pillow reads: PNG, JPEG, WebP, GIF, BMP, TIFF and more, in grey, palette, CMYK, 16-bit or alpha modes.
+    Raises PictureError when the file is missing, damaged, no picture, or larger than :data:`MAX_PIXELS`.
+    """
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise PictureError(
+                        f"{path}: {file.width}x{file.height} pixels are too many; up to {MAX_PIXELS // 1_000_000} "
+                        "megapixels are accepted"
+                    )
+                file.load()
+                return to_rgb(ImageOps.exif_transpose(file) or file)
+    except PictureError:
+        raise
+    except FileNotFoundError:
+        raise PictureError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise PictureError(f"{path}: is a folder, not a picture") from None
+    except PermissionError:
+        raise PictureError(f"{path}: may not be read") from None
+    except Image.DecompressionBombError:
+        raise PictureError(
+            f"{path}: the picture is too large; up to {MAX_PIXELS // 1_000_000} megapixels are accepted"
+        ) from None
+    except UnidentifiedImageError:
+        raise PictureError(
+            f"{path}: not a picture (PNG, JPEG, WebP, GIF, BMP and TIFF are accepted)"
+        ) from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise PictureError(f"{path}: damaged or truncated picture ({reason})") from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """8-bit RGB: 16-bit grey is scaled down, transparency is laid over white."""
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        values = np.asarray(picture, dtype=np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        return Image.fromarray(np.clip(values * (255.0 / top) + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        front = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", front.size, (255, 255, 255, 255)), front).convert(
+            "RGB"
+        )
+    return picture.convert("RGB")
+
+
+def fit_picture(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    """A picture scaled to cover ``height`` x ``width`` and cropped about its middle, (height, width, 3) uint8."""
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def save_picture(pixels: np.ndarray, path: Path | str) -> None:
+    """Write (H, W, 3) uint8 as the file's suffix says, whole or not at all. Raises PictureError."""
+    path = Path(path)
+    Image.init()
+    kind = Image.EXTENSION.get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise PictureError(f"{path}: cannot write '{path.suffix}' pictures; use .png, .jpg or .webp")
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(temporary, format=kind)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PictureError(f"{path}: cannot be written: {error.strerror or error}") from None
