@@ -56,10 +56,19 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image segment. ``supervised``: its codes carry loss."""
+    """An image segment. ``supervised``: its codes carry loss.
+
+    ``scales``: lay out only the first so many scales (None: all). Such a prefix trains the coarse scales at a fraction
+    of the cost; it must end its document, since nothing can follow an unfinished image.
+    """
 
     codes: Codes
     supervised: bool = False
+    scales: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scales is not None and not 1 <= self.scales <= len(self.codes.schedule):
+            raise ValueError(f"this image has 1 to {len(self.codes.schedule)} scales, got {self.scales}")
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,9 @@ class Document:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def text_to_image(cls, prompt: str, codes: Codes) -> Document:
-        """A prompt as context and the image it describes as the response."""
-        return cls((Text(prompt), Image(codes, supervised=True)))
+    def text_to_image(cls, prompt: str, codes: Codes, *, scales: int | None = None) -> Document:
+        """A prompt as context and the image it describes (or its first ``scales`` scales) as the response."""
+        return cls((Text(prompt), Image(codes, supervised=True, scales=scales)))
 
     @classmethod
     def image_to_text(cls, codes: Codes, caption: str, *, image_supervised: bool = False) -> Document:

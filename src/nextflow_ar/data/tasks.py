@@ -14,10 +14,15 @@ TaskName = Literal["text_to_image", "image_to_text", "image_and_text"]
 guidance contrasts with), and its caption after it."""
 
 
-def document(task: TaskName, scene: Scene, codes: Codes, mixture: SceneMixture, index: int) -> Document:
-    """The document of scene ``index``, whose codes are given. The wording follows from the mixture's seed and index."""
+def document(
+    task: TaskName, scene: Scene, codes: Codes, mixture: SceneMixture, index: int, scales: int | None = None
+) -> Document:
+    """The document of scene ``index``, whose codes are given. The wording follows from the mixture's seed and index.
+
+    ``scales``: of a drawing, lay out the first so many scales only.
+    """
     if task == "text_to_image":
-        return Document.text_to_image(prompt(scene, mixture.sampler(index).rng(index, 1)), codes)
+        return Document.text_to_image(prompt(scene, mixture.sampler(index).rng(index, 1)), codes, scales=scales)
     return Document.image_to_text(codes, caption(scene), image_supervised=task == "image_and_text")
 
 

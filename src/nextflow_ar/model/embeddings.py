@@ -67,10 +67,12 @@ class ScaleInputs(nn.Module):
         return self.code_embed(part).transpose(1, 2).unflatten(2, schedule.grids[k]) * self.code_scale
 
     def forward(
-        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, closed: bool
+        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, scales: int, closed: bool
     ) -> Float[Tensor, "n m d"]:
-        """Inputs of all blocks after ``<boi>``, without scale embeddings; the closing block too if ``closed``."""
-        blocks = range(len(schedule) if closed else len(schedule) - 1)
+        """Inputs of the blocks of the first ``scales`` scales after ``<boi>``, without scale embeddings; the closing
+        block too if ``closed``.
+        """
+        blocks = range(scales if closed else scales - 1)
         if not blocks:
             return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.scale_embed.embedding_dim)
         vectors = [self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks]

@@ -14,7 +14,7 @@ from nextflow_ar.model.backbone import Backbone, Cache
 from nextflow_ar.model.embeddings import ScaleInputs
 from nextflow_ar.model.loss import chunked_linear_cross_entropy
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.batch import Batch
+from nextflow_ar.sequence.batch import Batch, ImageGroup
 from nextflow_ar.sequence.blocks import block_mask
 from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, Sample
 
@@ -71,13 +71,13 @@ class NextFlowModel(nn.Module):
         rows, length = batch.shape
         flat = x.reshape(rows * length, -1)
         for group in batch.images:
-            inputs = self.scale_inputs(group.codes, group.schedule, group.closed)
+            inputs = self.scale_inputs(group.codes, group.schedule, group.scales, group.closed)
             steps = torch.arange(inputs.shape[1], device=x.device)
             places = (group.rows * length + group.starts)[:, None] + steps
             flat = flat.index_add(0, places.flatten(), inputs.flatten(0, 1).to(flat.dtype))
             if self.scale_inputs.place_embed is not None:
                 flat = flat.index_add(
-                    0, places.flatten(), self._places(group.schedule, group.closed, len(group.rows))
+                    0, places.flatten(), self._places(group)
                 )
         x = flat.view(rows, length, -1)
         return x + self.scale_inputs.tags(batch.scales, batch.lengths).to(x.dtype)
@@ -97,13 +97,13 @@ class NextFlowModel(nn.Module):
         tags = self.scale_inputs.tags(block.scales[None].to(device), block.lengths[None].to(device))
         return x + tags.to(x.dtype)
 
-    def _places(self, schedule: ScaleSchedule, closed: bool, count: int) -> Tensor:
+    def _places(self, group: ImageGroup) -> Tensor:
         assert self.scale_inputs.place_embed is not None
-        sizes = list(schedule.sizes[1:]) + ([schedule.sizes[-1]] if closed else [])
+        sizes = list(group.schedule.sizes[1 : group.scales]) + ([group.schedule.sizes[-1]] if group.closed else [])
         index = torch.cat([torch.arange(size) for size in sizes]).to(
             self.scale_inputs.place_embed.weight.device
         )
-        return self.scale_inputs.place_embed(index).repeat(count, 1)
+        return self.scale_inputs.place_embed(index).repeat(len(group.rows), 1)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
         """Hidden states of a whole batch (teacher forcing)."""

@@ -15,12 +15,13 @@ from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, Sample
 
 @dataclass(frozen=True, eq=False)
 class ImageGroup:
-    """All images of a batch that share a schedule and are closed alike.
+    """All images of a batch that share a schedule, the number of scales laid out, and whether they are closed.
 
     ``codes``: (N, T) input codes. ``rows``, ``starts``: (N,) the batch row and the position of the first fed place.
     """
 
     schedule: ScaleSchedule
+    scales: int
     closed: bool
     codes: Tensor
     rows: Tensor
@@ -126,18 +127,19 @@ def collate(
 
 
 def _groups(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[ImageGroup, ...]:
-    found: dict[tuple[ScaleSchedule, bool], list[tuple[int, int, Tensor]]] = {}
+    found: dict[tuple[ScaleSchedule, int, bool], list[tuple[int, int, Tensor]]] = {}
     for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
         for span in sample.images:
-            key = (span.codes.schedule, span.closed)
+            key = (span.codes.schedule, span.scales, span.closed)
             found.setdefault(key, []).append((row, start + span.boi + 1, span.codes.input))
     return tuple(
         ImageGroup(
             schedule,
+            scales,
             closed,
             torch.stack([codes for _, _, codes in members]),
             torch.tensor([row for row, _, _ in members]),
             torch.tensor([start for _, start, _ in members]),
         )
-        for (schedule, closed), members in found.items()
+        for (schedule, scales, closed), members in found.items()
     )

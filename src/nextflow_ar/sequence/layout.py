@@ -40,10 +40,13 @@ class LayoutOptions:
 
 @dataclass(frozen=True, eq=False)
 class ImageSpan:
-    """An image within a sample: where its ``<boi>`` stands, and whether the closing block follows its scales."""
+    """An image within a sample: where its ``<boi>`` stands, how many of its scales are laid out, and whether the closing
+    block follows them.
+    """
 
     codes: Codes
     boi: int
+    scales: int
     closed: bool
 
     @property
@@ -51,7 +54,7 @@ class ImageSpan:
         """Positions [start, end) of the blocks that are fed codes."""
         schedule = self.codes.schedule
         closing = schedule.sizes[-1] if self.closed else 0
-        return self.boi + 1, self.boi + schedule.num_tokens + closing
+        return self.boi + 1, self.boi + schedule.offsets[self.scales] + closing
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,19 +148,22 @@ class _Builder:
         if image.supervised:
             self.predict(self.vocab.boi)
         boi, total = len(self.tokens), len(schedule)
+        laid = image.scales or total
+        if closed and laid < total:
+            raise ValueError("nothing can follow an image of which only the first scales are laid out")
         weights = scale_weights(schedule, self.options.alpha) if image.supervised else [0.0] * total
         goal = [IGNORED] * schedule.num_tokens
         if image.supervised:
             goal = [self.vocab.text_size + c for c in codes.target.tolist()]
         self.text([self.vocab.boi], scale=0, length=total)
         self.targets[-1], self.weights[-1] = goal[0], weights[0]
-        for k in range(1, total):
+        for k in range(1, laid):
             part = goal[schedule.offsets[k] : schedule.offsets[k + 1]]
             self.grid(schedule.grids[k], k, total, part, weights[k])
         if closed:
             self.grid(schedule.final, total, total, [IGNORED] * schedule.sizes[-1], 0.0)
             self.text([self.vocab.eoi])
-        self.images.append(ImageSpan(codes, boi, closed))
+        self.images.append(ImageSpan(codes, boi, laid, closed))
 
     def segments(self, document: Document, *, close_last: bool) -> None:
         last = len(document.segments) - 1

@@ -43,13 +43,18 @@ GENERATION_DEFAULTS: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top
 
 @dataclass(frozen=True)
 class Source:
-    """Part of every step's batch: ``rows`` documents of one task, padded to ``length`` tokens."""
+    """Part of every step's batch: ``rows`` documents of one task, padded to ``length`` tokens.
+
+    ``scales``: drawings are laid out up to this scale only (null: whole). The coarse scales decide what is drawn where;
+    prefixes show many more of them in the same time.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     task: TaskName
     rows: int
     length: int
     data: MixtureConfig
+    scales: int | None = None
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,10 @@ class ModelTrainer:
                 correction=self.correction(),
                 generator=self.generator,
             )
+        pairs = [Codes(self.schedule, codes.target[i], codes.input[i]) for i in range(len(scenes))]
         documents = [
-            document(
-                source.task, scene, Codes(self.schedule, codes.target[i], codes.input[i]), mixture, first + i
-            )
-            for i, scene in enumerate(scenes)
+            document(source.task, scene, pair, mixture, first + i, source.scales)
+            for i, (scene, pair) in enumerate(zip(scenes, pairs, strict=True))
         ]
         return collate([build(d, self.vocab, self.layout) for d in documents], source.length)
 
