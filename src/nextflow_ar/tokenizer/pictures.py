@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -89,5 +90,6 @@ def save_picture(pixels: np.ndarray, path: Path | str) -> None:
         Image.fromarray(pixels).save(temporary, format=kind)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise PictureError(f"{path}: cannot be written: {error.strerror or error}") from None

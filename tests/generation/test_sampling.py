@@ -1,0 +1,88 @@
+"""Sampling functions on distributions small enough to check by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextflow_ar.generation.sampling import SamplingSettings, SettingError, at_scale, draw, guide, keep_best
+
+LOGITS = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+NEVER = float("-inf")
+
+
+def kept(top_k: int, top_p: float) -> list[bool]:
+    return (keep_best(LOGITS, top_k, top_p)[0] > NEVER).tolist()
+
+
+def test_filters_by_hand() -> None:
+    assert kept(0, 1.0) == [True] * 4
+    assert kept(2, 1.0) == [True, True, False, False]
+    assert kept(9, 1.0) == [True] * 4
+    assert kept(0, 0.5) == [True, False, False, False]
+    assert kept(0, 0.51) == [True, True, False, False]
+    assert kept(0, 0.81) == [True, True, True, False]
+    assert kept(0, 1e-9) == [True, False, False, False]
+    assert kept(3, 0.5) == [True, False, False, False]
+
+
+def test_draws_follow_the_distribution() -> None:
+    many = LOGITS.expand(40_000, 4)
+    shares = torch.bincount(draw(many, 1.0, 0, 1.0, torch.Generator().manual_seed(1)), minlength=4) / 40_000
+    assert shares.tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.01)
+    sharp = torch.bincount(draw(many, 0.5, 0, 1.0, torch.Generator().manual_seed(1)), minlength=4) / 40_000
+    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert sharp.tolist() == pytest.approx((squares / squares.sum()).tolist(), abs=0.01)
+    two = torch.bincount(draw(many, 1.0, 2, 1.0, torch.Generator().manual_seed(1)), minlength=4) / 40_000
+    assert two.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)
+    assert set(draw(many, 0.0, 0, 1.0, torch.Generator().manual_seed(1)).tolist()) == {0}
+
+
+def test_settings_never_shift_later_noise() -> None:
+    a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    draw(LOGITS, 0.0, 0, 1.0, a)
+    draw(LOGITS, 1.0, 2, 0.5, b)
+    assert torch.equal(torch.rand(3, generator=a), torch.rand(3, generator=b))
+
+
+@given(st.floats(0, 10), st.integers(1, 5))
+def test_guidance_is_a_line(guidance: float, n: int) -> None:
+    c, u = torch.randn(n, 4), torch.randn(n, 4)
+    torch.testing.assert_close(guide(c, u, guidance), u + guidance * (c - u))
+    torch.testing.assert_close(guide(c, u, 1.0), c)
+
+
+def test_values_per_scale() -> None:
+    assert [at_scale(3.0, k, 8) for k in (0, 7)] == [3.0, 3.0]
+    assert [at_scale((1.0, 8.0), k, 8) for k in range(8)] == pytest.approx([1, 2, 3, 4, 5, 6, 7, 8])
+    assert [at_scale((5.0, 6.0, 7.0), k, 3) for k in range(3)] == [5, 6, 7]
+    assert at_scale((4.0,), 5, 8) == 4
+    settings = SamplingSettings(guidance=(1.0, 3.0), top_k=(10.0, 20.0, 30.0), top_p=0.9)
+    assert settings.at(1, 3) == (2.0, 1.0, 20, 0.9)
+    with pytest.raises(SettingError, match="top-k takes one value, two .* or one for each of the 8 scales, got 3"):
+        settings.at(0, 8)
+
+
+def test_guided_and_changed() -> None:
+    assert not SamplingSettings().guided and not SamplingSettings(guidance=(1.0, 1.0)).guided
+    assert SamplingSettings(guidance=(1.0, 2.0)).guided and SamplingSettings(guidance=0.0).guided
+    assert SamplingSettings(top_k=5).changed(top_p=0.5, temperature=None) == SamplingSettings(top_k=5, top_p=0.5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"guidance": -1.0}, "guidance is a number of at least 0, got -1"),
+        ({"guidance": float("nan")}, "guidance is a number"),
+        ({"guidance": float("inf")}, "guidance is a number"),
+        ({"temperature": (1.0, -0.5)}, "temperature is a number of at least 0, got -0.5"),
+        ({"top_k": 1.5}, "top-k is a whole number"),
+        ({"top_p": 0.0}, "top-p is a number above 0 and at most 1, got 0"),
+        ({"top_p": 1.1}, "top-p is a number above 0"),
+    ],
+)
+def test_senseless_settings_are_errors(setting: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        SamplingSettings(**setting)

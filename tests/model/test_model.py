@@ -1,0 +1,152 @@
+"""The transformer: parity with transformers' own stack, chunked loss and its gradients, inputs, packing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from nextflow_ar.model.backbone import axis_frequencies, text_config
+from nextflow_ar.model.checkpoint import Bundle
+from nextflow_ar.model.embeddings import sinusoid
+from nextflow_ar.model.loss import chunked_linear_cross_entropy
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.batch import collate, pack
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
+from nextflow_ar.tokenizer.quantizer import resize
+from nextflow_ar.types import Codes, Document, Image, Text
+from tests.conftest import TINY_MODEL, tiny_model
+
+SQUARE = ScaleSchedule.square(4)
+
+
+def codes(seed: int, schedule: ScaleSchedule = SQUARE) -> Codes:
+    generator = torch.Generator().manual_seed(seed)
+    return Codes.plain(schedule, torch.randint(0, 24, (schedule.num_tokens,), generator=generator))
+
+
+@pytest.mark.parametrize("kv_heads", [3, 1])
+def test_text_logits_equal_transformers_own_model(bundle: Bundle, kv_heads: int) -> None:
+    config = replace(TINY_MODEL, rope="qwen", rope_theta=1_000_000.0, kv_heads=kv_heads)
+    model = tiny_model(config)
+    theirs = Qwen2_5_VLTextModel(text_config(config)).eval()
+    missing = theirs.load_state_dict(model.backbone.state_dict(), strict=True)
+    assert not missing.missing_keys and not missing.unexpected_keys
+    sample = build(Document((Text("a red circle on a blue background and two dogs"),)), bundle.vocab, LayoutOptions(8.0))
+    batch = collate([sample])
+    ours = model.logits(model.hidden(batch))
+    hidden = theirs(input_ids=batch.tokens).last_hidden_state  # causal, positions 0, 1, 2, ... by itself
+    torch.testing.assert_close(ours, model.head(hidden), atol=1e-4, rtol=1e-4)
+
+
+def test_every_axis_has_its_own_frequencies() -> None:
+    ladder = axis_frequencies(TINY_MODEL)
+    assert ladder.tolist() == pytest.approx([1, 0.1, 1, 100 ** (-1 / 3), 100 ** (-2 / 3)] + [1, 100 ** (-1 / 3), 100 ** (-2 / 3)])
+    model = tiny_model()
+    assert torch.equal(model.backbone.rotary_emb.inv_freq, ladder)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 9, generator=generator, requires_grad=True)
+    weight = torch.randn(31, 9, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 31, (23,), generator=generator)
+    weights = torch.rand(23, generator=generator)
+    total, losses, best = chunked_linear_cross_entropy(hidden, weight, targets, weights, chunk)
+    (3 * total).backward()
+    found = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    logits = hidden @ weight.T
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    (3 * (plain * weights).sum()).backward()
+    torch.testing.assert_close(losses, plain)
+    torch.testing.assert_close(total, (plain * weights).sum())
+    assert torch.equal(best, logits.argmax(1))
+    torch.testing.assert_close(found[0], hidden.grad)
+    torch.testing.assert_close(found[1], weight.grad)
+
+
+def test_the_loss_of_a_batch_is_the_weighted_cross_entropy_of_its_targets(bundle: Bundle) -> None:
+    options = LayoutOptions(12.0, alpha=0.9, text_weight=2.0)
+    document = Document((Text("two dogs"), Image(codes(1), True), Text("a cat", True)))
+    batch = collate([build(document, bundle.vocab, options), build(Document((Text("a", True),)), bundle.vocab, options)])
+    report = bundle.model.losses(batch)
+    logits = bundle.model.logits(bundle.model.hidden(batch))
+    plain = F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(report.total, (plain * batch.weights).sum(), atol=1e-3, rtol=1e-4)
+    assert float(report.weight) == pytest.approx(float(batch.weights.sum()))
+    on = batch.targets != IGNORED
+    assert len(report.losses) == int(on.sum())
+    counts = {scale: int((report.scales == scale).sum()) for scale in (-1, 0, 1, 2, 3)}
+    # text: "a cat" and end, <boi>, "a" would need a place before it, so only its end
+    assert counts == {-1: 1 + len(bundle.vocab.encode("a cat")) + 1 + 1, 0: 1, 1: 4, 2: 9, 3: 16}
+
+
+def test_residual_inputs_are_one_grid_enlarged_and_accumulated_ones_are_not() -> None:
+    model = tiny_model()
+    inputs, image = model.scale_inputs, codes(3)
+    inputs.code_scale.fill_(2.0)
+    block = inputs.block(image.target[None], SQUARE, 1)  # after 2x2, fed at 3x3
+    vectors = inputs.code_embed.weight[image.scale(1)].T.reshape(1, 10, 2, 2)
+    torch.testing.assert_close(block, 2 * F.interpolate(vectors, size=(3, 3), mode="bicubic"), atol=1e-5, rtol=1e-5)
+    closing = inputs.block(image.target[None], SQUARE, 3)
+    torch.testing.assert_close(closing, 2 * inputs.code_embed.weight[image.scale(3)].T.reshape(1, 10, 4, 4))
+    summed = tiny_model(replace(TINY_MODEL, scale_input="accumulated")).scale_inputs
+    whole = sum(
+        F.interpolate(summed.code_embed.weight[image.scale(j)].T.reshape(1, 10, n, n), size=(4, 4), mode="bicubic")
+        for j, n in ((0, 1), (1, 2))
+    )
+    torch.testing.assert_close(summed.block(image.target[None], SQUARE, 1), resize(whole, (3, 3), "area"), atol=1e-5, rtol=1e-5)
+
+
+def test_scale_and_length_tags() -> None:
+    inputs = tiny_model().scale_inputs
+    scales, lengths = torch.tensor([[-1, 0, 2]]), torch.tensor([[0, 4, 18]])
+    tags = inputs.tags(scales, lengths)[0]
+    assert float(tags[0].abs().sum()) == 0
+    for place, (scale, length) in ((1, (0, 4)), (2, (2, 18))):
+        angles = length * torch.exp(-math.log(1000.0) * torch.arange(24) / 24)
+        torch.testing.assert_close(sinusoid(torch.tensor(length), 48), torch.cat([angles.sin(), angles.cos()]))
+        wanted = inputs.scale_embed.weight[scale] + inputs.length_embed(torch.cat([angles.sin(), angles.cos()]))
+        torch.testing.assert_close(tags[place], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_packing_and_padding_change_nothing(bundle: Bundle, positions: str) -> None:
+    model = tiny_model(replace(TINY_MODEL, positions=positions))
+    wide = ScaleSchedule.from_final((40, 100), 3)
+    documents = [
+        Document.text_to_image("two dogs", codes(1)),
+        Document.image_to_text(codes(2, wide), "a cat"),
+        Document.text_to_image("a red circle", codes(3), scales=2),
+    ]
+    samples = [build(d, bundle.vocab, bundle.layout) for d in documents]
+    together = model.hidden(collate([pack(samples), samples[0]], 140))
+    ended = model.hidden(collate([pack(samples)], 140, align="right"))
+    at = 0
+    for sample in samples:
+        alone = model.hidden(collate([sample]))[0]
+        torch.testing.assert_close(together[0, at : at + len(sample)], alone, atol=1e-4, rtol=1e-4)
+        start = 140 - sum(map(len, samples)) + at
+        torch.testing.assert_close(ended[0, start : start + len(sample)], alone, atol=1e-4, rtol=1e-4)
+        at += len(sample)
+
+
+def test_a_fresh_model_is_exactly_undecided() -> None:
+    model = NextFlowModel(TINY_MODEL)
+    model.initialise(torch.Generator().manual_seed(0))
+    sample_codes = codes(1)
+    vocab_size = TINY_MODEL.vocab
+    hidden = torch.randn(3, 48)
+    assert float(model.logits(hidden).abs().max()) == 0
+    losses = chunked_linear_cross_entropy(hidden, model.head.weight, torch.tensor([1, 5, 300]), torch.ones(3))[1]
+    assert losses.tolist() == pytest.approx([math.log(vocab_size)] * 3)
+    model.scale_inputs.start_from(torch.full((24, 10), 0.5) * torch.tensor([1.0, -1.0] * 5))
+    block = model.scale_inputs.block(sample_codes.target[None], SQUARE, 3)
+    assert float(block.std()) == pytest.approx(1.0, abs=0.05)

@@ -1,0 +1,186 @@
+"""The quantiser against a plain float64 reference written as loops, and its training-time behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nextflow_ar.config import QuantizerConfig
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.tokenizer import quantizer as module
+from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer, SelfCorrection, resize
+
+CONFIG = QuantizerConfig(codebook_size=40, semantic_dim=3, pixel_dim=5, semantic_weight=2.0, normalize=False)
+
+
+def quantizer(config: QuantizerConfig = CONFIG, seed: int = 0, scales: int = 5) -> MultiScaleQuantizer:
+    q = MultiScaleQuantizer(config, scales)
+    q.codebook.normal_(0, 0.7, generator=torch.Generator().manual_seed(seed))
+    return q
+
+
+def features(schedule: ScaleSchedule, rows: int = 2, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, 8, *schedule.final, generator=torch.Generator().manual_seed(seed))
+
+
+def cubic(x: float) -> float:
+    a, x = -0.75, abs(x)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def bicubic_matrix(source: int, target: int) -> np.ndarray:
+    out = np.zeros((target, source))
+    for i in range(target):
+        centre = (i + 0.5) * source / target - 0.5
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            out[i, min(max(tap, 0), source - 1)] += cubic(centre - tap)
+    return out
+
+
+def area_matrix(source: int, target: int) -> np.ndarray:
+    """Adaptive average: cell i covers source cells floor(i s / t) to ceil((i + 1) s / t)."""
+    out = np.zeros((target, source))
+    for i in range(target):
+        first, last = i * source // target, -(-(i + 1) * source // target)
+        out[i, first:last] = 1 / (last - first)
+    return out
+
+
+def reference(x: np.ndarray, codebook: np.ndarray, config: QuantizerConfig, schedule: ScaleSchedule) -> list[int]:
+    """Codes of one (C, H, W) feature map, in float64."""
+    halves = (slice(0, config.semantic_dim), slice(config.semantic_dim, None))
+    weights = (config.semantic_weight, 1.0)
+
+    def key(v: np.ndarray, half: slice) -> np.ndarray:
+        return v[half] / max(np.linalg.norm(v[half]), 1e-12) if config.normalize else v[half]
+
+    rest, codes, height, width = x.astype(np.float64).copy(), [], *schedule.final
+    for h, w in schedule:
+        small = np.einsum("ih,chw,jw->cij", area_matrix(height, h), rest, area_matrix(width, w))
+        chosen = np.zeros((x.shape[0], h, w))
+        for i in range(h):
+            for j in range(w):
+                distances = [
+                    sum(g * ((key(small[:, i, j], p) - key(code, p)) ** 2).sum() for g, p in zip(weights, halves, strict=True))
+                    for code in codebook
+                ]
+                codes.append(int(np.argmin(distances)))
+                chosen[:, i, j] = codebook[codes[-1]]
+        rest -= np.einsum("hi,cij,wj->chw", bicubic_matrix(h, height), chosen, bicubic_matrix(w, width))
+    return codes
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("final", [(64, 64), (40, 100), (128, 32)], ids=str)
+def test_codes_equal_the_float64_reference(final: tuple[int, int], normalize: bool) -> None:
+    config = replace(CONFIG, normalize=normalize)
+    q, schedule = quantizer(config), ScaleSchedule.from_final(final, 5)
+    x = features(schedule)
+    found = q.quantize(x, schedule)
+    for row in range(2):
+        wanted = reference(x[row].numpy(), q.codebook.double().numpy(), config, schedule)
+        assert found.target[row].tolist() == wanted
+    assert torch.equal(found.input, found.target)
+    torch.testing.assert_close(q.accumulate(found.target, schedule), found.features)
+    errors = ((x - q.accumulate(found.target, schedule)) ** 2).mean()
+    assert float(found.prefix_errors[-1]) == pytest.approx(float(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 8), (3, 8), (5, 8), (7, 8), (2, 5)])
+def test_resizing_equals_torchs(source: int, target: int) -> None:
+    x = torch.randn(2, 3, source, source)
+    torch.testing.assert_close(
+        resize(x, (target, target), "bicubic"), F.interpolate(x, size=(target, target), mode="bicubic"), atol=1e-5, rtol=1e-5
+    )
+    y = torch.randn(2, 3, target, target)
+    torch.testing.assert_close(resize(y, (source, source), "area"), F.interpolate(y, size=(source, source), mode="area"))
+
+
+def test_scales_accumulate_prefix_by_prefix() -> None:
+    q, schedule = quantizer(), ScaleSchedule.square(5)
+    codes = q.quantize(features(schedule), schedule).target
+    assert float(q.accumulate(codes, schedule, 0).abs().sum()) == 0
+    one = q.accumulate(codes, schedule, 1)
+    torch.testing.assert_close(one, q.codebook[codes[:, 0]][:, :, None, None].expand_as(one))
+    keep = torch.tensor([2, 5])
+    dropped = q.quantize(features(schedule), schedule, keep=keep)
+    torch.testing.assert_close(dropped.features[0], q.accumulate(codes, schedule, 2)[0])
+    torch.testing.assert_close(dropped.features[1], q.accumulate(codes, schedule)[1])
+    assert torch.equal(dropped.target, codes)
+
+
+def test_it_computes_in_fp32_under_autocast() -> None:
+    q, schedule = quantizer(), ScaleSchedule.square(5)
+    x = features(schedule, rows=4)
+    plain = q.quantize(x, schedule)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = q.quantize(x, schedule)
+    assert cast.features.dtype == torch.float32
+    assert torch.equal(cast.target, plain.target)
+    assert torch.equal(cast.features, plain.features)
+
+
+def test_chunked_distances_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, schedule = quantizer(), ScaleSchedule.square(5)
+    x = features(schedule, rows=3)
+    whole = q.quantize(x, schedule)
+    monkeypatch.setattr(module, "_DISTANCE_BUDGET", 7 * 40)
+    assert torch.equal(q.quantize(x, schedule).target, whole.target)
+
+
+def test_self_correction_answers_its_own_history() -> None:
+    q, schedule = quantizer(), ScaleSchedule.square(5)
+    x = features(schedule, rows=64)
+    plain = q.quantize(x, schedule)
+    correction = SelfCorrection(share=0.6, top_k=5, temperature=5.0)
+    found = q.quantize(x, schedule, correction=correction, generator=torch.Generator().manual_seed(3))
+    again = q.quantize(x, schedule, correction=correction, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(found.input, again.input) and torch.equal(found.target, again.target)
+    changed = (found.input != found.target).float()
+    assert 0.3 < float(changed.mean()) < 0.6  # 60 % are drawn, some of them the nearest again
+    assert torch.equal(found.target[:, 0], plain.target[:, 0])  # nothing was corrupted before grid 1
+    assert not torch.equal(found.target, plain.target)
+    # what is subtracted is the sampled code: targets are the nearest codes given the *input* history
+    for k in range(1, 5):
+        rest = x - q.accumulate(found.input, schedule, k)
+        cells = resize(rest, schedule.grids[k], "area").flatten(2).transpose(1, 2).reshape(-1, 8)
+        wanted = q.nearest(cells).view(64, -1)
+        same = wanted == found.target[:, schedule.offsets[k] : schedule.offsets[k + 1]]
+        assert float(same.float().mean()) > 0.999
+    near = q.distances(x.mean((2, 3))).topk(5, largest=False).indices
+    assert bool((near == found.input[:, :1]).any(1).all())  # sampled among the five nearest
+    none = q.quantize(x, schedule, correction=SelfCorrection(0.0, 5, 1.0))
+    assert torch.equal(none.input, plain.input)
+
+
+def test_learning_moves_codes_to_their_cells_and_revives_the_dead() -> None:
+    torch.manual_seed(0)
+    q, schedule = quantizer(), ScaleSchedule.square(5)
+    q.codebook.zero_()  # total collapse
+    generator = torch.Generator().manual_seed(0)
+    errors, revived = [], []
+    for step in range(60):
+        x = features(schedule, rows=16, seed=step)
+        trace: list = []
+        errors.append(float(q.quantize(x, schedule, trace=trace).prefix_errors[-1]))
+        revived.append(q.learn(trace, decay=0.9, revive_below=0.05, generator=generator))
+    assert revived[0] == 39
+    assert np.mean(errors[-5:]) < 0.75 * errors[0]
+    usage, perplexity = q.usage()
+    assert usage.shape == perplexity.shape == (5,)
+    assert float(usage[1:].min()) > 0.8 and float(perplexity[1:].min()) > 12
+
+
+def test_usage_counts_by_hand() -> None:
+    q = quantizer(scales=1)
+    cells = torch.zeros(4, 8)
+    q.learn([(0, cells, torch.tensor([0, 0, 1, 1]))], decay=0.0, revive_below=0.0)
+    usage, perplexity = q.usage()
+    assert float(usage[0]) == pytest.approx(2 / 40)
+    assert float(perplexity[0]) == pytest.approx(2.0, rel=1e-4)
