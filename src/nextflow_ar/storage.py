@@ -56,7 +56,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.chmod(0o755)
         fill(temporary)
-        sums = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        sums = {f.relative_to(temporary).as_posix(): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
         write_atomic(temporary / CHECKSUMS, json.dumps(sums, indent=1).encode())
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -84,7 +84,7 @@ def read_checked(folder: Path, name: str) -> bytes:
         raise StorageError(f"{folder}: no such checkpoint folder")
     try:
         data = (folder / name).read_bytes()
-        sums = json.loads((folder / CHECKSUMS).read_text()) if (folder / CHECKSUMS).is_file() else {}
+        sums = _sums(folder)
     except FileNotFoundError:
         raise StorageError(f"{folder}: the checkpoint lacks the file {name}") from None
     except (OSError, ValueError) as error:
@@ -92,6 +92,16 @@ def read_checked(folder: Path, name: str) -> bytes:
     if name in sums and hashlib.sha256(data).hexdigest() != sums[name]:
         raise StorageError(f"{folder}: the file {name} is damaged (its checksum differs from {CHECKSUMS})")
     return data
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Checksums of a folder's files: its own list, or its part of the list one level up."""
+    if (folder / CHECKSUMS).is_file():
+        return json.loads((folder / CHECKSUMS).read_text())
+    above = folder.parent / CHECKSUMS
+    listed = json.loads(above.read_text()) if above.is_file() else {}
+    prefix = folder.name + "/"
+    return {name.removeprefix(prefix): digest for name, digest in listed.items() if name.startswith(prefix)}
 
 
 def pack_weights(tensors: Mapping[str, Tensor]) -> bytes:

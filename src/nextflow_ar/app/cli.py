@@ -43,16 +43,22 @@ class UsageError(ValueError):
     """An argument that cannot be meant: one line."""
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("nextflow-ar"))
+        raise typer.Exit(0)
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (accepted anywhere).")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(installed("nextflow-ar"))
-        raise typer.Exit(0)
+    """Draw pictures from words, describe pictures, and train the model that does it."""
 
 
 def _per_scale(text: str | None, name: str) -> PerScale | None:

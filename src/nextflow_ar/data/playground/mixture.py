@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nextflow_ar.data.playground.scenes import Scene, SceneSampler, Split, level, render
+from nextflow_ar.data.playground.scenes import LEVELS, Scene, SceneSampler, Split, level, render
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,13 @@ class MixtureConfig:
     seed: int
     sprite_folder: Path | None = None
     photo_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.levels if name not in LEVELS]
+        if unknown:
+            raise ValueError(f"unknown playground level {unknown[0]!r}: one of {', '.join(LEVELS)}")
+        if not self.levels or min(self.levels.values()) < 0 or sum(self.levels.values()) <= 0:
+            raise ValueError("levels needs at least one level with a weight above 0")
 
 
 class SceneMixture:

@@ -1,9 +1,9 @@
 """Scenes with exact ground truth: what stands where, sampled from a seed at a chosen difficulty, and rendered.
 
 Difficulty is a dial (:data:`LEVELS`). ``easy``: twenty sprites and five shapes in eight colours, one size, positions on
-every second point of the 8-pixel lattice, plain palette backgrounds. ``medium``: any pixel position, sizes from 20 to 40,
-colours jittered around the palette. ``hard``: every sprite, more sizes, gradients and, if a folder is given, photographs
-behind them.
+every second point of the 8-pixel lattice, plain palette backgrounds. ``shapes``: easy without sprites, so that no font is
+needed. ``medium``: any pixel position, sizes from 20 to 40, colours jittered around the palette. ``hard``: every sprite,
+more sizes, gradients and, if a folder is given, photographs behind them.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Level:
 _EASY_COLOURS = tuple(COLOURS)[:8]
 _EASY_NOUNS = tuple(noun.name for noun in NOUNS[:20])
 LEVELS: dict[str, Level] = {
+    "shapes": Level("shapes", 64, (), SHAPES, _EASY_COLOURS, (32,), 16, 4, 0, 0.0),
     "easy": Level("easy", 64, _EASY_NOUNS, SHAPES, _EASY_COLOURS, (32,), 16, 4, 0, 0.0),
     "medium": Level("medium", 64, _EASY_NOUNS, SHAPES, _EASY_COLOURS, tuple(range(20, 41, 2)), 1, 4, 25, 0.0),
     "hard": Level(

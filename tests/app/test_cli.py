@@ -1,0 +1,190 @@
+"""The command as a subprocess and, for most mistakes, in this process: files, exit status, one line on stderr."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nextflow_ar.app.cli import run
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "bundle"
+ROOT = Path(__file__).parent.parent.parent
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).parent / "nextflow-ar"
+    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit status and the line of an error."""
+    status = run([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("nextflow-ar: ") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return status, err[len("nextflow-ar: ") : -1]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
+    options = ("--n", 2, "--seed", 3, "--guidance", "1,3", "--top-k", 20, "--preview", folder / "p", "-m", GOLDEN, "--json")
+    done = command("generate", "two dogs", "-o", folder / "a.png", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    assert [Path(p["file"]).name for p in told["pictures"]] == ["a-1.png", "a-2.png"]
+    assert told["pictures"][0]["seed"] == 3
+    assert len(told["previews"]) == 10
+    return folder
+
+
+def test_generate_writes_pictures_and_previews(drawn: Path) -> None:
+    last = Image.open(drawn / "p" / "a-1-scale-05.png")
+    assert np.array_equal(last, Image.open(drawn / "a-1.png"))
+    assert Image.open(drawn / "a-2.png").size == (40, 40)
+
+
+def test_the_same_seed_gives_the_same_file_alone(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--seed", "3", "--guidance", "1,3", "--top-k", "20", "-m", str(GOLDEN)]
+    assert run(["generate", "two dogs", "-o", str(drawn / "b.png"), *options]) == 0
+    assert capsys.readouterr().out == f"{drawn / 'b.png'}\n"
+    assert (drawn / "b.png").read_bytes() == (drawn / "a-1.png").read_bytes()
+
+
+def test_describe(drawn: Path) -> None:
+    done = command("describe", drawn / "a-1.png", "-m", GOLDEN, "--max-tokens", 5)
+    assert done.returncode == 0 and done.stdout.endswith("\n") and done.stderr == ""
+    told = command("describe", drawn / "a-1.png", "-m", GOLDEN, "--max-tokens", 5, "--json")
+    assert json.loads(told.stdout)["text"] == done.stdout[:-1]
+
+
+def test_reconstruct_files_and_folders(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(["reconstruct", str(drawn / "a-1.png"), str(drawn / "p"), "-o", str(out), "-m", str(GOLDEN), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["pictures"]
+    assert len(rows) == 11 and all(Path(row["out"]).is_file() and 3 < row["psnr"] < 60 for row in rows)
+    assert Image.open(out / "side_by_side.png").size == (80, 11 * 40)
+    before, after = (np.asarray(Image.open(p).convert("RGB"), float) for p in (drawn / "a-1.png", rows[0]["out"]))
+    assert rows[0]["psnr"] == pytest.approx(10 * np.log10(255**2 / ((before - after) ** 2).mean()), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["palette.png", "grey16.png", "cmyk.jpg", "alpha.png", "moving.gif"])
+def test_unusual_pictures_are_accepted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = Image.new("RGB", (50, 30), (200, 30, 40))
+    made = {
+        "palette.png": base.quantize(8),
+        "grey16.png": Image.fromarray(np.full((30, 50), 40000, np.uint16)),
+        "cmyk.jpg": base.convert("CMYK"),
+        "alpha.png": base.convert("RGBA"),
+        "moving.gif": base,
+    }[name]
+    options = {"save_all": True, "append_images": [base.rotate(90)]} if name == "moving.gif" else {}
+    made.save(tmp_path / name, **options)
+    assert run(["describe", str(tmp_path / name), "-m", str(GOLDEN), "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_bad_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(whole[: len(whole) // 2])
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    for name, reason in (("none.png", "no such file"), ("short.png", "truncated"), ("bomb.png", "64 megapixels")):
+        status, line = mistake(capsys, "describe", tmp_path / name, "-m", GOLDEN)
+        assert status == 1 and name in line and reason in line
+        status, line = mistake(capsys, "reconstruct", tmp_path / name, "-o", tmp_path / "o", "-m", GOLDEN)
+        assert status == 1 and reason in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["generate", " ", "-o", "a.png"], "the prompt is empty"),
+        (["generate", "dog " * 400, "-o", "a.png"], "the model's context holds 256"),
+        (["generate", "dogs", "-o", "a.png", "--size", "50x41"], "no scale schedule covers 50x41"),
+        (["generate", "dogs", "-o", "a.png", "--size", "big"], "--size takes WIDTHxHEIGHT"),
+        (["generate", "dogs", "-o", "a.png", "--guidance", "much"], "--guidance takes one value"),
+        (["generate", "dogs", "-o", "a.png", "--guidance", "1,2,3"], "guidance takes one value, two"),
+        (["generate", "dogs", "-o", "a.png", "--top-p", "2"], "top-p is a number above 0 and at most 1, got 2"),
+        (["generate", "dogs", "-o", "a.png", "--n", "0"], "Invalid value for '--n'"),
+        (["generate", "dogs", "-o", "a.xyz"], "use .png, .jpg or .webp"),
+        (["generate", "dogs", "-o", "."], "cannot write '' pictures"),
+        (["generate", "dogs"], "Missing option '-o'"),
+        (["draw", "dogs"], "No such command 'draw'"),
+        (["evaluate", "geneval", "-o", "x"], "unknown suite 'geneval': playground"),
+    ],
+)
+def test_wrong_use(
+    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, told = mistake(capsys, *arguments, *(["-m", str(GOLDEN)] if arguments[0] == "generate" else []))
+    assert status == 2 and line in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, line = mistake(capsys, "generate", "dogs", "-o", tmp_path / "a.png", "-m", "nanoo")
+    assert status == 2 and "unknown model 'nanoo': nano," in line
+    copy = tmp_path / "model"
+    shutil.copytree(GOLDEN, copy)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[999] ^= 1
+    weights.write_bytes(bytes(data))
+    status, line = mistake(capsys, "generate", "dogs", "-o", tmp_path / "a.png", "-m", copy)
+    assert status == 1 and "model.safetensors is damaged" in line
+    weights.unlink()
+    status, line = mistake(capsys, "generate", "dogs", "-o", tmp_path / "a.png", "-m", copy)
+    assert status == 1 and "lacks the file model.safetensors" in line
+
+
+def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "recipes" / "nano_teacher.yaml"
+    for change, line in (
+        ("stepz=3", "unknown key 'stepz'; accepted: kind, out, seed, steps"),
+        ("optimizer.lrr=3", "unknown key 'optimizer.lrr'; accepted: lr, muon_lr"),
+        ("steps=many", "'steps': input should be a valid integer"),
+        ("kind=nothing", "'kind' is one of teacher, tokenizer, model, judge"),
+        ("data.levels={eazy: 1}", "unknown playground level 'eazy': one of shapes, easy"),
+        ("steps", "--set takes KEY=VALUE"),
+    ):
+        status, told = mistake(capsys, "train", recipe, "--set", change, "--set", f"out={tmp_path / 'run'}")
+        assert status == 2 and line in told, told
+    status, told = mistake(capsys, "train", tmp_path / "none.yaml")
+    assert status == 2 and "No such file" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_unforeseen_errors_are_one_line_unless_debug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("nextflow_ar.app.cli._load", broken)
+    status, line = mistake(capsys, "generate", "dogs", "-o", "a.png")
+    assert status == 1 and line == "KeyError: 'surprise' (--debug shows where)"
+    with pytest.raises(KeyError):
+        run(["--debug", "generate", "dogs", "-o", "a.png"])
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+    assert run(["generate", "--help"]) == 0
+    assert "--guidance" in capsys.readouterr().out

@@ -1,0 +1,71 @@
+"""Strict configurations: complete or an error of one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nextflow_ar.config import (
+    ConfigError,
+    ImageTokenizerConfig,
+    ModelConfig,
+    from_dict,
+    load_json,
+    load_yaml,
+    override,
+    to_dict,
+)
+from tests.conftest import TINY_MODEL, TINY_TOKENIZER
+
+
+@pytest.mark.parametrize(("kind", "config"), [(ModelConfig, TINY_MODEL), (ImageTokenizerConfig, TINY_TOKENIZER)])
+def test_a_configuration_survives_json(kind: type, config: object, tmp_path: Path) -> None:
+    values = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(kind, values) == config
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    assert load_json(kind, tmp_path / "c.json") == config
+
+
+def test_mistakes_are_named() -> None:
+    values = to_dict(TINY_TOKENIZER)
+    for change, message in (
+        ({"downsampel": 8}, r"^here: unknown key 'downsampel'; accepted: downsample, num_scales, "),
+        ({"num_scales": "many"}, r"^here: 'num_scales': .*valid integer.* \(got 'many'\)$"),
+        ({"quantizer": {**values["quantizer"], "size": 3}}, r"unknown key 'quantizer.size'; accepted: codebook_size, "),
+        ({"quantizer": {}}, r"missing key 'quantizer.codebook_size'"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            from_dict(ImageTokenizerConfig, values | change, "here")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="'rope': input should be 'qwen' or 'per_axis'"):
+        from_dict(ModelConfig, to_dict(TINY_MODEL) | {"rope": "none"})
+
+
+def test_overrides() -> None:
+    values = {"a": {"b": 1}, "c": "x"}
+    changed = override(values, ["a.b=2", "c=[1, 2]", "d.e=1e-3", "f=text", "g=null"])
+    assert changed == {"a": {"b": 2}, "c": [1, 2], "d": {"e": 1e-3}, "f": "text", "g": None}
+    assert values == {"a": {"b": 1}, "c": "x"}
+    with pytest.raises(ConfigError, match="--set takes KEY=VALUE"):
+        override(values, ["a.b"])
+    with pytest.raises(ConfigError, match="'c' is a value, not a group of keys"):
+        override(values, ["c.d=1"])
+
+
+def test_yaml_files(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    with pytest.raises(ConfigError, match="No such file"):
+        load_yaml(path)
+    for text, message in (("a: [", "not valid YAML"), ("- 1", "expected a mapping")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_yaml(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"not a text file|not valid YAML"):
+        load_yaml(path)
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load_json(ModelConfig, path) if path.write_text("{") else None
+    with pytest.raises(ConfigError, match="No such file"):
+        load_json(ModelConfig, tmp_path / "none.json")
