@@ -89,9 +89,16 @@ class Document:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def text_to_image(cls, prompt: str, codes: Codes, *, scales: int | None = None) -> Document:
-        """A prompt as context and the image it describes (or its first ``scales`` scales) as the response."""
-        return cls((Text(prompt), Image(codes, supervised=True, scales=scales)))
+    def text_to_image(
+        cls, prompt: str, codes: Codes, *, thought: str | None = None, scales: int | None = None
+    ) -> Document:
+        """A prompt as context and the image it describes as the response.
+
+        ``thought``: text written between the two, part of the response (paper section 4, chain of thought).
+        ``scales``: lay out the image's first so many scales only.
+        """
+        between = () if thought is None else (Text(thought, supervised=True),)
+        return cls((Text(prompt), *between, Image(codes, supervised=True, scales=scales)))
 
     @classmethod
     def image_to_text(cls, codes: Codes, caption: str, *, image_supervised: bool = False) -> Document:

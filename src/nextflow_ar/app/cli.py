@@ -144,6 +144,9 @@ def generate(
         str | None, typer.Option("--top-k", help=f"Keep the k best codes (0: all): {_PER_SCALE}.")
     ] = None,
     top_p: Annotated[str | None, typer.Option("--top-p", help=f"Keep the nucleus: {_PER_SCALE}.")] = None,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Plan in words before drawing. Default: as the model says.")
+    ] = None,
     preview: Annotated[
         Path | None, typer.Option("--preview", help="Folder for a picture after every scale.")
     ] = None,
@@ -152,7 +155,7 @@ def generate(
 ) -> None:
     """Draw a picture from words."""
     from nextflow_ar.tokenizer.pictures import save_picture
-    from nextflow_ar.types import ImageReady, ScaleReady
+    from nextflow_ar.types import ImageReady, ScaleReady, TextDelta
 
     _writable(out)
     wanted = _size(size)
@@ -162,10 +165,12 @@ def generate(
 
     seeds = [fold_seed(seed, j) for j in range(n)]
     requests = pipeline.requests([prompt] * n, seeds, settings, wanted)
-    paths, previews = _numbered(out, n), []
+    paths, previews, thoughts = _numbered(out, n), [], [""] * n
     schedule = requests[0].schedule
     with _waiting("drawing", as_json):
-        for event in pipeline.stream(requests):
+        for event in pipeline.stream(requests, think=think):
+            if isinstance(event, TextDelta):
+                thoughts[event.row] += event.text
             if isinstance(event, ScaleReady) and preview is not None:
                 name = f"{paths[event.row].stem}-scale-{event.scale + 1:02d}.png"
                 picture = pipeline.preview(schedule, event.codes, event.scale + 1)
@@ -174,7 +179,8 @@ def generate(
             if isinstance(event, ImageReady) and event.image is not None:
                 save_picture(_array(event.image), paths[event.row])
     if as_json:
-        files = [{"file": str(p), "seed": s} for p, s in zip(paths, seeds, strict=True)]
+        rows = zip(paths, seeds, thoughts, strict=True)
+        files = [{"file": str(p), "seed": s, **({"thought": t} if t else {})} for p, s, t in rows]
         typer.echo(
             json.dumps({"prompt": prompt, "model": model, "pictures": files, "previews": sorted(previews)})
         )

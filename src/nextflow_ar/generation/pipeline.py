@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from nextflow_ar.types import Codes, Document, Event, Image, ImageReady, Text, T
 
 Picture = PILImage.Image | np.ndarray
 BUNDLED = ("nano",)
+THOUGHT_TOKENS = 96
+THOUGHT_SETTINGS = SamplingSettings(top_p=0.9)
 
 
 class RequestError(ValueError):
@@ -70,6 +73,7 @@ class NextFlowPipeline:
         self.bundle = bundle
         self.engine = Engine(bundle, max_rows)
         self.image_tokenizer = bundle.image_tokenizer
+        self.thinks = bool(bundle.generation.get("think", False))
         self.defaults = SamplingSettings(
             **{
                 k: tuple(v) if isinstance(v, list) else v
@@ -128,8 +132,30 @@ class NextFlowPipeline:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
-    def stream(self, requests: Sequence[ImageRequest]) -> Iterator[Event]:
-        """The engine's events; ImageReady carries the finished picture."""
+    def think(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
+        """The requests with a plan in words behind each prompt, written by the model (chain of thought)."""
+        asked = [TextRequest(r.document, THOUGHT_TOKENS, r.seed, THOUGHT_SETTINGS) for r in requests]
+        thoughts = [""] * len(requests)
+        for event in self.engine.texts(asked):
+            if isinstance(event, TextDelta):
+                thoughts[event.row] += event.text
+        return [
+            replace(r, document=Document((*r.document.segments, Text(thought))))
+            for r, thought in zip(requests, thoughts, strict=True)
+        ]
+
+    def stream(self, requests: Sequence[ImageRequest], *, think: bool | None = None) -> Iterator[Event]:
+        """The engine's events; ImageReady carries the finished picture.
+
+        ``think``: let the model plan in words first (None: as the checkpoint says); the plan comes as one TextDelta per
+        row before the first scale.
+        """
+        if self.thinks if think is None else think:
+            requests = self.think(requests)
+            for row, request in enumerate(requests):
+                thought = request.document.segments[-1]
+                assert isinstance(thought, Text)
+                yield TextDelta(row, thought.text)
         for event in self.engine.images(requests):
             if isinstance(event, ImageReady):
                 event = ImageReady(event.row, event.codes, self.decode(event.codes))
@@ -156,6 +182,7 @@ class NextFlowPipeline:
         seed: int = 0,
         settings: SamplingSettings | None = None,
         size: tuple[int, int] | None = None,
+        think: bool | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> list[PILImage.Image]:
         """Draw ``n`` pictures per prompt, all in one batch; prompt by prompt in order.
@@ -167,7 +194,7 @@ class NextFlowPipeline:
         pairs = [(text, fold_seed(seed, j)) for text in texts for j in range(n)]
         requests = self.requests([text for text, _ in pairs], [s for _, s in pairs], settings, size)
         found: dict[int, PILImage.Image] = {}
-        for event in self.stream(requests):
+        for event in self.stream(requests, think=think):
             if on_event is not None:
                 on_event(event)
             if isinstance(event, ImageReady) and event.image is not None:

@@ -32,13 +32,13 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
-from nextflow_ar.training.runs import Every, RunFolder, progress_bar
+from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
 from nextflow_ar.types import Codes
 
 Preview = Callable[[Bundle, int], list[np.ndarray]]
 """Draws rows of pictures for a sample sheet; given by the application, since training knows no sampling."""
 
-GENERATION_DEFAULTS: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
+GENERATION_DEFAULTS: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "think": False}
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class ModelTrainer:
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
         rows = sum(source.rows for source in recipe.sources)
         started, first = time.time(), self.step
-        with progress_bar("transformer", recipe.steps, self.step) as update:
+        with progress_bar("transformer", recipe.steps, self.step) as update, stop_request() as stop:
             while self.step < recipe.steps:
                 found = self.advance()
                 last = self.step == recipe.steps
@@ -245,8 +245,10 @@ class ModelTrainer:
                     )
                 if preview is not None and (sheet() or last):
                     self.run.sheet(f"sheet_{self.step:06d}", preview(self.bundle(), self.step))
-                if save() or last:
+                if save() or last or stop():
                     self.save()
+                if stop() and not last:
+                    raise KeyboardInterrupt
         return self.export(recipe.out / "final", f"# {recipe.out.name}\n\nTrained for {self.step} steps.\n")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,29 @@ def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Any]:
             bar.update(task, completed=completed, note=note)
 
         yield update
+
+
+@contextmanager
+def stop_request() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether the user (Ctrl-C) or the system (SIGTERM) has asked to stop.
+
+    A loop asks between steps, checkpoints and raises KeyboardInterrupt; a second signal stops at once.
+    """
+    asked = threading.Event()
+
+    def handle(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = [signal.signal(number, handle) for number in signals]
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 class Every:

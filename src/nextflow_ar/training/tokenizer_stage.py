@@ -19,7 +19,7 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_bytes, to_unit
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
-from nextflow_ar.training.runs import Every, RunFolder, progress_bar
+from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.teacher import load_teacher
 
 
@@ -212,7 +212,7 @@ class TokenizerTrainer:
         """Train to the recipe's last step; returns the folder of the finished tokenizer."""
         recipe = self.recipe
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
-        with progress_bar(f"tokenizer ({recipe.trains})", recipe.steps, self.step) as update:
+        with progress_bar(f"tokenizer ({recipe.trains})", recipe.steps, self.step) as update, stop_request() as stop:
             while self.step < recipe.steps:
                 terms = self._advance()
                 last = self.step == recipe.steps
@@ -223,8 +223,10 @@ class TokenizerTrainer:
                     found, rows = self.evaluate()
                     self.run.log(step=self.step, **found)
                     self.run.sheet(f"sheet_{self.step:06d}", rows)
-                if save() or last:
+                if save() or last or stop():
                     self.save()
+                if stop() and not last:
+                    raise KeyboardInterrupt
         parameters = dict(self.trained.named_parameters())
         with torch.no_grad():
             for name, average in self.averages.items():

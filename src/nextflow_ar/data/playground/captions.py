@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nextflow_ar.data.playground.scenes import Scene
+from nextflow_ar.data.playground.scenes import Scene, Thing
 from nextflow_ar.data.playground.words import COLOURS, NOUNS, NUMBERS, SHAPES, article, plural
 
 Kind = tuple[str, str | None]
@@ -68,6 +68,23 @@ def prompt(scene: Scene, rng: np.random.Generator, background: float = 0.75) -> 
     forms = _WITH_BACKGROUND if rng.random() < background else _PLAIN
     form = forms[int(rng.integers(len(forms)))]
     return form.format(things=things, bg=scene.background, a_bg=article(scene.background))
+
+
+def place_words(thing: Thing, canvas: int) -> str:
+    """Where a thing's centre lies on the canvas, in thirds of the way that a thing of its size can move."""
+    free = max(1, canvas - thing.size)
+    row, column = (min(2, int(3 * corner / (free + 1))) for corner in (thing.y, thing.x))
+    words = (("above", "", "below")[row], ("left", "", "right")[column])
+    return " ".join(word for word in words if word) or "middle"
+
+
+def plan(scene: Scene) -> str:
+    """The scene thought through before it is drawn: every single thing with its place, in reading order, and the
+    background. "a dog above left, a red circle right, blue background".
+    """
+    ordered = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
+    things = [f"{_phrase(thing.key, 1)} {place_words(thing, scene.canvas)}" for thing in ordered]
+    return ", ".join([*things, f"{scene.background} background"])
 
 
 _NAMES = {noun.name: noun.name for noun in NOUNS} | {noun.many: noun.name for noun in NOUNS}
