@@ -60,7 +60,11 @@ write_page(
     "NextFlow-AR",
     "One transformer reads and writes text and pictures. A picture is predicted scale by scale, coarse to fine.",
     [
-        Section("Drawn from words", "Below each picture: what it looked like after each of its eight scales.", drawn),
+        Section(
+            "Drawn from words",
+            "Below each picture: what it looked like after each of its eight scales.",
+            drawn,
+        ),
         Section("Described", "Pictures drawn by hand with Pillow, and what the model says of them.", read),
         Section("Through the tokenizer", "From one code to all 204, one scale at a time.", through),
     ],

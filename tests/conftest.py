@@ -11,7 +11,11 @@ from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.vocab import Vocabulary, train_text_tokenizer
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
-CORPUS = ["a red circle on a blue background", "two dogs and a cat", "a picture of three frogs, green background"]
+CORPUS = [
+    "a red circle on a blue background",
+    "two dogs and a cat",
+    "a picture of three frogs, green background",
+]
 
 TINY_SEMANTIC = SemanticConfig(
     patch=8, hidden=32, layers=1, heads=1, intermediate=48, position_grid=4, decoder_layers=1

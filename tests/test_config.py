@@ -20,7 +20,9 @@ from nextflow_ar.config import (
 from tests.conftest import TINY_MODEL, TINY_TOKENIZER
 
 
-@pytest.mark.parametrize(("kind", "config"), [(ModelConfig, TINY_MODEL), (ImageTokenizerConfig, TINY_TOKENIZER)])
+@pytest.mark.parametrize(
+    ("kind", "config"), [(ModelConfig, TINY_MODEL), (ImageTokenizerConfig, TINY_TOKENIZER)]
+)
 def test_a_configuration_survives_json(kind: type, config: object, tmp_path: Path) -> None:
     values = json.loads(json.dumps(to_dict(config)))
     assert from_dict(kind, values) == config
@@ -33,7 +35,10 @@ def test_mistakes_are_named() -> None:
     for change, message in (
         ({"downsampel": 8}, r"^here: unknown key 'downsampel'; accepted: downsample, num_scales, "),
         ({"num_scales": "many"}, r"^here: 'num_scales': .*valid integer.* \(got 'many'\)$"),
-        ({"quantizer": {**values["quantizer"], "size": 3}}, r"unknown key 'quantizer.size'; accepted: codebook_size, "),
+        (
+            {"quantizer": {**values["quantizer"], "size": 3}},
+            r"unknown key 'quantizer.size'; accepted: codebook_size, ",
+        ),
         ({"quantizer": {}}, r"missing key 'quantizer.codebook_size'"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:

@@ -21,8 +21,16 @@ def test_the_41_final_grids_are_the_papers() -> None:
 
 
 def test_square_levels_have_the_papers_token_counts() -> None:
-    assert {px: ScaleSchedule.square(n).num_tokens for px, n in LEVELS.items()} == {256: 900, 512: 3684, 1024: 10084}
-    assert [ScaleSchedule.square(n).image_size(16) for n in LEVELS.values()] == [(256, 256), (512, 512), (1024, 1024)]
+    assert {px: ScaleSchedule.square(n).num_tokens for px, n in LEVELS.items()} == {
+        256: 900,
+        512: 3684,
+        1024: 10084,
+    }
+    assert [ScaleSchedule.square(n).image_size(16) for n in LEVELS.values()] == [
+        (256, 256),
+        (512, 512),
+        (1024, 1024),
+    ]
     nano = ScaleSchedule.square(8)
     assert (nano.num_tokens, nano.image_size(8)) == (204, (64, 64))
     assert nano.grids == tuple((n, n) for n in range(1, 9))
@@ -85,7 +93,11 @@ def test_nearest_by_hand() -> None:
 
 def test_prefix_and_bad_schedules() -> None:
     assert ScaleSchedule.square(8).prefix(3).grids == ((1, 1), (2, 2), (3, 3))
-    for bad in (lambda: ScaleSchedule(()), lambda: ScaleSchedule(((2, 2),)), lambda: ScaleSchedule(((1, 1), (0, 2)))):
+    for bad in (
+        lambda: ScaleSchedule(()),
+        lambda: ScaleSchedule(((2, 2),)),
+        lambda: ScaleSchedule(((1, 1), (0, 2))),
+    ):
         with pytest.raises(ValueError, match="scale schedule"):
             bad()
     with pytest.raises(ValueError, match="1 to 18"):

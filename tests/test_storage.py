@@ -16,7 +16,9 @@ def saved(bundle: Bundle, folder: Path, card: str = "# card\n") -> Path:
     return folder
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved(bundle, tmp_path / "model")
     before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert {"config.json", "model.safetensors", "README.md", "generation.json", "checksums.json"} <= {
@@ -46,7 +48,13 @@ def test_saving_again_replaces_the_folder(bundle: Bundle, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors"]
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "text_tokenizer/tokenizer.json",
+        "image_tokenizer/model.safetensors",
+    ],
 )
 def test_a_flipped_byte_is_found(bundle: Bundle, tmp_path: Path, name: str) -> None:
     path = saved(bundle, tmp_path / "model") / name

@@ -5,6 +5,7 @@ Architecture dataclasses have no defaults: a configuration is complete or an err
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -119,7 +120,7 @@ def _accepted(kind: Any, loc: tuple[Any, ...]) -> str:
         fields = {f.name: f.type for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
         if part not in fields:
             return ""
-        kind = TypeAdapter(kind).core_schema and _field_type(kind, str(part))
+        kind = _field_type(kind, str(part))
     if not dataclasses.is_dataclass(kind):
         return ""
     return "; accepted: " + ", ".join(f.name for f in dataclasses.fields(kind))
@@ -183,10 +184,8 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--set {assignment}: '{parent}' is a value, not a group of keys")
         value = yaml.safe_load(text)
         if isinstance(value, str):
-            try:  # YAML 1.1 reads 1e-3 as text
+            with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
                 value = float(value)
-            except ValueError:
-                pass
         node[last] = value
     return out
 

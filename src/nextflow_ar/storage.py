@@ -56,7 +56,11 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.chmod(0o755)
         fill(temporary)
-        sums = {f.relative_to(temporary).as_posix(): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        sums = {
+            f.relative_to(temporary).as_posix(): sha256(f)
+            for f in sorted(temporary.rglob("*"))
+            if f.is_file()
+        }
         write_atomic(temporary / CHECKSUMS, json.dumps(sums, indent=1).encode())
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

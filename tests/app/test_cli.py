@@ -38,7 +38,21 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
-    options = ("--n", 2, "--seed", 3, "--guidance", "1,3", "--top-k", 20, "--preview", folder / "p", "-m", GOLDEN, "--json")
+    options = (
+        "--n",
+        2,
+        "--seed",
+        3,
+        "--guidance",
+        "1,3",
+        "--top-k",
+        20,
+        "--preview",
+        folder / "p",
+        "-m",
+        GOLDEN,
+        "--json",
+    )
     done = command("generate", "two dogs", "-o", folder / "a.png", *options)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -69,13 +83,31 @@ def test_describe(drawn: Path) -> None:
     assert json.loads(told.stdout)["text"] == done.stdout[:-1]
 
 
-def test_reconstruct_files_and_folders(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reconstruct_files_and_folders(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    assert run(["reconstruct", str(drawn / "a-1.png"), str(drawn / "p"), "-o", str(out), "-m", str(GOLDEN), "--json"]) == 0
+    assert (
+        run(
+            [
+                "reconstruct",
+                str(drawn / "a-1.png"),
+                str(drawn / "p"),
+                "-o",
+                str(out),
+                "-m",
+                str(GOLDEN),
+                "--json",
+            ]
+        )
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)["pictures"]
     assert len(rows) == 11 and all(Path(row["out"]).is_file() and 3 < row["psnr"] < 60 for row in rows)
     assert Image.open(out / "side_by_side.png").size == (80, 11 * 40)
-    before, after = (np.asarray(Image.open(p).convert("RGB"), float) for p in (drawn / "a-1.png", rows[0]["out"]))
+    before, after = (
+        np.asarray(Image.open(p).convert("RGB"), float) for p in (drawn / "a-1.png", rows[0]["out"])
+    )
     assert rows[0]["psnr"] == pytest.approx(10 * np.log10(255**2 / ((before - after) ** 2).mean()), abs=0.01)
 
 
@@ -104,8 +136,14 @@ def test_bad_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
-    for name, reason in (("none.png", "no such file"), ("short.png", "truncated"), ("bomb.png", "64 megapixels")):
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+    for name, reason in (
+        ("none.png", "no such file"),
+        ("short.png", "truncated"),
+        ("bomb.png", "64 megapixels"),
+    ):
         status, line = mistake(capsys, "describe", tmp_path / name, "-m", GOLDEN)
         assert status == 1 and name in line and reason in line
         status, line = mistake(capsys, "reconstruct", tmp_path / name, "-o", tmp_path / "o", "-m", GOLDEN)
@@ -121,7 +159,10 @@ def test_bad_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["generate", "dogs", "-o", "a.png", "--size", "big"], "--size takes WIDTHxHEIGHT"),
         (["generate", "dogs", "-o", "a.png", "--guidance", "much"], "--guidance takes one value"),
         (["generate", "dogs", "-o", "a.png", "--guidance", "1,2,3"], "guidance takes one value, two"),
-        (["generate", "dogs", "-o", "a.png", "--top-p", "2"], "top-p is a number above 0 and at most 1, got 2"),
+        (
+            ["generate", "dogs", "-o", "a.png", "--top-p", "2"],
+            "top-p is a number above 0 and at most 1, got 2",
+        ),
         (["generate", "dogs", "-o", "a.png", "--n", "0"], "Invalid value for '--n'"),
         (["generate", "dogs", "-o", "a.xyz"], "use .png, .jpg or .webp"),
         (["generate", "dogs", "-o", "."], "cannot write '' pictures"),
@@ -131,7 +172,11 @@ def test_bad_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_wrong_use(
-    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, told = mistake(capsys, *arguments, *(["-m", str(GOLDEN)] if arguments[0] == "generate" else []))
@@ -172,7 +217,9 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_unforeseen_errors_are_one_line_unless_debug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unforeseen_errors_are_one_line_unless_debug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: object) -> None:
         raise KeyError("surprise")
 

@@ -26,7 +26,9 @@ def codes_of(schedule: ScaleSchedule, seed: int) -> Codes:
     return Codes.plain(schedule, torch.randint(0, 24, (schedule.num_tokens,), generator=generator))
 
 
-def image_logits(bundle: Bundle, document: Document, codes: Codes, before: list[Document] | None = None) -> torch.Tensor:
+def image_logits(
+    bundle: Bundle, document: Document, codes: Codes, before: list[Document] | None = None
+) -> torch.Tensor:
     """Teacher-forced logits (T, V) of the last image, packed behind other documents and beside another row."""
     samples = [build(d, bundle.vocab, bundle.layout) for d in before or []]
     samples.append(build(Document((*document.segments, Image(codes, True))), bundle.vocab, bundle.layout))
@@ -46,7 +48,9 @@ class Recorder(Engine):
         self.given, self.seen = codes, []
 
     def _sample(self, hidden, requests, partner, generators, k, scales):  # type: ignore[override]
-        self.seen.append(self._scores(hidden.flatten(0, 1), 0, self.model.config.vocab).view(*hidden.shape[:2], -1))
+        self.seen.append(
+            self._scores(hidden.flatten(0, 1), 0, self.model.config.vocab).view(*hidden.shape[:2], -1)
+        )
         return torch.stack([codes.scale(k) for codes in self.given])
 
 
@@ -116,9 +120,14 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     engine = Engine(bundle)
     hot = SamplingSettings(temperature=6.0)  # the random model is sure of itself
     settings = SamplingSettings(guidance=(1.0, 2.0), temperature=8.0, top_k=12, top_p=0.95)
-    prompts = ["a red circle on a blue background", "two dogs", "a cat and a frog and a dog and a house, red background"]
+    prompts = [
+        "a red circle on a blue background",
+        "two dogs",
+        "a cat and a frog and a dog and a house, red background",
+    ]
     requests = [
-        ImageRequest(Document((Text(prompts[i % 3]),)), SQUARE, 100 + i, settings if i % 4 else hot) for i in range(11)
+        ImageRequest(Document((Text(prompts[i % 3]),)), SQUARE, 100 + i, settings if i % 4 else hot)
+        for i in range(11)
     ]
 
     def drawn(chosen: list[ImageRequest]) -> list[torch.Tensor]:
@@ -173,7 +182,14 @@ def test_codes_stay_codes_and_text_stays_text(bundle: Bundle) -> None:
             ids.extend(tokens.tolist())
             return super()._append(rows, tokens, step)
 
-    list(Kept(bundle).texts([TextRequest(Document((Text("two"),)), 40, s, SamplingSettings(temperature=3.0)) for s in range(4)]))
+    list(
+        Kept(bundle).texts(
+            [
+                TextRequest(Document((Text("two"),)), 40, s, SamplingSettings(temperature=3.0))
+                for s in range(4)
+            ]
+        )
+    )
     assert len(ids) > 50 and not set(ids) & set(bundle.vocab.never)
 
 

@@ -54,7 +54,9 @@ def test_previews_grow_into_the_picture(pipeline: NextFlowPipeline) -> None:
 def test_sizes(pipeline: NextFlowPipeline) -> None:
     assert pipeline.schedule_for((24, 24)).final == (3, 3)
     assert pipeline.generate("a cat", size=(24, 24), settings=HOT)[0].size == (24, 24)
-    with pytest.raises(RequestError, match="no scale schedule covers 50x41 pixels; this model draws up to 40x40"):
+    with pytest.raises(
+        RequestError, match="no scale schedule covers 50x41 pixels; this model draws up to 40x40"
+    ):
         pipeline.schedule_for((50, 41))
 
 
@@ -85,5 +87,7 @@ def test_prompts_must_say_something(pipeline: NextFlowPipeline) -> None:
 def test_names_of_models(tmp_path: Path) -> None:
     assert resolve_model(tmp_path) == tmp_path
     assert resolve_model("nano").name == "nano"
-    with pytest.raises(RequestError, match="unknown model 'nanoo': nano, a checkpoint folder or a Hub id OWNER/NAME"):
+    with pytest.raises(
+        RequestError, match="unknown model 'nanoo': nano, a checkpoint folder or a Hub id OWNER/NAME"
+    ):
         resolve_model("nanoo")

@@ -61,14 +61,18 @@ def test_values_per_scale() -> None:
     assert at_scale((4.0,), 5, 8) == 4
     settings = SamplingSettings(guidance=(1.0, 3.0), top_k=(10.0, 20.0, 30.0), top_p=0.9)
     assert settings.at(1, 3) == (2.0, 1.0, 20, 0.9)
-    with pytest.raises(SettingError, match="top-k takes one value, two .* or one for each of the 8 scales, got 3"):
+    with pytest.raises(
+        SettingError, match=r"top-k takes one value, two .* or one for each of the 8 scales, got 3"
+    ):
         settings.at(0, 8)
 
 
 def test_guided_and_changed() -> None:
     assert not SamplingSettings().guided and not SamplingSettings(guidance=(1.0, 1.0)).guided
     assert SamplingSettings(guidance=(1.0, 2.0)).guided and SamplingSettings(guidance=0.0).guided
-    assert SamplingSettings(top_k=5).changed(top_p=0.5, temperature=None) == SamplingSettings(top_k=5, top_p=0.5)
+    assert SamplingSettings(top_k=5).changed(top_p=0.5, temperature=None) == SamplingSettings(
+        top_k=5, top_p=0.5
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,12 @@ def main() -> None:
     """Write bundle/ and expected.json."""
     bundle = tiny_bundle()
     save_bundle(
-        HERE / "bundle", bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, bundle.generation, "# tiny\n"
+        HERE / "bundle",
+        bundle.model,
+        bundle.image_tokenizer,
+        bundle.vocab.tokenizer,
+        bundle.generation,
+        "# tiny\n",
     )
     rounded = {
         k: [round(x, 5) if isinstance(x, float) else x for x in v] if isinstance(v, list) else round(v, 4)

@@ -37,7 +37,9 @@ def test_text_logits_equal_transformers_own_model(bundle: Bundle, kv_heads: int)
     theirs = Qwen2_5_VLTextModel(text_config(config)).eval()
     missing = theirs.load_state_dict(model.backbone.state_dict(), strict=True)
     assert not missing.missing_keys and not missing.unexpected_keys
-    sample = build(Document((Text("a red circle on a blue background and two dogs"),)), bundle.vocab, LayoutOptions(8.0))
+    sample = build(
+        Document((Text("a red circle on a blue background and two dogs"),)), bundle.vocab, LayoutOptions(8.0)
+    )
     batch = collate([sample])
     ours = model.logits(model.hidden(batch))
     hidden = theirs(input_ids=batch.tokens).last_hidden_state  # causal, positions 0, 1, 2, ... by itself
@@ -46,7 +48,9 @@ def test_text_logits_equal_transformers_own_model(bundle: Bundle, kv_heads: int)
 
 def test_every_axis_has_its_own_frequencies() -> None:
     ladder = axis_frequencies(TINY_MODEL)
-    assert ladder.tolist() == pytest.approx([1, 0.1, 1, 100 ** (-1 / 3), 100 ** (-2 / 3)] + [1, 100 ** (-1 / 3), 100 ** (-2 / 3)])
+    assert ladder.tolist() == pytest.approx(
+        [1, 0.1, 1, 100 ** (-1 / 3), 100 ** (-2 / 3), 1, 100 ** (-1 / 3), 100 ** (-2 / 3)]
+    )
     model = tiny_model()
     assert torch.equal(model.backbone.rotary_emb.inv_freq, ladder)
 
@@ -75,7 +79,9 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk: int) -> None:
 def test_the_loss_of_a_batch_is_the_weighted_cross_entropy_of_its_targets(bundle: Bundle) -> None:
     options = LayoutOptions(12.0, alpha=0.9, text_weight=2.0)
     document = Document((Text("two dogs"), Image(codes(1), True), Text("a cat", True)))
-    batch = collate([build(document, bundle.vocab, options), build(Document((Text("a", True),)), bundle.vocab, options)])
+    batch = collate(
+        [build(document, bundle.vocab, options), build(Document((Text("a", True),)), bundle.vocab, options)]
+    )
     report = bundle.model.losses(batch)
     logits = bundle.model.logits(bundle.model.hidden(batch))
     plain = F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
@@ -94,15 +100,21 @@ def test_residual_inputs_are_one_grid_enlarged_and_accumulated_ones_are_not() ->
     inputs.code_scale.fill_(2.0)
     block = inputs.block(image.target[None], SQUARE, 1)  # after 2x2, fed at 3x3
     vectors = inputs.code_embed.weight[image.scale(1)].T.reshape(1, 10, 2, 2)
-    torch.testing.assert_close(block, 2 * F.interpolate(vectors, size=(3, 3), mode="bicubic"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        block, 2 * F.interpolate(vectors, size=(3, 3), mode="bicubic"), atol=1e-5, rtol=1e-5
+    )
     closing = inputs.block(image.target[None], SQUARE, 3)
     torch.testing.assert_close(closing, 2 * inputs.code_embed.weight[image.scale(3)].T.reshape(1, 10, 4, 4))
     summed = tiny_model(replace(TINY_MODEL, scale_input="accumulated")).scale_inputs
     whole = sum(
-        F.interpolate(summed.code_embed.weight[image.scale(j)].T.reshape(1, 10, n, n), size=(4, 4), mode="bicubic")
+        F.interpolate(
+            summed.code_embed.weight[image.scale(j)].T.reshape(1, 10, n, n), size=(4, 4), mode="bicubic"
+        )
         for j, n in ((0, 1), (1, 2))
     )
-    torch.testing.assert_close(summed.block(image.target[None], SQUARE, 1), resize(whole, (3, 3), "area"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        summed.block(image.target[None], SQUARE, 1), resize(whole, (3, 3), "area"), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_scale_and_length_tags() -> None:
@@ -112,8 +124,12 @@ def test_scale_and_length_tags() -> None:
     assert float(tags[0].abs().sum()) == 0
     for place, (scale, length) in ((1, (0, 4)), (2, (2, 18))):
         angles = length * torch.exp(-math.log(1000.0) * torch.arange(24) / 24)
-        torch.testing.assert_close(sinusoid(torch.tensor(length), 48), torch.cat([angles.sin(), angles.cos()]))
-        wanted = inputs.scale_embed.weight[scale] + inputs.length_embed(torch.cat([angles.sin(), angles.cos()]))
+        torch.testing.assert_close(
+            sinusoid(torch.tensor(length), 48), torch.cat([angles.sin(), angles.cos()])
+        )
+        wanted = inputs.scale_embed.weight[scale] + inputs.length_embed(
+            torch.cat([angles.sin(), angles.cos()])
+        )
         torch.testing.assert_close(tags[place], wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -145,7 +161,9 @@ def test_a_fresh_model_is_exactly_undecided() -> None:
     vocab_size = TINY_MODEL.vocab
     hidden = torch.randn(3, 48)
     assert float(model.logits(hidden).abs().max()) == 0
-    losses = chunked_linear_cross_entropy(hidden, model.head.weight, torch.tensor([1, 5, 300]), torch.ones(3))[1]
+    losses = chunked_linear_cross_entropy(
+        hidden, model.head.weight, torch.tensor([1, 5, 300]), torch.ones(3)
+    )[1]
     assert losses.tolist() == pytest.approx([math.log(vocab_size)] * 3)
     model.scale_inputs.start_from(torch.full((24, 10), 0.5) * torch.tensor([1.0, -1.0] * 5))
     block = model.scale_inputs.block(sample_codes.target[None], SQUARE, 3)

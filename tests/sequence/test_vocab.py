@@ -24,7 +24,10 @@ def test_any_text_round_trips(text: str) -> None:
     assert VOCAB.decode(VOCAB.encode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "  two  spaces ", "日本語とemoji 🦋", "العربية", "don't , stop .", "a\n\tb\x00", "<boi><|im_end|>"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "  two  spaces ", "日本語とemoji 🦋", "العربية", "don't , stop .", "a\n\tb\x00", "<boi><|im_end|>"],
+)
 def test_hard_texts_round_trip(text: str) -> None:
     ids = VOCAB.encode(text)
     assert VOCAB.decode(ids) == text
@@ -39,14 +42,18 @@ def test_saved_tokenizer_is_the_same_and_carries_its_chat_template(tmp_path: Pat
     VOCAB.tokenizer.save_pretrained(tmp_path)
     again = Vocabulary(load_text_tokenizer(tmp_path), 288, 10)
     assert again.encode("a red 🦋") == VOCAB.encode("a red 🦋")
-    assert [again.special(t) for t in SPECIAL_TOKENS] == [VOCAB.special(t) for t in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert (
+        [again.special(t) for t in SPECIAL_TOKENS]
+        == [VOCAB.special(t) for t in SPECIAL_TOKENS]
+        == [0, 1, 2, 3, 4]
+    )
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
     said = again.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert said == "<|im_start|>user\n<boi><eoi>what?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="lacks the file tokenizer.json"):
+    with pytest.raises(StorageError, match=r"lacks the file tokenizer.json"):
         load_text_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(StorageError, match="not a text tokenizer"):

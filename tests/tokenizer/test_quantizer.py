@@ -52,7 +52,9 @@ def area_matrix(source: int, target: int) -> np.ndarray:
     return out
 
 
-def reference(x: np.ndarray, codebook: np.ndarray, config: QuantizerConfig, schedule: ScaleSchedule) -> list[int]:
+def reference(
+    x: np.ndarray, codebook: np.ndarray, config: QuantizerConfig, schedule: ScaleSchedule
+) -> list[int]:
     """Codes of one (C, H, W) feature map, in float64."""
     halves = (slice(0, config.semantic_dim), slice(config.semantic_dim, None))
     weights = (config.semantic_weight, 1.0)
@@ -67,7 +69,10 @@ def reference(x: np.ndarray, codebook: np.ndarray, config: QuantizerConfig, sche
         for i in range(h):
             for j in range(w):
                 distances = [
-                    sum(g * ((key(small[:, i, j], p) - key(code, p)) ** 2).sum() for g, p in zip(weights, halves, strict=True))
+                    sum(
+                        g * ((key(small[:, i, j], p) - key(code, p)) ** 2).sum()
+                        for g, p in zip(weights, halves, strict=True)
+                    )
                     for code in codebook
                 ]
                 codes.append(int(np.argmin(distances)))
@@ -96,10 +101,15 @@ def test_codes_equal_the_float64_reference(final: tuple[int, int], normalize: bo
 def test_resizing_equals_torchs(source: int, target: int) -> None:
     x = torch.randn(2, 3, source, source)
     torch.testing.assert_close(
-        resize(x, (target, target), "bicubic"), F.interpolate(x, size=(target, target), mode="bicubic"), atol=1e-5, rtol=1e-5
+        resize(x, (target, target), "bicubic"),
+        F.interpolate(x, size=(target, target), mode="bicubic"),
+        atol=1e-5,
+        rtol=1e-5,
     )
     y = torch.randn(2, 3, target, target)
-    torch.testing.assert_close(resize(y, (source, source), "area"), F.interpolate(y, size=(source, source), mode="area"))
+    torch.testing.assert_close(
+        resize(y, (source, source), "area"), F.interpolate(y, size=(source, source), mode="area")
+    )
 
 
 def test_scales_accumulate_prefix_by_prefix() -> None:

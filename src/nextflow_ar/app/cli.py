@@ -55,7 +55,8 @@ def _print_version(asked: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (accepted anywhere).")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Draw pictures from words, describe pictures, and train the model that does it."""
@@ -145,7 +146,8 @@ def generate(
     ] = None,
     top_p: Annotated[str | None, typer.Option("--top-p", help=f"Keep the nucleus: {_PER_SCALE}.")] = None,
     think: Annotated[
-        bool | None, typer.Option("--think/--no-think", help="Plan in words before drawing. Default: as the model says.")
+        bool | None,
+        typer.Option("--think/--no-think", help="Plan in words before drawing. Default: as the model says."),
     ] = None,
     preview: Annotated[
         Path | None, typer.Option("--preview", help="Folder for a picture after every scale.")

@@ -10,8 +10,8 @@ from nextflow_ar.data.playground.scenes import Scene
 from nextflow_ar.types import Codes, Document
 
 TaskName = Literal["text_to_image", "think_to_image", "image_to_text", "image_and_text"]
-"""Drawing from words; the same with a plan written first; describing a picture; both at once: an image without words before it, supervised (this is what
-guidance contrasts with), and its caption after it."""
+"""Drawing from words; the same with a plan written first; describing a picture; and both at once: an image without
+words before it, supervised (this is what guidance contrasts with), and its caption after it."""
 
 
 def document(

@@ -148,6 +148,7 @@ class JudgeNetwork(nn.Module):
         nn.init.constant_(self.heads.bias[:1], -3.0)  # type: ignore[index]  # centres are rare
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps of a batch."""
         mid = self.middle(self.stem(x))
         deep = self.deep(mid)
         up = F.interpolate(self.lift(deep), size=mid.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""PlaygroundBench: does a model draw what a prompt says, and say what a picture shows?
+"""PlaygroundBench: whether a model draws what a prompt says, and says what a picture shows.
 
 480 held-out prompts (six task types of GenEval, eighty each, combinations that training never showed), as
 many from the training distribution, and 400 scenes to caption. Scores are read from pictures by the frozen

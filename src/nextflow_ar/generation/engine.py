@@ -8,7 +8,7 @@ is in the batch, and very small matrix products, for which libraries switch kern
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class ImageRequest:
     schedule: ScaleSchedule
     seed: int
     settings: SamplingSettings
-    unconditional: Document = Document(())
+    unconditional: Document = field(default_factory=lambda: Document(()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 
 from nextflow_ar.config import ModelConfig
 
-
-_CACHE = "cache" if "cache" in inspect.signature(Qwen2_5_VLTextModel.forward).parameters else "past_key_values"
+_CACHE = (
+    "cache" if "cache" in inspect.signature(Qwen2_5_VLTextModel.forward).parameters else "past_key_values"
+)
 """transformers 5.24 renamed the argument."""
 
 
@@ -39,7 +40,7 @@ def text_config(config: ModelConfig) -> Qwen2_5_VLTextConfig:
             "rope_theta": config.rope_theta,
             "mrope_section": list(config.rope_sections),
         },
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
@@ -88,6 +89,6 @@ class Backbone(Qwen2_5_VLTextModel):
             attention_mask={"full_attention": mask},  # pyright: ignore[reportArgumentType]
             **{_CACHE: cache},  # pyright: ignore[reportArgumentType]
             use_cache=cache is not None,
-            is_causal=False,
+            is_causal=False,  # pyright: ignore[reportCallIssue]
         )
         return out.last_hidden_state  # pyright: ignore[reportReturnType]

@@ -26,6 +26,8 @@ class ScaleInputs(nn.Module):
     ``codes``: (K, C) embedding, started from the tokenizer's codebook. The connector maps C to the hidden size.
     """
 
+    code_scale: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.accumulated = config.scale_input == "accumulated"

@@ -76,9 +76,7 @@ class NextFlowModel(nn.Module):
             places = (group.rows * length + group.starts)[:, None] + steps
             flat = flat.index_add(0, places.flatten(), inputs.flatten(0, 1).to(flat.dtype))
             if self.scale_inputs.place_embed is not None:
-                flat = flat.index_add(
-                    0, places.flatten(), self._places(group)
-                )
+                flat = flat.index_add(0, places.flatten(), self._places(group))
         x = flat.view(rows, length, -1)
         return x + self.scale_inputs.tags(batch.scales, batch.lengths).to(x.dtype)
 
@@ -99,7 +97,9 @@ class NextFlowModel(nn.Module):
 
     def _places(self, group: ImageGroup) -> Tensor:
         assert self.scale_inputs.place_embed is not None
-        sizes = list(group.schedule.sizes[1 : group.scales]) + ([group.schedule.sizes[-1]] if group.closed else [])
+        sizes = list(group.schedule.sizes[1 : group.scales]) + (
+            [group.schedule.sizes[-1]] if group.closed else []
+        )
         index = torch.cat([torch.arange(size) for size in sizes]).to(
             self.scale_inputs.place_embed.weight.device
         )

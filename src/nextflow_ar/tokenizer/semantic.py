@@ -31,7 +31,7 @@ class SemanticEncoder(nn.Module):
                 num_patches=config.position_grid**2,
                 patch_size=config.patch,
                 vision_use_head=False,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
             )
         )
 

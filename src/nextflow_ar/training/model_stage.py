@@ -38,12 +38,18 @@ from nextflow_ar.types import Codes
 Preview = Callable[[Bundle, int], list[np.ndarray]]
 """Draws rows of pictures for a sample sheet; given by the application, since training knows no sampling."""
 
-GENERATION_DEFAULTS: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "think": False}
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "guidance": 3.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 0.95,
+    "think": False,
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Part of every step's batch: ``rows`` documents of one task, padded to ``length`` tokens.
+    """Part of every step's batch: ``rows`` documents of one task, padded to ``length`` tokens (more where one is longer).
 
     ``scales``: drawings are laid out up to this scale only (null: whole). The coarse scales decide what is drawn where;
     prefixes show many more of them in the same time.
@@ -133,7 +139,11 @@ class ModelTrainer:
             return load_text_tokenizer(folder)
         corpus = [text for mixture in self.mixtures for text in caption_corpus(mixture, 4000)]
         tokenizer = train_text_tokenizer(corpus, self.recipe.text_entries)
-        write_folder(folder, lambda target: tokenizer.save_pretrained(target) and None)
+
+        def fill(target: Path) -> None:
+            tokenizer.save_pretrained(target)
+
+        write_folder(folder, fill)
         return tokenizer
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -180,7 +190,10 @@ class ModelTrainer:
             document(source.task, scene, pair, mixture, first + i, source.scales)
             for i, (scene, pair) in enumerate(zip(scenes, pairs, strict=True))
         ]
-        return collate([build(d, self.vocab, self.layout) for d in documents], source.length)
+        samples = [build(d, self.vocab, self.layout) for d in documents]
+        longest = max(len(sample) for sample in samples)
+        # A rare long text must not end a run; steps of 32 keep the number of compiled shapes small.
+        return collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
 
     def advance(self) -> dict[str, float]:
         """One step over all sources; returns loss, per-scale and text losses, captions' token accuracy."""
@@ -202,8 +215,8 @@ class ModelTrainer:
         norm = self.optimizer.step(self.recipe.optimizer.factor(self.step, self.recipe.steps))
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            averages, parameters = list(self.averages.values()), list(self.model.parameters())
-            torch._foreach_lerp_(averages, parameters, 1 - decay)
+            for average, parameter in zip(self.averages.values(), self.model.parameters(), strict=True):
+                average.lerp_(parameter, 1 - decay)
         self.step += 1
         return _by_scale(torch.cat(losses), torch.cat(scales), torch.cat(right)) | {"norm": norm}
 

@@ -212,7 +212,10 @@ class TokenizerTrainer:
         """Train to the recipe's last step; returns the folder of the finished tokenizer."""
         recipe = self.recipe
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
-        with progress_bar(f"tokenizer ({recipe.trains})", recipe.steps, self.step) as update, stop_request() as stop:
+        with (
+            progress_bar(f"tokenizer ({recipe.trains})", recipe.steps, self.step) as update,
+            stop_request() as stop,
+        ):
             while self.step < recipe.steps:
                 terms = self._advance()
                 last = self.step == recipe.steps
