@@ -200,6 +200,29 @@ def test_bad_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 1 and "lacks the file model.safetensors" in line
 
 
+def test_export_changes_card_and_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "card.md").write_text("# mine\n")
+    out = tmp_path / "new"
+    options = ["--card", str(tmp_path / "card.md"), "--set", "guidance=[1, 4]", "--set", "think=true"]
+    assert run(["export", str(GOLDEN), "-o", str(out), *options]) == 0
+    assert (out / "README.md").read_text() == "# mine\n"
+    assert json.loads((out / "generation.json").read_text()) == {
+        "guidance": [1, 4],
+        "top_p": 0.95,
+        "think": True,
+    }
+    assert (out / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
+    assert run(["generate", "a cat", "-o", str(tmp_path / "a.png"), "-m", str(out), "--no-think"]) == 0
+    capsys.readouterr()
+    for change, told in (
+        ("guidence=3", "unknown sampling default 'guidence'; accepted: guidance,"),
+        ("top_p=7", "top-p is"),
+    ):
+        status, line = mistake(capsys, "export", GOLDEN, "-o", tmp_path / "bad", "--set", change)
+        assert status == 2 and told in line
+    assert not (tmp_path / "bad").exists()
+
+
 def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ROOT / "recipes" / "nano_teacher.yaml"
     for change, line in (

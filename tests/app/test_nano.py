@@ -59,7 +59,11 @@ def test_reconstruction_keeps_the_picture(nano: NextFlowPipeline) -> None:
 
 
 def test_a_batch_and_its_rows_are_the_same_pictures(nano: NextFlowPipeline) -> None:
-    prompts = ["a green square on a white background", "two yellow crosses on a red background", "a blue ring"]
+    prompts = [
+        "a green square on a white background",
+        "two yellow crosses on a red background",
+        "a blue ring",
+    ]
     together = nano.generate(prompts, n=2, seed=9)
     for i, prompt in enumerate(prompts):
         assert np.array_equal(nano.generate(prompt, seed=9)[0], together[2 * i])

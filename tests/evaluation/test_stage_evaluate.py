@@ -14,7 +14,17 @@ pytestmark = pytest.mark.skipif(find_font() is None, reason="needs the package f
 
 
 def test_evaluate_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["evaluate", "playground", "-o", str(tmp_path / "e"), "--prompts", "2", "--captions", "12", "--json"]
+    arguments = [
+        "evaluate",
+        "playground",
+        "-o",
+        str(tmp_path / "e"),
+        "--prompts",
+        "2",
+        "--captions",
+        "12",
+        "--json",
+    ]
     assert run(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["settings"]["about"]["model"] == "nano"

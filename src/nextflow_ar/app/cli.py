@@ -285,7 +285,9 @@ def evaluate(
     ],
     model: Model = "nano",
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts per task type.")] = 80,
-    captions: Annotated[int, typer.Option("--captions", min=0, help="Scenes to caption.")] = 400,
+    captions: Annotated[
+        int, typer.Option("--captions", min=0, help="Scenes to caption, half of them held out.")
+    ] = 800,
     judge: Annotated[Path | None, typer.Option("--judge", help="Folder of another judge.")] = None,
     guidance: Annotated[str | None, typer.Option("--guidance", help=_PER_SCALE)] = None,
     temperature: Annotated[str | None, typer.Option("--temperature", help=_PER_SCALE)] = None,
@@ -305,6 +307,25 @@ def evaluate(
     size = BenchSettings(n_per_type=prompts, in_distribution=prompts, captions=captions, batch=32)
     report = evaluate_playground(pipeline, settings, seed, out, size, judge, model)
     typer.echo(report.to_json() if as_json else report.table())
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="nano, a checkpoint folder, or a Hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    card: Annotated[Path | None, typer.Option("--card", help="Model card (Markdown) to put in.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a sampling default: guidance=3, think=true.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint folder anew, with another model card or other sampling defaults."""
+    from nextflow_ar.app.stages import export_bundle
+
+    if card is not None and not card.is_file():
+        raise UsageError(f"{card}: no such file")
+    export_bundle(model, out, card.read_text() if card is not None else None, changes or [])
+    typer.echo(json.dumps({"out": str(out)}) if as_json else str(out))
 
 
 def _known_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...]]:

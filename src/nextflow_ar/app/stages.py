@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nextflow_ar.config import ConfigError, from_dict, load_yaml, override, to_dict
+from nextflow_ar.generation.sampling import SamplingSettings
 
 if TYPE_CHECKING:
     from nextflow_ar.evaluation.playground import BenchSettings
     from nextflow_ar.evaluation.playground_report import Report
     from nextflow_ar.generation.pipeline import NextFlowPipeline
-    from nextflow_ar.generation.sampling import SamplingSettings
     from nextflow_ar.model.checkpoint import Bundle
 
 KINDS = ("teacher", "tokenizer", "model", "judge")
@@ -73,6 +73,25 @@ def _judge(values: dict[str, Any], where: str) -> Path:
         from_dict(JudgeSettings, plain, where), out, lambda line: console.print(line, highlight=False)
     )
     return out
+
+
+def export_bundle(model: str, out: Path, card: str | None, changes: list[str]) -> None:
+    """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. Raises ConfigError, StorageError."""
+    from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
+    from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
+    from nextflow_ar.storage import read_checked
+
+    folder = resolve_model(model)
+    bundle = load_bundle(folder)
+    generation = override(bundle.generation, changes)
+    unknown = sorted(set(generation) - {*SamplingSettings.__dataclass_fields__, "think"})
+    if unknown:
+        accepted = ", ".join([*SamplingSettings.__dataclass_fields__, "think"])
+        raise ConfigError(f"--set: unknown sampling default {unknown[0]!r}; accepted: {accepted}")
+    bundle.generation = generation
+    NextFlowPipeline(bundle)  # senseless settings are an error here, not at the next load
+    text = card if card is not None else read_checked(folder, CARD_FILE).decode()
+    save_bundle(out, bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, generation, text)
 
 
 def preview_sheet(bundle: Bundle, step: int) -> list[np.ndarray]:

@@ -56,7 +56,11 @@ def resolve_model(name: str | Path) -> Path:
 def best_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device computes in it, fp32 elsewhere."""
     if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        checks = (
+            "_is_avx512_bf16_supported",
+            "_is_amx_tile_supported",
+        )  # private: absent in some torch versions
+        fast = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16
 
