@@ -251,7 +251,7 @@ def test_training_examples_come_from_their_own_seeds() -> None:
 
 def test_the_recipe_holds_the_settings_of_the_bundled_judge() -> None:
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "nano_judge.yaml").read_text())
-    assert recipe.pop("kind") == "judge"
+    assert recipe.pop("kind") == "judge" and recipe.pop("out") == "runs/nano_judge"
     assert JudgeSettings(**recipe) == DEFAULTS
     stored = json.loads((BUNDLED / CONFIG).read_text())["training"]["settings"]
     assert JudgeSettings(**stored) == DEFAULTS

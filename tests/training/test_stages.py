@@ -18,7 +18,7 @@ from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
 from nextflow_ar.model.checkpoint import load_bundle
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
+from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer, drop_words
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.teacher import load_teacher, patch_labels
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_image_tokenizer
@@ -139,6 +139,37 @@ def test_a_batch_holds_what_its_source_says(tokenizer_folder: Path, tmp_path: Pa
     training.step = 40  # self-correction is on
     codes = training.batch(1).images[0].codes
     assert training.correction() is not None and codes.shape == (1, 204)
+
+
+def test_a_text_longer_than_its_row_does_not_end_the_run(tokenizer_folder: Path, tmp_path: Path) -> None:
+    values = model_recipe(tmp_path / "run", tokenizer_folder)
+    values["sources"] = [{"task": "think_to_image", "rows": 2, "length": 20, "scales": 3, "data": SHAPES}]
+    recipe = from_dict(ModelRecipe, values)
+    batch = ModelTrainer(recipe, to_dict(recipe)).batch(0)
+    assert batch.shape[1] % 32 == 0 and batch.shape[1] >= 32
+
+
+def test_dropped_words_are_response_words_only(tokenizer_folder: Path, tmp_path: Path) -> None:
+    training = trainer(tmp_path / "run", tokenizer_folder)
+    batch = training.batch(0)  # prompt, plan, image
+    generator = torch.Generator().manual_seed(0)
+    assert drop_words(batch, 0.0, generator) is batch
+    dropped = drop_words(batch, 1.0, generator)
+    changed = dropped.tokens != batch.tokens
+    told = torch.zeros_like(changed)
+    told[:, 1:] = (
+        (batch.targets[:, :-1] == batch.tokens[:, 1:])
+        & (batch.tokens[:, 1:] < 300)
+        & (batch.scales[:, 1:] < 0)
+    )
+    assert bool(changed.any()) and not bool((changed & ~told).any())
+    assert float(changed.sum() / told.sum()) > 0.7  # some words are replaced by themselves
+    assert torch.equal(dropped.targets, batch.targets) and torch.equal(dropped.weights, batch.weights)
+    words = set(batch.tokens[told].tolist())
+    assert set(dropped.tokens[changed].tolist()) <= words
+    for row in range(3):  # the prompt stays
+        first = int(told[row].nonzero()[0])
+        assert torch.equal(dropped.tokens[row, :first], batch.tokens[row, :first])
 
 
 def test_the_averages_are_what_is_exported(tokenizer_folder: Path, tmp_path: Path) -> None:

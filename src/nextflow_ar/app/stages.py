@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from nextflow_ar.config import ConfigError, from_dict, load_yaml, override, to_dict
 from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.types import ImageReady
 
 if TYPE_CHECKING:
     from nextflow_ar.evaluation.playground import BenchSettings
@@ -125,7 +127,13 @@ def evaluate_playground(
     from nextflow_ar.training.runs import progress_bar
 
     def draw(prompts: list[str]) -> np.ndarray:
-        return np.stack([np.asarray(p) for p in pipeline.generate(prompts, seed=seed, settings=settings)])
+        # Every prompt has a seed of its own, which follows from its words: pictures are independent of each other.
+        seeds = [(seed + zlib.crc32(text.encode())) % 2**63 for text in prompts]
+        found: dict[int, np.ndarray] = {}
+        for event in pipeline.stream(pipeline.requests(prompts, seeds, settings)):
+            if isinstance(event, ImageReady):
+                found[event.row] = np.asarray(event.image)
+        return np.stack([found[i] for i in range(len(prompts))])
 
     def describe(pictures: np.ndarray) -> list[str]:
         return pipeline.describe(list(pictures))
@@ -133,7 +141,7 @@ def evaluate_playground(
     def through(pictures: np.ndarray) -> np.ndarray:
         return np.stack([np.asarray(pipeline.reconstruct(picture)) for picture in pictures])
 
-    about = {"model": model, "seed": seed} | {
+    about: dict[str, Any] = {"think": pipeline.thinks, "model": model, "seed": seed} | {
         k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()
     }
     with progress_bar("playground", 1) as update:

@@ -1,4 +1,4 @@
-"""Training of the judge (one CPU core, a quarter of an hour) and the report of its accuracy on true
+"""Training of the judge (two CPU cores, eight minutes) and the report of its accuracy on true
 renders.
 """
 
@@ -59,7 +59,7 @@ class JudgeSettings:
 
 
 DEFAULTS = JudgeSettings(
-    minutes=14.0,
+    minutes=8.0,
     batch=96,
     lr=2e-3,
     weight_decay=1e-3,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
-from nextflow_ar.sequence.layout import LayoutOptions, build
+from nextflow_ar.sequence.layout import TEXT_SCALE, LayoutOptions, build
 from nextflow_ar.sequence.vocab import (
     PreTrainedTokenizerFast,
     Vocabulary,
@@ -80,6 +80,8 @@ class ModelRecipe:
     """Recipe of one training stage of the transformer. ``start``: a checkpoint folder to go on from, or null.
 
     ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
+    ``word_dropout``: share of a response's words that are fed wrong (another word of the batch) while the targets stay: meant
+    to make the next word follow from the picture or the prompt (docs/log.md, 2026-11-24: it did not help nano).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -100,6 +102,7 @@ class ModelRecipe:
     correction: CorrectionConfig
     sources: tuple[Source, ...]
     model: ModelConfig
+    word_dropout: float = 0.0
 
 
 class ModelTrainer:
@@ -193,7 +196,8 @@ class ModelTrainer:
         samples = [build(d, self.vocab, self.layout) for d in documents]
         longest = max(len(sample) for sample in samples)
         # A rare long text must not end a run; steps of 32 keep the number of compiled shapes small.
-        return collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
+        batch = collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
+        return drop_words(batch, self.recipe.word_dropout, self.generator)
 
     def advance(self) -> dict[str, float]:
         """One step over all sources; returns loss, per-scale and text losses, captions' token accuracy."""
@@ -263,6 +267,25 @@ class ModelTrainer:
                 if stop() and not last:
                     raise KeyboardInterrupt
         return self.export(recipe.out / "final", f"# {recipe.out.name}\n\nTrained for {self.step} steps.\n")
+
+
+def drop_words(batch: Batch, share: float, generator: torch.Generator) -> Batch:
+    """The batch with ``share`` of its response's text inputs replaced by other response words of the batch.
+
+    A response word is one that the place before it learns to predict. Targets, weights and images stay.
+    """
+    if share <= 0:
+        return batch
+    told = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    told[:, 1:] = (batch.targets[:, :-1] == batch.tokens[:, 1:]) & (batch.scales[:, 1:] == TEXT_SCALE)
+    words = batch.tokens[told]
+    if len(words) == 0:
+        return batch
+    wrong = torch.rand(len(words), generator=generator) < share
+    others = words[torch.randint(len(words), (len(words),), generator=generator)]
+    tokens = batch.tokens.clone()
+    tokens[told] = torch.where(wrong, others, words)
+    return replace(batch, tokens=tokens)
 
 
 def _pixels(pictures: np.ndarray) -> Tensor:
