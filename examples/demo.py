@@ -36,13 +36,15 @@ for row, (prompt, picture) in enumerate(zip(SHEET_PROMPTS, pictures, strict=True
     picture.save(out / "drawn" / f"{prompt.replace(' ', '-')}.png")
 
 print("describing pictures drawn with Pillow ...")
-hand = [Image.new("RGB", (64, 64), colour) for colour in ("#2d5fd2", "#fad732", "#f5f5f5", "#1e1e1e")]
-ImageDraw.Draw(hand[0]).ellipse((17, 17, 46, 46), fill="#dc2828")
-ImageDraw.Draw(hand[1]).rectangle((3, 19, 28, 44), fill="#8741af")
-ImageDraw.Draw(hand[1]).polygon([(48, 17), (62, 46), (33, 46)], fill="#dc2828")
-for x, y in ((1, 1), (33, 1), (1, 33)):
-    ImageDraw.Draw(hand[2]).ellipse((x, y, x + 29, y + 29), fill="#32a046")
-ImageDraw.Draw(hand[3]).polygon([(32, 18), (46, 46), (17, 46)], fill="#f58c1e")
+hand = [Image.new("RGB", (256, 256), colour) for colour in ("#2d5fd2", "#f5f5f5", "#1e1e1e", "#8741af")]
+draw = [ImageDraw.Draw(picture) for picture in hand]
+draw[0].ellipse((68, 68, 187, 187), fill="#dc2828")
+for x, y in ((6, 6), (134, 6), (6, 134)):
+    draw[1].ellipse((x, y, x + 116, y + 116), fill="#32a046")
+draw[2].polygon([(128, 70), (188, 186), (68, 186)], fill="#f58c1e")
+draw[3].rectangle((48, 6, 82, 122), fill="#fad732")
+draw[3].rectangle((7, 48, 122, 82), fill="#fad732")
+draw[3].ellipse((134, 134, 250, 250), fill="#2d5fd2")
 read = [Card(picture, text) for picture, text in zip(hand, pipeline.describe(hand), strict=True)]
 
 print("passing pictures through the image tokenizer ...")
@@ -50,7 +52,7 @@ through = []
 for picture in hand:
     codes = pipeline.encode(picture)
     parts = [pipeline.decode(codes, k + 1) for k in range(len(schedule))]
-    error = np.mean((np.asarray(picture, float) - np.asarray(parts[-1], float)) ** 2)
+    error = np.mean((pipeline.fit(picture).astype(float) - np.asarray(parts[-1], float)) ** 2)
     bits = schedule.num_tokens * np.log2(pipeline.bundle.vocab.codes)
     note = f"{schedule.num_tokens} codes, {bits / 8:.0f} bytes, {10 * np.log10(255**2 / error):.1f} dB"
     through.append(Card(parts[-1], "reconstruction", note, parts))

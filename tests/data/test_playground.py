@@ -139,7 +139,9 @@ def test_levels() -> None:
     assert (len(EASY.nouns), len(EASY.shapes), len(EASY.colours)) == (20, 5, 8)
     assert (len(LEVELS["hard"].nouns), len(LEVELS["hard"].colours)) == (56, 10)
     assert level("easy", max_count=2).max_count == 2 and EASY.max_count == 4
-    with pytest.raises(ValueError, match="unknown playground level 'simple': one of easy, medium, hard"):
+    with pytest.raises(
+        ValueError, match="unknown playground level 'simple': one of shapes, easy, medium, hard"
+    ):
         level("simple")
 
 

@@ -80,7 +80,7 @@ class ModelRecipe:
     """Recipe of one training stage of the transformer. ``start``: a checkpoint folder to go on from, or null.
 
     ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
-    ``word_dropout``: share of a response's words that are fed wrong (another word of the batch) while the targets stay: meant
+    ``word_dropout``: share of a response's words that are fed wrong (another word of the batch), targets unchanged: meant
     to make the next word follow from the picture or the prompt (docs/log.md, 2026-11-24: it did not help nano).
     """
 
