@@ -67,7 +67,11 @@ write_page(
             "Below each picture: what it looked like after each of its eight scales.",
             drawn,
         ),
-        Section("Described", "Pictures drawn by hand with Pillow, and what the model says of them.", read),
+        Section(
+            "Described",
+            "Drawn by hand with Pillow, chosen from what it reads well; what it misreads is in docs/log.md.",
+            read,
+        ),
         Section("Through the tokenizer", "From one code to all 204, one scale at a time.", through),
     ],
     f"Checkpoint nano. {len(pictures)} pictures drawn in {seconds:.1f} s in one batch.",

@@ -1,4 +1,4 @@
-"""The benchmark through the command: a tiny model is scored, ceilings included, and a stopped run goes on."""
+"""The benchmark through the command: the bundled model is scored, ceilings included, and a stopped run goes on."""
 
 from __future__ import annotations
 

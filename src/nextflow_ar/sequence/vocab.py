@@ -29,6 +29,18 @@ CHAT_TEMPLATE = (
 """ChatML, as Qwen uses it; an image part stands as ``<boi><eoi>``, and the layout puts its scales between the two."""
 
 
+def _fast(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """The fast tokenizer around a trained core, with its special tokens and chat template."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def train_text_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most ``vocab_size`` entries, special tokens included. Any text round-trips exactly."""
     core = Tokenizer(models.BPE())
@@ -41,14 +53,7 @@ def train_text_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTo
         show_progress=False,
     )
     core.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return _fast(core)
 
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -62,14 +67,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     missing = [token for token in SPECIAL_TOKENS if core.token_to_id(token) is None]
     if missing:
         raise StorageError(f"{folder}: the text tokenizer lacks {', '.join(missing)}")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return _fast(core)
 
 
 @dataclass(frozen=True, eq=False)
