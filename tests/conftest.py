@@ -29,7 +29,7 @@ TINY_TOKENIZER = ImageTokenizerConfig(
     decoder_blocks=1,
     decoder_sees_semantic=True,
     quantizer=QuantizerConfig(
-        codebook_size=24, semantic_dim=4, pixel_dim=6, semantic_weight=1.0, normalize=False
+        codebook_size=24, semantic_dim=4, pixel_dim=6, semantic_weight=1.0, normalize=False, refine=0.0
     ),
     semantic=TINY_SEMANTIC,
 )

@@ -38,7 +38,11 @@ class SemanticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerConfig:
-    """Dual codebook with one shared index (paper section 2.3)."""
+    """Dual codebook with one shared index (paper section 2).
+
+    ``semantic_dim``: 0 for a tokenizer of the pixel branch alone. ``normalize``: nearest by the angle of each half.
+    ``refine``: share of a 3x3 convolution in every enlarged grid, as VAR has it (0: none, as in TokenFlow and NextFlow).
+    """
 
     __pydantic_config__ = _STRICT
     codebook_size: int
@@ -46,6 +50,7 @@ class QuantizerConfig:
     pixel_dim: int
     semantic_weight: float
     normalize: bool
+    refine: float
 
     @property
     def dim(self) -> int:
@@ -55,7 +60,11 @@ class QuantizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """Image tokenizer: pixel CNN, semantic tower, quantiser. Channels are listed from full resolution to the grid."""
+    """Image tokenizer: pixel CNN, semantic tower, quantiser. Channels are listed from full resolution to the grid.
+
+    ``num_scales``: scales of the size that is drawn by default; any of the 18 works. ``semantic``: null for the pixel
+    branch alone (then ``quantizer.semantic_dim`` is 0).
+    """
 
     __pydantic_config__ = _STRICT
     downsample: int
@@ -66,7 +75,7 @@ class ImageTokenizerConfig:
     decoder_blocks: int
     decoder_sees_semantic: bool
     quantizer: QuantizerConfig
-    semantic: SemanticConfig
+    semantic: SemanticConfig | None
 
 
 @dataclasses.dataclass(frozen=True)

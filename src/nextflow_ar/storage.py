@@ -108,6 +108,43 @@ def _sums(folder: Path) -> dict[str, str]:
     return {name.removeprefix(prefix): digest for name, digest in listed.items() if name.startswith(prefix)}
 
 
+def find_folder(name: str | Path) -> Path | None:
+    """A folder here, or a Hub id OWNER/NAME (downloaded); None when it is neither. Raises StorageError for a download."""
+    path, text = Path(name), str(name)
+    if path.is_dir():
+        return path
+    if text.count("/") != 1 or text.startswith((".", "/")) or path.exists():
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text))
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120]
+        raise StorageError(f"{text}: neither a folder here nor a model on the Hub ({reason})") from None
+
+
+def push_folder(
+    fill: Callable[[Path], None], repo_id: str, *, private: bool = False, token: str | None = None
+) -> str:
+    """Upload what ``fill(folder)`` writes to a Hub repository, made if need be; returns its address.
+
+    Raises StorageError when that fails.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "upload"
+        write_folder(folder, fill)
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:140]
+            raise StorageError(f"{repo_id}: the upload failed ({reason})") from None
+
+
 def pack_weights(tensors: Mapping[str, Tensor]) -> bytes:
     """Safetensors bytes of a state dict."""
     return save_safetensors({k: v.detach().contiguous().cpu() for k, v in tensors.items()})

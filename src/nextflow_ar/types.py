@@ -16,17 +16,30 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Where a picture lies on the canvas that its codes cover, so that fitting can be undone.
+
+    ``box``: (top, left, bottom, right) in pixels of the canvas. ``size``: (height, width) of that part in the picture.
+    """
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class Codes:
     """One image as codes, scale by scale.
 
     ``target``: (T,) int64, the codes to predict. ``input``: (T,) int64, the codes fed back; equal to ``target`` unless
-    self-correction sampled them (paper section 3.4). Both are ordered by scale, then row-major.
+    self-correction sampled them (paper section 3.4). Both are ordered by scale, then row-major. ``frame``: how a picture
+    of any size was fitted, None when it was of the schedule's size or never a picture.
     """
 
     schedule: ScaleSchedule
     target: torch.Tensor
     input: torch.Tensor
+    frame: Frame | None = None
 
     def __post_init__(self) -> None:
         for name in ("target", "input"):
@@ -37,9 +50,9 @@ class Codes:
                 )
 
     @classmethod
-    def plain(cls, schedule: ScaleSchedule, indices: torch.Tensor) -> Codes:
+    def plain(cls, schedule: ScaleSchedule, indices: torch.Tensor, frame: Frame | None = None) -> Codes:
         """Codes whose inputs equal their targets."""
-        return cls(schedule, indices, indices)
+        return cls(schedule, indices, indices, frame)
 
     def scale(self, k: int) -> torch.Tensor:
         """Target codes of scale ``k`` (0-based), shape (h_k * w_k,)."""
@@ -99,6 +112,11 @@ class Document:
         """
         between = () if thought is None else (Text(thought, supervised=True),)
         return cls((Text(prompt), *between, Image(codes, supervised=True, scales=scales)))
+
+    @classmethod
+    def text_to_text(cls, prompt: str, response: str) -> Document:
+        """A prompt as context and a text as the response."""
+        return cls((Text(prompt), Text(response, supervised=True)))
 
     @classmethod
     def image_to_text(cls, codes: Codes, caption: str, *, image_supervised: bool = False) -> Document:

@@ -140,7 +140,7 @@ def test_levels() -> None:
     assert (len(LEVELS["hard"].nouns), len(LEVELS["hard"].colours)) == (56, 10)
     assert level("easy", max_count=2).max_count == 2 and EASY.max_count == 4
     with pytest.raises(
-        ValueError, match="unknown playground level 'simple': one of shapes, easy, medium, hard"
+        ValueError, match="unknown playground level 'simple': one of shapes, easy, hues, medium, hard"
     ):
         level("simple")
 
@@ -223,3 +223,22 @@ def test_ordinary_words() -> None:
     assert [noun.name for noun in NOUNS[:20]] == list(EASY.nouns)
     assert len({noun.name for noun in NOUNS}) == len(NOUNS) == len({noun.many for noun in NOUNS})
     assert all(a != b for a, b in pairwise(sorted(COLOURS.values())))
+
+
+def test_hues_are_named_after_the_nearest_colour_and_hold_pairs_out() -> None:
+    sampler = SceneSampler(level("hues"), "train", 4)
+    palette = {name: np.array(COLOURS[name]) for name in level("hues").colours}
+    seen: dict[str, set] = {}
+    for index in range(400):
+        scene = sampler.scene(index)
+        assert held_out_pairs(scene) == 0
+        for colour, rgb in [(scene.background, scene.rgb[0])] + [
+            (t.colour, t.rgb) for t in scene.things if t.colour is not None
+        ]:
+            nearest = min(palette, key=lambda name: int(((palette[name] - rgb) ** 2).sum()))
+            assert nearest == colour
+            seen.setdefault(colour, set()).add(rgb)
+        for thing in scene.things:
+            if thing.rgb is not None:
+                assert sum((a - b) ** 2 for a, b in zip(thing.rgb, scene.rgb[0], strict=True)) >= 70**2
+    assert set(seen) == set(palette) and all(len(shades) > 15 for shades in seen.values())

@@ -36,7 +36,7 @@ def measure() -> dict:
     """Every number that the golden test compares."""
     bundle = load_bundle(HERE / "bundle")
     found = bundle.image_tokenizer.encode_bytes(torch.from_numpy(picture())[None])
-    pixels = bundle.image_tokenizer.decode(found.target, SQUARE)
+    pixels = bundle.image_tokenizer.decode_pixels(found.target, SQUARE)
     image = Image(Codes.plain(SQUARE, found.target[0]), True)
     document = Document((Text("two dogs"), image, Text("a red circle", True)))
     batch = collate([build(document, bundle.vocab, bundle.layout)])

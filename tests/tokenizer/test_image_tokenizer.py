@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.scales import FINAL_GRIDS, ScaleSchedule
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_bytes, to_unit
+from nextflow_ar.types import Codes
 from tests.conftest import TINY_TOKENIZER, tiny_image_tokenizer
 
 SQUARE = ScaleSchedule.square(5)
@@ -44,13 +47,13 @@ def test_uint8_survives_the_change_of_range() -> None:
 def test_both_branches_decide_the_codes() -> None:
     tokenizer = tiny_image_tokenizer()
     x = to_unit(pictures(8))
-    before = tokenizer.encode(x).target
+    before = tokenizer.quantize(x).target
     for name in ("encoder", "semantic_head"):
         changed = tiny_image_tokenizer()
         for parameter in getattr(changed, name).parameters():
             parameter.mul_(1.5)
-        assert not torch.equal(changed.encode(x).target, before), name
-    features = tokenizer.features(x)
+        assert not torch.equal(changed.quantize(x).target, before), name
+    features = tokenizer.embed(x)
     assert features.shape == (8, 10, 5, 5)
     assert tokenizer.semantics(features).shape == (8, 32, 5, 5)
 
@@ -101,3 +104,128 @@ def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
         ImageTokenizer.from_pretrained(folder)
     with pytest.raises(StorageError, match="no such checkpoint folder"):
         ImageTokenizer.from_pretrained(tmp_path / "none")
+
+
+def photo(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth, so that scaling and back loses little."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_the_library_takes_pictures_of_any_and_of_mixed_sizes() -> None:
+    tokenizer = tiny_image_tokenizer()
+    several = [
+        photo(40, 40),
+        photo(33, 61, 1),
+        np.asarray(photo(64, 20, 2)),
+        torch.from_numpy(np.array(photo(9, 9))),
+    ]
+    found = tokenizer.encode(several)
+    assert isinstance(found, list)
+    for picture, codes in zip(several, found, strict=True):
+        alone = tokenizer.encode(picture)
+        assert isinstance(alone, Codes) and torch.equal(alone.target, codes.target)
+        height, width = (
+            (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+        )
+        h, w = codes.schedule.image_size(8)
+        assert h >= height and w >= width  # the smallest canvas that holds it whole
+        out = tokenizer.decode(codes)
+        assert isinstance(out, Image.Image) and out.size == (width, height)  # fitting is undone
+    pictures_again = tokenizer.decode(found)
+    assert isinstance(pictures_again, list)
+    assert [p.size for p in pictures_again] == [(40, 40), (61, 33), (20, 64), (9, 9)]
+    large = tokenizer.encode(photo(700, 1000), num_scales=6)
+    assert isinstance(large, Codes) and len(large.schedule) == 6
+    assert tokenizer.decode(large, upto_scale=2).size == (1000, 700)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="aspect ratios from 1:4 to 4:1"):
+        tokenizer.encode(photo(10, 100))
+    with pytest.raises(ValueError, match=r"a picture is \(H, W, 3\) uint8, got \(4, 4\) float64"):
+        tokenizer.encode(np.zeros((4, 4)))
+
+
+def test_crop_fills_the_canvas_and_tells_what_it_saw() -> None:
+    tokenizer = tiny_image_tokenizer()
+    codes = tokenizer.encode(photo(60, 90), schedule=SQUARE, fit="crop")
+    assert isinstance(codes, Codes) and codes.frame is not None
+    assert codes.frame.size == (60, 60) and codes.frame.box == (0, 0, 40, 40)
+    assert tokenizer.decode(codes).size == (60, 60)  # type: ignore[union-attr]
+
+
+def test_every_aspect_ratio_encodes_and_decodes() -> None:
+    tokenizer = tiny_image_tokenizer()
+    for final in FINAL_GRIDS:
+        schedule = ScaleSchedule.from_final(final, 7)
+        height, width = schedule.image_size(8)
+        codes = tokenizer.encode(photo(height, width), schedule=schedule)
+        assert isinstance(codes, Codes) and codes.target.shape == (schedule.num_tokens,)
+        assert tokenizer.decode(codes).size == (width, height)  # type: ignore[union-attr]
+
+
+def test_features_of_codes() -> None:
+    tokenizer = tiny_image_tokenizer()
+    codes = tokenizer.encode([photo(40, 40), photo(40, 40, 1)])
+    found = tokenizer.features(codes)
+    assert found.semantic.shape == (2, 4, 5, 5) and found.pixel.shape == (2, 6, 5, 5)
+    assert found.decoded is not None and found.decoded.shape == (2, 32, 5, 5)
+    indices = torch.stack([c.target for c in codes])  # type: ignore[union-attr]
+    summed = tokenizer.quantizer.accumulate(indices, SQUARE)
+    torch.testing.assert_close(torch.cat([found.semantic, found.pixel], 1), summed)
+    with pytest.raises(ValueError, match="one and the same schedule"):
+        tokenizer.features([codes[0], tokenizer.encode(photo(20, 40))])  # type: ignore[index,list-item]
+
+
+def test_a_tokenizer_of_the_pixel_branch_alone() -> None:
+    config = replace(
+        TINY_TOKENIZER, semantic=None, quantizer=replace(TINY_TOKENIZER.quantizer, semantic_dim=0)
+    )
+    tokenizer = ImageTokenizer(config).eval().requires_grad_(False)
+    tokenizer.quantizer.codebook.normal_()
+    codes = tokenizer.encode(photo(40, 40))
+    assert tokenizer.decode(codes).size == (40, 40)  # type: ignore[union-attr,arg-type]
+    assert tokenizer.features(codes).decoded is None  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no semantic branch"):
+        tokenizer.semantics(torch.zeros(1, 6, 5, 5))
+    with pytest.raises(ValueError, match="if and only if there is no semantic branch"):
+        ImageTokenizer(replace(TINY_TOKENIZER, semantic=None))
+    with pytest.raises(ValueError, match="groups of about 16"):
+        ImageTokenizer(replace(TINY_TOKENIZER, decoder_channels=(8, 16, 56)))
+
+
+def test_names_that_need_no_download_and_unknown_ones(tmp_path: Path) -> None:
+    bundled = ImageTokenizer.from_pretrained("nano")
+    assert bundled.config.num_scales == 8
+    with pytest.raises(
+        StorageError, match="no such checkpoint folder; nano, nano-tokenizer, a folder or a Hub id"
+    ):
+        ImageTokenizer.from_pretrained("nanno")
+
+
+def test_push_to_hub_uploads_a_whole_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, object]] = []
+
+    class Hub:
+        def __init__(self, token: str | None = None) -> None:
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            calls.append(("create", (repo_id, private, exist_ok)))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> str:
+            again = ImageTokenizer.from_pretrained(folder_path)  # what is uploaded can be loaded
+            calls.append(("upload", (repo_id, again.config, (folder_path / "README.md").read_text())))
+            if repo_id.endswith("no"):
+                raise OSError("403\nforbidden")
+            return "https://hub/" + repo_id
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    tokenizer = tiny_image_tokenizer()
+    address = tokenizer.push_to_hub("me/it", private=True, token="t", card="# it")
+    assert address == "https://hub/me/it"
+    assert calls == [
+        ("token", "t"), ("create", ("me/it", True, True)), ("upload", ("me/it", tokenizer.config, "# it")),
+    ]  # fmt: skip
+    with pytest.raises(StorageError, match="me/no: the upload failed \\(403 forbidden\\)"):
+        tokenizer.push_to_hub("me/no", card="# it")

@@ -14,7 +14,9 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer import quantizer as module
 from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer, SelfCorrection, resize
 
-CONFIG = QuantizerConfig(codebook_size=40, semantic_dim=3, pixel_dim=5, semantic_weight=2.0, normalize=False)
+CONFIG = QuantizerConfig(
+    codebook_size=40, semantic_dim=3, pixel_dim=5, semantic_weight=2.0, normalize=False, refine=0.0
+)
 
 
 def quantizer(config: QuantizerConfig = CONFIG, seed: int = 0, scales: int = 5) -> MultiScaleQuantizer:
@@ -118,8 +120,8 @@ def test_scales_accumulate_prefix_by_prefix() -> None:
     assert float(q.accumulate(codes, schedule, 0).abs().sum()) == 0
     one = q.accumulate(codes, schedule, 1)
     torch.testing.assert_close(one, q.codebook[codes[:, 0]][:, :, None, None].expand_as(one))
-    keep = torch.tensor([2, 5])
-    dropped = q.quantize(features(schedule), schedule, keep=keep)
+    mask = torch.arange(5) < torch.tensor([[2], [5]])
+    dropped = q.quantize(features(schedule), schedule, mask=mask)
     torch.testing.assert_close(dropped.features[0], q.accumulate(codes, schedule, 2)[0])
     torch.testing.assert_close(dropped.features[1], q.accumulate(codes, schedule)[1])
     assert torch.equal(dropped.target, codes)
@@ -194,3 +196,156 @@ def test_usage_counts_by_hand() -> None:
     usage, perplexity = q.usage()
     assert float(usage[0]) == pytest.approx(2 / 40)
     assert float(perplexity[0]) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_a_masked_scale_may_be_left_out_of_the_chain() -> None:
+    q, schedule = quantizer(), ScaleSchedule.square(5)
+    x = features(schedule)
+    mask = torch.tensor([[True, False, True, True, False], [True] * 5])
+    found = q.quantize(x, schedule, mask=mask, skip=True)
+    plain = q.quantize(x, schedule)
+    assert torch.equal(found.target[1], plain.target[1])
+    assert torch.equal(found.target[0, :5], plain.target[0, :5])  # the first two scales see the same residual
+    rest = x[:1] - q.accumulate(found.target[:1], schedule, 1)  # the second scale is not subtracted
+    cells = resize(rest, schedule.grids[2], "area").flatten(2).transpose(1, 2)[0]
+    assert q.nearest(cells).tolist() == found.target[0, 5:14].tolist()
+    torch.testing.assert_close(found.features, q.accumulate(found.target, schedule, mask=mask))
+
+
+def test_a_codebook_may_learn_by_gradient() -> None:
+    q, schedule = quantizer(), ScaleSchedule.square(5)
+    names = set(q.state_dict())
+    q.learn_by_gradient()
+    q.learn_by_gradient()  # twice is once
+    assert set(q.state_dict()) == names and isinstance(q.codebook, torch.nn.Parameter)
+    optimizer = torch.optim.Adam([q.codebook], lr=0.05)
+    losses = []
+    for step in range(30):
+        x = features(schedule, rows=8, seed=step)
+        trace: list = []
+        codes = q.quantize(x, schedule, trace=trace).target
+        before = q.codebook.detach().clone()
+        q.learn(trace, decay=0.9, revive_below=0.0)
+        assert torch.equal(q.codebook, before)  # counted, not moved
+        loss = F.mse_loss(q.accumulate(codes, schedule), x)
+        optimizer.zero_grad()
+        loss.backward()
+        assert q.codebook.grad is not None
+        assert not bool(q.codebook.grad[torch.bincount(codes.flatten(), minlength=40) == 0].any())
+        optimizer.step()
+        losses.append(float(loss))
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+
+
+def test_vars_convolutions_are_the_identity_where_they_have_no_share() -> None:
+    schedule = ScaleSchedule.square(5)
+    torch.manual_seed(0)
+    q = quantizer(replace(CONFIG, refine=0.5))
+    assert q.refiner is not None
+    codes = q.quantize(features(schedule), schedule).target
+    refined = q.accumulate(codes, schedule)
+    x = resize(q.codebook[codes[:, :1]].transpose(1, 2).unflatten(2, (1, 1)), schedule.final, "bicubic")
+    torch.testing.assert_close(q.accumulate(codes, schedule, 1), 0.5 * x + 0.5 * q.refiner.convolutions[0](x))
+    q.refiner.share = 0.0
+    plain = quantizer()
+    torch.testing.assert_close(q.accumulate(codes, schedule), plain.accumulate(codes, schedule))
+    assert not torch.allclose(refined, plain.accumulate(codes, schedule))
+
+
+def test_the_entropy_term_rewards_clear_and_varied_choices() -> None:
+    q, schedule = quantizer(), ScaleSchedule.square(1)
+    exact = q.codebook[:16].view(16, 8, 1, 1)  # every cell lies on a code of its own
+    same = q.codebook[:1].expand(16, 8).reshape(16, 8, 1, 1)
+    blurred = (q.codebook.mean(0).expand(16, 8) + 1e-3).reshape(16, 8, 1, 1)
+    values = []
+    for x in (exact, same, blurred):
+        x = x.clone().requires_grad_(True)
+        codes = q.quantize(x, schedule).target
+        value = q.uncertainty(x, codes, schedule, temperature=0.1)
+        value.backward()
+        assert x.grad is not None and bool(x.grad.isfinite().all())
+        values.append(float(value))
+    assert values[0] < -2 and values[0] < values[1] and values[0] < values[2]  # about -log 16
+
+
+def test_a_codebook_without_a_semantic_half() -> None:
+    config = replace(CONFIG, semantic_dim=0, pixel_dim=8, normalize=True)
+    q, schedule = quantizer(config), ScaleSchedule.square(5)
+    x = features(schedule)
+    found = q.quantize(x, schedule).target[0].tolist()
+    assert found == reference(x[0].numpy(), q.codebook.double().numpy(), config, schedule)
+
+
+@pytest.mark.parametrize("size", [16_384, 32_768])
+def test_memory_stays_flat_in_the_number_of_codes(size: int) -> None:
+    """At 1024 px a scale has 4,096 cells: no (cells, codes) matrix larger than the budget may ever exist."""
+    config = QuantizerConfig(size, 8, 8, 1.0, False, 0.0)
+    q = MultiScaleQuantizer(config)
+    q.codebook.normal_(generator=torch.Generator().manual_seed(0))
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    cells = torch.randn(4096, 16)
+    with Watch():
+        q.nearest(cells)
+        q.sample_nearest(cells, SelfCorrection(1.0, 4, 1.0), torch.Generator().manual_seed(0))
+    assert largest <= max(module._DISTANCE_BUDGET, size * 16)
+    assert largest < 4096 * size
+
+
+def _learn_in_two(rank: int, port: int, out: str) -> None:
+    import os
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    from nextflow_ar.training.parallel import World
+
+    torch.set_num_threads(1)
+    world, q, schedule = World.join(), quantizer(), ScaleSchedule.square(3)
+    q.ema_count.fill_(1.0)
+    q.ema_sum.copy_(q.codebook)
+    for step in range(4):
+        trace: list = []
+        q.quantize(features(schedule, rows=4, seed=10 * step + rank), schedule, trace=trace)
+        generator = torch.Generator().manual_seed(step + 7 * rank)
+        q.learn(
+            trace, decay=0.9, revive_below=0.7 if step == 3 else 0.0, generator=generator, add=world.add,
+            share=world.share,
+        )  # fmt: skip
+        if step == 2:
+            torch.save(q.codebook.clone(), f"{out}/before{rank}.pt")
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.full((1, 2), float(rank))
+    world.average_gradients(layer.parameters())
+    torch.save((q.codebook, q.scale_counts, layer.weight.grad), f"{out}/after{rank}.pt")
+    world.leave()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_one_codebook(tmp_path) -> None:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_learn_in_two, (port, str(tmp_path)), nprocs=2)
+    a, b = (torch.load(tmp_path / f"after{i}.pt") for i in range(2))
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+    assert a[2].tolist() == [[0.5, 0.5]]
+    # the same as one process that sees both batches
+    q, schedule = quantizer(), ScaleSchedule.square(3)
+    q.ema_count.fill_(1.0)
+    q.ema_sum.copy_(q.codebook)
+    for step in range(3):
+        trace: list = []
+        both = torch.cat([features(schedule, rows=4, seed=10 * step + rank) for rank in range(2)])
+        q.quantize(both, schedule, trace=trace)
+        q.learn(trace, decay=0.9, revive_below=0.0)
+    torch.testing.assert_close(torch.load(tmp_path / "before0.pt"), q.codebook, atol=1e-5, rtol=1e-5)

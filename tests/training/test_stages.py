@@ -18,9 +18,10 @@ from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
 from nextflow_ar.model.checkpoint import load_bundle
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer, drop_words
+from nextflow_ar.tokenizer.semantic import SemanticEncoder
+from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer, Source, swap_words
 from nextflow_ar.training.optim import OptimizerConfig
-from nextflow_ar.training.teacher import load_teacher, patch_labels
+from nextflow_ar.training.teacher import patch_labels
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_image_tokenizer
 
 CURVE = Path(__file__).parent.parent / "golden" / "loss_curve.json"
@@ -149,27 +150,40 @@ def test_a_text_longer_than_its_row_does_not_end_the_run(tokenizer_folder: Path,
     assert batch.shape[1] % 32 == 0 and batch.shape[1] >= 32
 
 
-def test_dropped_words_are_response_words_only(tokenizer_folder: Path, tmp_path: Path) -> None:
-    training = trainer(tmp_path / "run", tokenizer_folder)
+def test_swapped_words_are_response_words_of_one_class(tokenizer_folder: Path, tmp_path: Path) -> None:
+    training = trainer(
+        tmp_path / "run",
+        tokenizer_folder,
+        text_entries=500,
+        model=to_dict(replace(TINY_MODEL, max_positions=512, text_vocab=500)),
+    )
     batch = training.batch(0)  # prompt, plan, image
     generator = torch.Generator().manual_seed(0)
-    assert drop_words(batch, 0.0, generator) is batch
-    dropped = drop_words(batch, 1.0, generator)
-    changed = dropped.tokens != batch.tokens
+    classes = training.word_classes
+    assert swap_words(batch, 0.0, classes, generator) is batch
+    swapped = swap_words(batch, 1.0, classes, generator)
+    changed = swapped.tokens != batch.tokens
     told = torch.zeros_like(changed)
-    told[:, 1:] = (
-        (batch.targets[:, :-1] == batch.tokens[:, 1:])
-        & (batch.tokens[:, 1:] < 300)
-        & (batch.scales[:, 1:] < 0)
-    )
+    told[:, 1:] = (batch.targets[:, :-1] == batch.tokens[:, 1:]) & (batch.scales[:, 1:] < 0)
     assert bool(changed.any()) and not bool((changed & ~told).any())
-    assert float(changed.sum() / told.sum()) > 0.7  # some words are replaced by themselves
-    assert torch.equal(dropped.targets, batch.targets) and torch.equal(dropped.weights, batch.weights)
-    words = set(batch.tokens[told].tolist())
-    assert set(dropped.tokens[changed].tolist()) <= words
-    for row in range(3):  # the prompt stays
-        first = int(told[row].nonzero()[0])
-        assert torch.equal(dropped.tokens[row, :first], batch.tokens[row, :first])
+    assert torch.equal(swapped.targets, batch.targets) and torch.equal(swapped.weights, batch.weights)
+    for old, new in zip(batch.tokens[changed].tolist(), swapped.tokens[changed].tolist(), strict=True):
+        assert [old in c.tolist() for c in classes] == [
+            new in c.tolist() for c in classes
+        ]  # colour for colour
+    colours = set(classes[0].tolist())
+    assert {training.vocab.decode([i]).strip() for i in colours} >= {"red", "blue", "white"}
+    with pytest.raises(ValueError, match="not for think_to_image"):
+        Source("think_to_image", 1, 100, SceneMixture(MixtureConfig(**SHAPES)).config, swap=0.1)
+
+
+def test_plans_alone_are_words_only(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = {"task": "plan", "rows": 6, "length": 120, "swap": 0.5, "data": SHAPES}
+    training = trainer(tmp_path / "run", tokenizer_folder, sources=[source])
+    batch = training.batch(0)
+    assert batch.images == () and bool((batch.scales < 0).all())
+    found = training.advance()
+    assert set(found) == {"loss", "text", "text_right", "norm"} and np.isfinite(found["loss"])
 
 
 def test_the_averages_are_what_is_exported(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -208,37 +222,33 @@ def test_the_whole_tour_through_the_command(tmp_path: Path, capsys: pytest.Captu
     semantic = to_dict(EIGHT.semantic)
     teacher = {
         "kind": "teacher", "out": str(tmp_path / "teacher"), "seed": 1, "steps": 12, "batch": 8,
-        "optimizer": OPTIMIZER, "data": SHAPES, "semantic": semantic,
+        "grounding": 1.0, "optimizer": OPTIMIZER, "data": SHAPES, "semantic": semantic,
+        "text": {"entries": 300, "length": 60, "layers": 1},
     }  # fmt: skip
+    scenes = {"kind": "playground", "weight": 1.0, "playground": SHAPES}
     tokenizer = {
-        "kind": "tokenizer", "out": str(tmp_path / "tokenizer"), "seed": 1, "trains": "all", "start": None,
-        "teacher": str(tmp_path / "teacher" / "final"), "steps": 25, "batch": 8, "optimizer": OPTIMIZER, "ema": 0.9,
-        "nested": 0.5, "codebook_decay": 0.9, "revive_below": 0.05, "compile": False, "sheet_seconds": 1e9,
-        "save_seconds": 1e9, "loss": {"mse": 1.0, "l1": 0.1, "semantic": 0.1, "commitment": 0.25},
-        "data": SHAPES, "heldout": {**SHAPES, "split": "test"}, "tokenizer": to_dict(EIGHT),
+        "kind": "tokenizer", "out": str(tmp_path / "tokenizer"), "seed": 1, "trains": "joint", "start": None,
+        "teacher": str(tmp_path / "teacher" / "final"), "steps": 25, "pixels": 32768, "optimizer": OPTIMIZER, "ema": 0.9,
+        "dropout": {"kind": "nested", "share": 0.5}, "codebook": {"kind": "ema", "decay": 0.9, "revive_below": 0.05},
+        "compile": False, "sheet_seconds": 1e9, "save_seconds": 1e9,
+        "loss": {"mse": 1.0, "l1": 0.1, "semantic": 0.1, "commitment": 0.25}, "data": {"scenes": scenes},
+        "heldout": {"scenes": scenes}, "heldout_pixels": 65536, "tokenizer": to_dict(EIGHT),
     }  # fmt: skip
     model = model_recipe(tmp_path / "model", tmp_path / "tokenizer" / "final", steps=6)
     for name, values in (("teacher", teacher), ("tokenizer", tokenizer), ("model", model)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
         assert run(["train", str(tmp_path / f"{name}.yaml")]) == 0
         assert capsys.readouterr().out == f"{tmp_path / name / 'final'}\n"
-    encoder, _ = load_teacher(tmp_path / "teacher" / "final")
+    encoder, config = SemanticEncoder.from_pretrained(
+        tmp_path / "teacher" / "final", EIGHT.semantic.decoder_layers
+    )  # type: ignore[union-attr]
+    assert config == EIGHT.semantic
     assert not any(p.requires_grad for p in encoder.parameters())
     lines = [json.loads(line) for line in (tmp_path / "tokenizer" / "metrics.jsonl").read_text().splitlines()]
-    report = next(line for line in lines if "psnr" in line)
-    assert report["psnr"] > 8 and len(report["psnr_by_scale"]) == 8
-    assert len(report["usage"]) == len(report["perplexity"]) == 8
-    assert (tmp_path / "tokenizer" / "sheet_000025.png").is_file()
+    report = lines[-1]
+    assert report["scenes_psnr"] > 8 and len(report["scenes_psnr_by_scale"]) == 8
+    assert (tmp_path / "tokenizer" / "sheet_000025_scenes.png").is_file()
     assert (tmp_path / "model" / "sheet_000006.png").is_file()
-    decoder = tokenizer | {
-        "out": str(tmp_path / "decoder"), "trains": "decoder", "start": str(tmp_path / "tokenizer" / "final"), "steps": 5,
-        "tokenizer": to_dict(replace(EIGHT, decoder_channels=(16, 16, 32))),
-    }  # fmt: skip
-    (tmp_path / "decoder.yaml").write_text(yaml.safe_dump(decoder))
-    assert run(["train", str(tmp_path / "decoder.yaml")]) == 0
-    small, large = (ImageTokenizer.from_pretrained(tmp_path / n / "final") for n in ("tokenizer", "decoder"))
-    picture = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
-    assert torch.equal(small.encode_bytes(picture).target, large.encode_bytes(picture).target)  # codes stay
     capsys.readouterr()
     final = str(tmp_path / "model" / "final")
     assert run(["generate", "a red circle", "-o", str(tmp_path / "a.png"), "-m", final, "--think"]) == 0

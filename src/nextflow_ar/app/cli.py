@@ -216,50 +216,43 @@ def describe(
     typer.echo(json.dumps({"image": str(image), "text": text}, ensure_ascii=False) if as_json else text)
 
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
-
 @app.command()
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the reconstructions.")],
-    model: Model = "nano",
+    level: Annotated[
+        int | None,
+        typer.Option(
+            "--scales", min=1, max=18, help="Scales of the schedule (default: as many as fit the picture)."
+        ),
+    ] = None,
+    upto: Annotated[
+        int | None, typer.Option("--upto-scale", min=1, max=18, help="Decode the first so many scales only.")
+    ] = None,
+    fit: Annotated[
+        str, typer.Option("--fit", help="pad: keep the whole picture; crop: fill the canvas.")
+    ] = "pad",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Image tokenizer or model: bundled name, folder or Hub id.")
+    ] = "nano",
     as_json: Json = False,
 ) -> None:
-    """Pass pictures through the image tokenizer and back, and say how much was lost."""
-    import numpy as np
+    """Pass pictures of any size through the image tokenizer and back: PSNR, SSIM, bits per pixel, and a sheet."""
+    from nextflow_ar.evaluation.reconstruction import reconstruct_files
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+    from nextflow_ar.tokenizer.pictures import PictureError, picture_files
 
-    from nextflow_ar.tokenizer.pictures import open_picture, save_picture
-
-    files: list[Path] = []
-    for path in images:
-        found = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
-        )
-        if not found:
-            raise UsageError(f"{path}: the folder holds no pictures")
-        files += found
-    pictures = [(path, open_picture(path)) for path in files]
-    pipeline = _load(model)
-    rows, strips, used = [], [], set()
-    for path, picture in pictures:
-        before = pipeline.fit(picture)
-        after = np.asarray(pipeline.reconstruct(picture))
-        error = float(np.mean((before.astype(float) - after) ** 2))
-        psnr = round(10 * np.log10(255**2 / max(error, 1e-3)), 2)
-        name = path.stem + ".png"
-        while name in used:
-            name = "_" + name
-        used.add(name)
-        save_picture(after, out / name)
-        strips.append(np.concatenate([before, after], axis=1))
-        rows.append({"file": str(path), "out": str(out / name), "psnr": psnr})
-    save_picture(np.concatenate(strips, axis=0), out / "side_by_side.png")
-    if as_json:
-        typer.echo(json.dumps({"model": model, "pictures": rows}))
-        return
-    for row in rows:
-        typer.echo(f"{row['psnr']:6.2f} dB  {row['file']} -> {row['out']}")
+    if fit not in ("pad", "crop"):
+        raise UsageError(f"--fit takes pad or crop, got {fit!r}")
+    files = picture_files(images)
+    tokenizer = ImageTokenizer.from_pretrained(model)
+    with _waiting("reconstructing", as_json):
+        found = reconstruct_files(tokenizer, files, out, num_scales=level, upto_scale=upto, fit=fit)
+    if found.rows:
+        typer.echo(json.dumps({"model": model, **found.as_dict()}) if as_json else found.table())
+    named = [path for path in images if str(path) in found.broken]
+    if named or not found.rows:  # a folder may hold what is no picture; a file that was named may not
+        raise PictureError(next(iter(found.broken.values())))
 
 
 @app.command()
@@ -279,7 +272,7 @@ def train(
 
 @app.command()
 def evaluate(
-    suite: Annotated[str, typer.Argument(help="playground")],
+    suite: Annotated[str, typer.Argument(help="playground, or tokenizer")],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder for results; a stopped run goes on there.")
     ],
@@ -289,6 +282,12 @@ def evaluate(
         int, typer.Option("--captions", min=0, help="Scenes to caption, half of them held out.")
     ] = 800,
     judge: Annotated[Path | None, typer.Option("--judge", help="Folder of another judge.")] = None,
+    photos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--photos", help="Photographs for the suite tokenizer: files or folders, never trained on."
+        ),
+    ] = None,
     guidance: Annotated[str | None, typer.Option("--guidance", help=_PER_SCALE)] = None,
     temperature: Annotated[str | None, typer.Option("--temperature", help=_PER_SCALE)] = None,
     top_k: Annotated[str | None, typer.Option("--top-k", help=_PER_SCALE)] = None,
@@ -296,9 +295,14 @@ def evaluate(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Score a model: drawing, captions, and the ceilings beside them."""
-    if suite != "playground":
-        raise UsageError(f"unknown suite {suite!r}: playground")
+    """Score a model (drawing, captions, and the ceilings beside them), or an image tokenizer."""
+    if suite not in ("playground", "tokenizer"):
+        raise UsageError(f"unknown suite {suite!r}: playground or tokenizer")
+    if suite == "tokenizer":
+        from nextflow_ar.app.stages import evaluate_tokenizer
+
+        typer.echo(evaluate_tokenizer(model, out, photos or [], prompts, judge, as_json))
+        return
     from nextflow_ar.app.stages import evaluate_playground
     from nextflow_ar.evaluation.playground import BenchSettings
 

@@ -112,6 +112,34 @@ def preview_sheet(bundle: Bundle, step: int) -> list[np.ndarray]:
     return rows
 
 
+def evaluate_tokenizer(
+    model: str, out: Path, photos: list[Path], per_type: int, judge_folder: Path | None, as_json: bool
+) -> str:
+    """The suite ``tokenizer``: tables into ``out``/report.json and .txt, sheets beside them; returns what to print."""
+    import json
+
+    from nextflow_ar.evaluation.judge import Judge
+    from nextflow_ar.evaluation.tokenizer_suite import evaluate_tokenizer_suite, table
+    from nextflow_ar.storage import write_atomic
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+    from nextflow_ar.tokenizer.pictures import picture_files
+    from nextflow_ar.training.runs import progress_bar
+
+    tokenizer, files = ImageTokenizer.from_pretrained(model), picture_files(photos)
+    judge = Judge.load(judge_folder) if judge_folder is not None else Judge.load()
+    with progress_bar("tokenizer", 1) as update:
+
+        def show(part: str, done: int, total: int) -> None:
+            update(done / total, part)
+
+        found = evaluate_tokenizer_suite(tokenizer, out, files, per_type=per_type, judge=judge, progress=show)
+    found["model"] = model
+    text = json.dumps(found, indent=1)
+    write_atomic(out / "report.json", text.encode())
+    write_atomic(out / "report.txt", (table(found) + "\n").encode())
+    return text if as_json else table(found)
+
+
 def evaluate_playground(
     pipeline: NextFlowPipeline,
     settings: SamplingSettings,

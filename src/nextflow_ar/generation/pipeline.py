@@ -15,7 +15,7 @@ from nextflow_ar.generation.engine import Engine, ImageRequest, TextRequest
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import Bundle, load_bundle
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.storage import StorageError
+from nextflow_ar.storage import find_folder
 from nextflow_ar.tokenizer.pictures import fit_picture, to_rgb
 from nextflow_ar.types import Codes, Document, Event, Image, ImageReady, Text, TextDelta
 
@@ -36,20 +36,11 @@ def resolve_model(name: str | Path) -> Path:
     """
     if str(name) in BUNDLED:
         return Path(str(importlib.resources.files("nextflow_ar") / "checkpoints" / str(name)))
-    path = Path(name)
-    if path.is_dir():
-        return path
-    text = str(name)
-    if text.count("/") == 1 and not text.startswith((".", "/")) and not path.exists():
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(text))
-        except Exception as error:
-            reason = str(error).splitlines()[0][:120]
-            raise StorageError(f"{text}: neither a folder here nor a model on the Hub ({reason})") from None
+    found = find_folder(name)
+    if found is not None:
+        return found
     raise RequestError(
-        f"unknown model {text!r}: {', '.join(BUNDLED)}, a checkpoint folder or a Hub id OWNER/NAME"
+        f"unknown model {str(name)!r}: {', '.join(BUNDLED)}, a checkpoint folder or a Hub id OWNER/NAME"
     )
 
 
@@ -103,7 +94,10 @@ class NextFlowPipeline:
         if size is None:
             return ScaleSchedule.square(tokenizer.config.num_scales)
         try:
-            return tokenizer.schedule_for(size[1], size[0])
+            schedule = tokenizer.schedule_for(size[1], size[0])
+            if len(schedule) > tokenizer.config.num_scales:
+                raise ValueError
+            return schedule
         except ValueError:
             side = ScaleSchedule.square(tokenizer.config.num_scales).image_size(tokenizer.config.downsample)
             raise RequestError(

@@ -5,9 +5,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nextflow_ar.types import Frame
+
+Fit = Literal["pad", "crop"]
+"""How a picture of any size gets onto a canvas: "pad" keeps all of it (its border is repeated outwards; it is scaled down
+only where it is larger than the canvas), "crop" covers the canvas and loses what hangs over.
+"""
 
 MAX_PIXELS = 64_000_000
 """Largest picture that is opened, in pixels; the header is checked before anything is decoded."""
@@ -75,6 +83,54 @@ def fit_picture(picture: Image.Image, height: int, width: int) -> np.ndarray:
     if picture.size != (width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(picture, dtype=np.uint8)
+
+
+def place(picture: Image.Image, height: int, width: int, fit: Fit) -> tuple[np.ndarray, Frame]:
+    """A picture on a canvas of ``height`` x ``width``, (height, width, 3) uint8, and how to undo it."""
+    if fit == "crop":
+        scale = max(height / picture.height, width / picture.width)
+        seen = (round(height / scale), round(width / scale))
+        return fit_picture(picture, height, width), Frame((0, 0, height, width), seen)
+    size = (picture.height, picture.width)
+    scale = min(1.0, height / size[0], width / size[1])
+    h, w = (
+        max(1, min(limit, round(side * scale))) for limit, side in zip((height, width), size, strict=True)
+    )
+    if (h, w) != size:
+        picture = picture.resize((w, h), Image.Resampling.LANCZOS)
+    top, left = (height - h) // 2, (width - w) // 2
+    around = ((top, height - h - top), (left, width - w - left), (0, 0))
+    canvas = np.pad(np.asarray(picture, np.uint8), around, mode="edge")
+    return canvas, Frame((top, left, top + h, left + w), size)
+
+
+def unplace(canvas: np.ndarray, frame: Frame | None) -> Image.Image:
+    """The picture that :func:`place` put on a canvas, at its own size."""
+    if frame is None:
+        return Image.fromarray(canvas)
+    top, left, bottom, right = frame.box
+    picture = Image.fromarray(canvas[top:bottom, left:right])
+    height, width = frame.size
+    return (
+        picture
+        if picture.size == (width, height)
+        else picture.resize((width, height), Image.Resampling.BICUBIC)
+    )
+
+
+def picture_files(paths: list[Path]) -> list[Path]:
+    """The picture files among files and folders (with all that lies below them), in order. Raises PictureError."""
+    Image.init()
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file())
+        if not inside:
+            raise PictureError(f"{path}: the folder holds no pictures")
+        found += inside
+    return found
 
 
 def save_picture(pixels: np.ndarray, path: Path | str) -> None:

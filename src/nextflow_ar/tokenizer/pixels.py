@@ -27,11 +27,12 @@ class ResidualBlock(nn.Module):
 
 
 class GridAttention(nn.Module):
-    """Self-attention over all cells of the grid, heads of 64 channels (at least one head)."""
+    """Self-attention over all cells of the grid, heads of about 64 channels (at least one head)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // 64)
+        # Heads of 64 channels, or the next wider ones that divide them.
+        self.heads = next(h for h in range(max(1, channels // 64), 0, -1) if channels % h == 0)
         self.norm = nn.GroupNorm(max(1, channels // 16), channels, eps=1e-5)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -90,6 +91,13 @@ class PixelDecoder(nn.Module):
         layers += [nn.GroupNorm(max(1, channels[0] // 16), channels[0]), nn.SiLU()]
         layers += [nn.Conv2d(channels[0], 12, 3, padding=1), nn.PixelShuffle(2)]
         self.layers = nn.Sequential(*layers)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Kernel of the last convolution: where the adversarial loss is weighed."""
+        convolution = self.layers[-2]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 i j"]:
         """Decode."""

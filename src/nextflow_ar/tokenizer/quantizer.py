@@ -7,16 +7,20 @@ codes are bicubically enlarged to the final grid and subtracted. Everything here
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextflow_ar.config import QuantizerConfig
-from nextflow_ar.scales import Grid, ScaleSchedule
+from nextflow_ar.scales import BASE_SIZES, Grid, ScaleSchedule
+
+Trace = list[tuple[int, Tensor, Tensor]]
+"""What a pass assigned: (scale, cells (n, C), codes (n,)) per scale."""
 
 _DISTANCE_BUDGET = 1 << 24
 """Most entries of a (cells, codes) distance matrix held at once: 64 MiB in fp32."""
@@ -51,12 +55,13 @@ class Quantized:
 @lru_cache(maxsize=256)
 def resize_matrix(source: int, target: int, mode: str) -> Tensor:
     """(target, source) fp32 matrix of one-dimensional "area" or "bicubic" resizing; rows sum to 1."""
-    eye = torch.eye(source)[:, None, :, None]  # (source, 1, source, 1)
-    if mode == "area":
-        out = F.interpolate(eye, size=(target, 1), mode="area")
-    else:
-        out = F.interpolate(eye, size=(target, 1), mode="bicubic", align_corners=False)
-    return out[:, 0, :, 0].T.contiguous()
+    with torch.inference_mode(False):  # it is kept, and training may use it after generation did
+        eye = torch.eye(source)[:, None, :, None]  # (source, 1, source, 1)
+        if mode == "area":
+            out = F.interpolate(eye, size=(target, 1), mode="area")
+        else:
+            out = F.interpolate(eye, size=(target, 1), mode="bicubic", align_corners=False)
+        return out[:, 0, :, 0].T.contiguous()
 
 
 def resize(x: Float[Tensor, "b c h w"], size: Grid, mode: str) -> Float[Tensor, "b c i j"]:
@@ -68,11 +73,28 @@ def resize(x: Float[Tensor, "b c h w"], size: Grid, mode: str) -> Float[Tensor, 
     return rows @ x @ columns.T
 
 
+class Refiner(nn.Module):
+    """VAR's convolutions behind the enlargement of each scale: ``(1 - share) * x + share * conv(x)``.
+
+    Four convolutions are spread over the scales. NextFlow and TokenFlow leave them out; kept to measure what they do.
+    """
+
+    def __init__(self, dim: int, share: float, count: int = 4) -> None:
+        super().__init__()
+        self.share = share
+        self.convolutions = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
+
+    def forward(self, x: Float[Tensor, "b c h w"], k: int, scales: int) -> Float[Tensor, "b c h w"]:
+        """Refine the enlarged grid of scale ``k`` (0-based) of ``scales``."""
+        number = round(k / max(1, scales - 1) * (len(self.convolutions) - 1))
+        return x * (1 - self.share) + self.convolutions[number](x) * self.share
+
+
 class MultiScaleQuantizer(nn.Module):
     """The dual codebook and its residual chain.
 
-    ``codebook``: (K, C) fp32 buffer, semantic half first; moved by exponential moving averages of what each code is
-    assigned (:meth:`learn`), never by the optimiser.
+    ``codebook``: (K, C) fp32, semantic half first. It is moved by exponential moving averages of what each code is
+    assigned (:meth:`learn`), or, after :meth:`learn_by_gradient`, by an optimiser.
     """
 
     codebook: Tensor
@@ -81,16 +103,23 @@ class MultiScaleQuantizer(nn.Module):
     ema_sum: Tensor
     scale_counts: Tensor
 
-    def __init__(self, config: QuantizerConfig, num_scales: int) -> None:
+    def __init__(self, config: QuantizerConfig, num_scales: int = len(BASE_SIZES)) -> None:
         super().__init__()
         self.config = config
         size, dim = config.codebook_size, config.dim
         self.register_buffer("codebook", torch.zeros(size, dim))
+        self.refiner = Refiner(dim, config.refine) if config.refine > 0 else None
         weights = [config.semantic_weight**0.5] * config.semantic_dim + [1.0] * config.pixel_dim
         self.register_buffer("metric", torch.tensor(weights), persistent=False)
         self.register_buffer("ema_count", torch.zeros(size), persistent=False)
         self.register_buffer("ema_sum", torch.zeros(size, dim), persistent=False)
         self.register_buffer("scale_counts", torch.zeros(num_scales, size), persistent=False)
+
+    def learn_by_gradient(self) -> None:
+        """Make the codebook a parameter: an optimiser moves it, :meth:`learn` only counts and revives."""
+        if not isinstance(self.codebook, nn.Parameter):
+            codebook = self._buffers.pop("codebook")
+            self.register_parameter("codebook", nn.Parameter(codebook))  # pyright: ignore[reportArgumentType]
 
     def _keys(self, x: Tensor) -> Tensor:
         """Vectors in the space where the shared distance is Euclidean."""
@@ -128,9 +157,11 @@ class MultiScaleQuantizer(nn.Module):
         """Code vectors."""
         return F.embedding(indices, self.codebook)
 
-    def _grid(self, indices: Tensor, grid: Grid) -> Tensor:
-        """(B, h*w) codes as a (B, C, h, w) map of vectors."""
-        return self.lookup(indices).transpose(1, 2).unflatten(2, grid)
+    def _enlarged(self, indices: Tensor, schedule: ScaleSchedule, k: int) -> Tensor:
+        """Codes (B, h_k * w_k) of scale k as their part of the sum on the final grid, (B, C, H, W)."""
+        vectors = self.lookup(indices).transpose(1, 2).unflatten(2, schedule.grids[k])
+        out = resize(vectors, schedule.final, "bicubic")
+        return out if self.refiner is None else self.refiner(out, k, len(schedule))
 
     @torch.no_grad()
     def quantize(
@@ -138,14 +169,16 @@ class MultiScaleQuantizer(nn.Module):
         features: Float[Tensor, "b c h w"],
         schedule: ScaleSchedule,
         *,
-        keep: Int[Tensor, " b"] | None = None,
+        mask: Bool[Tensor, "b s"] | None = None,
+        skip: bool = False,
         correction: SelfCorrection | None = None,
         generator: torch.Generator | None = None,
-        trace: list[tuple[int, Tensor, Tensor]] | None = None,
+        trace: Trace | None = None,
     ) -> Quantized:
         """Residual pass over all scales.
 
-        ``keep``: (B,) how many scales of each row enter ``features`` (scale dropout in training); None: all.
+        ``mask``: which scales of each row enter ``features`` (scale dropout in training); None: all. ``skip``: a scale that
+        does not is left out of the residual chain as well, so that later scales make up for it.
         ``correction``: sample input codes; the sampled code is what is subtracted, so later targets answer it.
         ``trace``: collects (scale, cells (n, C), codes (n,)) for :meth:`learn`.
         """
@@ -168,65 +201,114 @@ class MultiScaleQuantizer(nn.Module):
                 if trace is not None:
                     trace.append((k, cells, target))
                 shape = (rest.shape[0], grid[0] * grid[1])
-                step = resize(self._grid(chosen.view(shape), grid), schedule.final, "bicubic")
-                rest = rest - step
+                step = self._enlarged(chosen.view(shape), schedule, k)
+                kept = step if mask is None else step * mask[:, k, None, None, None]
+                rest = rest - (kept if skip else step)
                 errors.append(rest.square().mean())
-                total = total + (step if keep is None else step * (k < keep)[:, None, None, None])
+                total = total + kept
                 targets.append(target.view(shape))
                 inputs.append(chosen.view(shape))
         return Quantized(total, torch.cat(targets, 1), torch.cat(inputs, 1), torch.stack(errors))
 
     def accumulate(
-        self, indices: Int[Tensor, "b t"], schedule: ScaleSchedule, upto_scale: int | None = None
+        self,
+        indices: Int[Tensor, "b t"],
+        schedule: ScaleSchedule,
+        upto_scale: int | None = None,
+        mask: Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Sum of the codes' vectors over scales, on the final grid. ``upto_scale``: only the first so many scales."""
+        """Sum of the codes' vectors over scales, on the final grid. Gradients reach the codebook if it is a parameter.
+
+        ``upto_scale``: only the first so many scales; ``mask``: only these scales of each row.
+        """
         total = self.codebook.new_zeros(indices.shape[0], self.config.dim, *schedule.final)
-        for k, grid in enumerate(schedule):
-            if upto_scale is not None and k >= upto_scale:
-                break
-            part = indices[:, schedule.offsets[k] : schedule.offsets[k + 1]]
-            total = total + resize(self._grid(part, grid), schedule.final, "bicubic")
+        with torch.autocast(total.device.type, enabled=False):
+            for k in range(len(schedule) if upto_scale is None else min(upto_scale, len(schedule))):
+                part = indices[:, schedule.offsets[k] : schedule.offsets[k + 1]]
+                step = self._enlarged(part, schedule, k)
+                total = total + (step if mask is None else step * mask[:, k, None, None, None])
         return total
 
     @torch.no_grad()
     def learn(
         self,
-        trace: list[tuple[int, Tensor, Tensor]],
+        trace: Trace,
         *,
         decay: float,
         revive_below: float,
         generator: torch.Generator | None = None,
+        add: Callable[[Tensor], Tensor] | None = None,
+        share: Callable[[Tensor], Tensor] | None = None,
     ) -> int:
         """Move the codebook towards what it was assigned, and revive dead codes; returns how many were revived.
 
         ``decay``: of the moving averages. ``revive_below``: a code whose moving count per step falls under this is
         put onto a random cell of this batch; cells of every scale are equally likely, so coarse scales get their codes.
+        With several processes, ``add`` sums a tensor over them and ``share`` takes the first one's: statistics are those
+        of all batches together, and every process ends with the same codebook.
         """
         size = self.config.codebook_size
+        add, share = add or _same, share or _same
         for k, _, index in trace:
-            self.scale_counts[k].mul_(decay).add_(
-                torch.bincount(index, minlength=size).float(), alpha=1 - decay
-            )
+            counts = add(torch.bincount(index, minlength=size).float())
+            self.scale_counts[k].mul_(decay).add_(counts, alpha=1 - decay)
         cells = torch.cat([cells for _, cells, _ in trace])
         index = torch.cat([index for _, _, index in trace])
-        self.ema_count.mul_(decay).add_(torch.bincount(index, minlength=size).float(), alpha=1 - decay)
-        summed = torch.zeros_like(self.ema_sum).index_add_(0, index, cells)
+        counts = add(torch.bincount(index, minlength=size).float())
+        self.ema_count.mul_(decay).add_(counts, alpha=1 - decay)
+        summed = add(torch.zeros_like(self.ema_sum).index_add_(0, index, cells))
         self.ema_sum.mul_(decay).add_(summed, alpha=1 - decay)
-        alive = self.ema_count > 1e-6
-        self.codebook[alive] = self.ema_sum[alive] / self.ema_count[alive, None]
+        if not isinstance(self.codebook, nn.Parameter):
+            alive = self.ema_count > 1e-6
+            self.codebook[alive] = self.ema_sum[alive] / self.ema_count[alive, None]
         dead = (self.ema_count < revive_below).nonzero()[:, 0]
         if len(dead):
             weights = torch.cat([torch.full((len(c),), 1.0 / len(c)) for _, c, _ in trace])
             chosen = torch.multinomial(
                 weights, len(dead), replacement=len(dead) > len(cells), generator=generator
             )
-            self.codebook[dead] = cells[chosen.to(cells.device)]
+            self.codebook[dead] = share(cells[chosen.to(cells.device)])
             self.ema_sum[dead] = self.codebook[dead]
             self.ema_count[dead] = 1.0
         return len(dead)
 
+    def uncertainty(
+        self,
+        features: Float[Tensor, "b c h w"],
+        codes: Int[Tensor, "b t"],
+        schedule: ScaleSchedule,
+        temperature: float = 1.0,
+        cells: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, ""]:
+        """Entropy term: mean entropy of each cell's soft choice of a code, minus the entropy of the mean choice (nats).
+
+        Low when cells choose clearly and, together, choose all codes. ``cells``: at most so many per scale, picked at
+        random. Gradients reach the features; ``temperature`` is in units of the mean distance to the nearest code.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            rest, picked = features.float(), []
+            for k, grid in enumerate(schedule):
+                reduced = resize(rest, grid, "area").flatten(2).transpose(1, 2).flatten(0, 1)
+                order = torch.randperm(len(reduced), generator=generator)[:cells].to(reduced.device)
+                picked.append(reduced[order])
+                part = codes[:, schedule.offsets[k] : schedule.offsets[k + 1]]
+                rest = rest - self._enlarged(part, schedule, k).detach()
+            distances = self.distances(torch.cat(picked))
+            unit = distances.detach().min(1).values.mean().clamp_min(1e-12) * temperature
+            choice = (-distances / unit).softmax(1)
+            return _entropy(choice).mean() - _entropy(choice.mean(0))
+
     def usage(self) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
         """Per scale, from the moving counts: share of codes in use, and perplexity of the code distribution."""
         share = self.scale_counts / self.scale_counts.sum(1, keepdim=True).clamp_min(1e-9)
-        perplexity = (-(share * share.clamp_min(1e-12).log()).sum(1)).exp()
+        perplexity = _entropy(share).exp()
         return (share > 0.01 / self.config.codebook_size).float().mean(1), perplexity
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _entropy(share: Float[Tensor, "*n k"]) -> Float[Tensor, "*n"]:
+    return -(share * share.clamp_min(1e-12).log()).sum(-1)

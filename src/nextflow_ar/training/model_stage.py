@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
-from nextflow_ar.data.tasks import TaskName, caption_corpus, document
+from nextflow_ar.data.tasks import WORD_CLASSES, TaskName, caption_corpus, document, plan_document
 from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
@@ -33,7 +33,7 @@ from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
-from nextflow_ar.types import Codes
+from nextflow_ar.types import Codes, Document
 
 Preview = Callable[[Bundle, int], list[np.ndarray]]
 """Draws rows of pictures for a sample sheet; given by the application, since training knows no sampling."""
@@ -52,7 +52,9 @@ class Source:
     """Part of every step's batch: ``rows`` documents of one task, padded to ``length`` tokens (more where one is longer).
 
     ``scales``: drawings are laid out up to this scale only (null: whole). The coarse scales decide what is drawn where;
-    prefixes show many more of them in the same time.
+    prefixes show many more of them in the same time. ``swap``: share of the colours and of the names in a response that
+    are fed as another colour or name, targets unchanged, so that the next word has to follow from the picture or the
+    prompt, not from the word before it. Not for responses that a picture follows: it would stop following its plan.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -61,6 +63,13 @@ class Source:
     length: int
     data: MixtureConfig
     scales: int | None = None
+    swap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.swap and self.task in ("text_to_image", "think_to_image"):
+            raise ValueError(f"swap is for responses in words, not for {self.task}")
+        if not 0 <= self.swap <= 1:
+            raise ValueError(f"swap is a share from 0 to 1, got {self.swap}")
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,6 @@ class ModelRecipe:
     """Recipe of one training stage of the transformer. ``start``: a checkpoint folder to go on from, or null.
 
     ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
-    ``word_dropout``: share of a response's words that are fed wrong (another word of the batch), targets unchanged: meant
-    to make the next word follow from the picture or the prompt (docs/log.md, 2026-11-24: it did not help nano).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -102,7 +109,6 @@ class ModelRecipe:
     correction: CorrectionConfig
     sources: tuple[Source, ...]
     model: ModelConfig
-    word_dropout: float = 0.0
 
 
 class ModelTrainer:
@@ -127,6 +133,7 @@ class ModelTrainer:
             self.model.scale_inputs.start_from(self.image_tokenizer.quantizer.codebook)
             self.text_tokenizer = self._text_tokenizer()
         self.vocab = Vocabulary(self.text_tokenizer, recipe.model.text_vocab, recipe.model.codes)
+        self.word_classes = word_classes(self.vocab)
         self.layout = LayoutOptions(recipe.model.rope_range, recipe.alpha, recipe.text_weight)
         self.averages = {k: p.detach().clone() for k, p in self.model.named_parameters()}
         self.optimizer = StageOptimizer(self.model.named_parameters(), recipe.optimizer)
@@ -179,25 +186,31 @@ class ModelTrainer:
     def batch(self, number: int) -> Batch:
         """This step's batch of source ``number``: scenes, codes, documents, sequences."""
         source, mixture = self.recipe.sources[number], self.mixtures[number]
-        first = self.step * source.rows
-        scenes, pictures = mixture.pictures(first, source.rows)
+        numbers = range(self.step * source.rows, (self.step + 1) * source.rows)
+        if source.task == "plan":
+            documents = [plan_document(mixture, i) for i in numbers]
+        else:
+            documents = self._drawn(source, mixture, numbers)
+        samples = [build(d, self.vocab, self.layout) for d in documents]
+        longest = max(len(sample) for sample in samples)
+        # A rare long text must not end a run; steps of 32 keep the number of compiled shapes small.
+        batch = collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
+        return swap_words(batch, source.swap, self.word_classes, self.generator)
+
+    def _drawn(self, source: Source, mixture: SceneMixture, numbers: range) -> list[Document]:
+        scenes, pictures = mixture.pictures(numbers.start, len(numbers))
         with torch.autocast("cpu", torch.bfloat16):
             codes = self.image_tokenizer.quantizer.quantize(
-                self.image_tokenizer.features(_pixels(pictures)),
+                self.image_tokenizer.embed(_pixels(pictures)),
                 self.schedule,
                 correction=self.correction(),
                 generator=self.generator,
             )
         pairs = [Codes(self.schedule, codes.target[i], codes.input[i]) for i in range(len(scenes))]
-        documents = [
-            document(source.task, scene, pair, mixture, first + i, source.scales)
-            for i, (scene, pair) in enumerate(zip(scenes, pairs, strict=True))
+        return [
+            document(source.task, scene, pair, mixture, i, source.scales)
+            for i, scene, pair in zip(numbers, scenes, pairs, strict=True)
         ]
-        samples = [build(d, self.vocab, self.layout) for d in documents]
-        longest = max(len(sample) for sample in samples)
-        # A rare long text must not end a run; steps of 32 keep the number of compiled shapes small.
-        batch = collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
-        return drop_words(batch, self.recipe.word_dropout, self.generator)
 
     def advance(self) -> dict[str, float]:
         """One step over all sources; returns loss, per-scale and text losses, captions' token accuracy."""
@@ -269,8 +282,14 @@ class ModelTrainer:
         return self.export(recipe.out / "final", f"# {recipe.out.name}\n\nTrained for {self.step} steps.\n")
 
 
-def drop_words(batch: Batch, share: float, generator: torch.Generator) -> Batch:
-    """The batch with ``share`` of its response's text inputs replaced by other response words of the batch.
+def word_classes(vocab: Vocabulary) -> list[Tensor]:
+    """Ids of the words of every class of WORD_CLASSES that are one token within a sentence; classes of one are left out."""
+    classes = [[ids[0] for w in words if len(ids := vocab.encode(" " + w)) == 1] for words in WORD_CLASSES]
+    return [torch.tensor(ids) for ids in classes if len(ids) > 1]
+
+
+def swap_words(batch: Batch, share: float, classes: list[Tensor], generator: torch.Generator) -> Batch:
+    """The batch with ``share`` of each class's words in its responses fed as another word of the class.
 
     A response word is one that the place before it learns to predict. Targets, weights and images stay.
     """
@@ -278,13 +297,11 @@ def drop_words(batch: Batch, share: float, generator: torch.Generator) -> Batch:
         return batch
     told = torch.zeros_like(batch.tokens, dtype=torch.bool)
     told[:, 1:] = (batch.targets[:, :-1] == batch.tokens[:, 1:]) & (batch.scales[:, 1:] == TEXT_SCALE)
-    words = batch.tokens[told]
-    if len(words) == 0:
-        return batch
-    wrong = torch.rand(len(words), generator=generator) < share
-    others = words[torch.randint(len(words), (len(words),), generator=generator)]
     tokens = batch.tokens.clone()
-    tokens[told] = torch.where(wrong, others, words)
+    for ids in classes:
+        chosen = told & torch.isin(batch.tokens, ids)
+        chosen &= torch.rand(tokens.shape, generator=generator) < share
+        tokens[chosen] = ids[torch.randint(len(ids), (int(chosen.sum()),), generator=generator)]
     return replace(batch, tokens=tokens)
 
 

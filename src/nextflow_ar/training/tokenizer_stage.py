@@ -1,8 +1,12 @@
-"""Training of the image tokenizer: both branches jointly, or the pixel decoder alone on frozen codes (paper 2.3)."""
+"""Training of the image tokenizer in the paper's three stages (section 2): pixel branch, both jointly, larger decoder.
+
+One loop runs all of them; a recipe says which part trains, on which pictures, by which losses.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,259 +16,462 @@ from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from nextflow_ar.config import ImageTokenizerConfig
-from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
-from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.config import ConfigError, ImageTokenizerConfig
+from nextflow_ar.data.pictures import PictureBatch, PictureMixture, PictureSource
+from nextflow_ar.storage import write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-from nextflow_ar.tokenizer.pixels import to_bytes, to_unit
+from nextflow_ar.tokenizer.losses import (
+    PatchDiscriminator,
+    Perceptual,
+    adaptive_weight,
+    feature_distance,
+    hinge_discriminator,
+    hinge_generator,
+    lpips_distance,
+    semantic_distance,
+)
+from nextflow_ar.tokenizer.metrics import frechet_distance, psnr, ssim
+from nextflow_ar.tokenizer.pixels import to_unit
+from nextflow_ar.tokenizer.quantizer import Trace
+from nextflow_ar.tokenizer.semantic import SemanticEncoder
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
+from nextflow_ar.training.parallel import World
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
-from nextflow_ar.training.teacher import load_teacher
 
 
 @dataclass(frozen=True)
 class TokenizerLoss:
-    """Weights of the tokenizer's losses. ``l1``, ``mse``: on pixels in -1..1. ``semantic``: 1 - cosine to the teacher."""
+    """Weights of the losses; 0 leaves one out.
 
+    ``mse``, ``l1``: on pixels in -1..1. ``perceptual``: by ``perceptual_kind``, the frozen teacher's features or LPIPS.
+    ``semantic``: distillation by ``semantic_kind``. ``commitment``: features to their codes; ``codebook``: codes to their
+    features (needed where the codebook learns by gradient). ``entropy``: clear choices, all codes in use.
+    ``adversarial``: PatchGAN, from step ``adversarial_start`` on, times the adaptive weight.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
     mse: float
     l1: float
-    semantic: float
     commitment: float
+    semantic: float = 0.0
+    semantic_kind: Literal["cosine", "l2"] = "cosine"
+    perceptual: float = 0.0
+    perceptual_kind: Literal["teacher", "lpips"] = "teacher"
+    codebook: float = 0.0
+    entropy: float = 0.0
+    adversarial: float = 0.0
+    adversarial_start: int = 0
+    discriminator_channels: int = 64
+
+
+@dataclass(frozen=True)
+class ScaleDropout:
+    """Which scales are decoded in training. ``share``: of the pictures for "nested", of the scales for "independent".
+
+    "nested": such a picture is decoded from its first k scales, k uniform, so that coarse scales carry what matters.
+    "independent": every scale but the first is left out with that chance (TokenFlow).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    kind: Literal["nested", "independent"]
+    share: float
+
+    def mask(self, count: int, scales: int, generator: torch.Generator) -> Tensor:
+        """(count, scales) bool; the first scale is always in."""
+        places = torch.arange(scales)
+        if self.kind == "independent":
+            return (torch.rand(count, scales, generator=generator) >= self.share) | (places == 0)
+        if scales == 1:
+            return torch.ones(count, 1, dtype=torch.bool)
+        nested = torch.rand(count, generator=generator) < self.share
+        fewer = torch.randint(1, scales, (count,), generator=generator)
+        return places < torch.where(nested, fewer, torch.full_like(fewer, scales))[:, None]
+
+
+@dataclass(frozen=True)
+class CodebookLearning:
+    """``kind``: "ema" moves codes by moving averages of what they are assigned, with ``decay``; "gradient" by the
+    optimiser. A code assigned less than ``revive_below`` times per step, in moving average, goes onto a cell of the batch.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    kind: Literal["ema", "gradient"]
+    decay: float
+    revive_below: float
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
     """Recipe of one tokenizer stage.
 
-    ``trains``: "all", or "decoder" (encoder, codebook and so all codes stay as in ``start``; ``tokenizer`` may then ask
-    for a larger pixel decoder). ``nested``: share of pictures decoded from their first k scales only, k uniform.
+    ``trains``: "pixel" (the pixel branch alone), "joint" (all; goes on from a "pixel" tokenizer, or from nothing), or
+    "decoder" (the pixel decoder alone; encoder, codebook and so all codes stay as in ``start``; ``tokenizer`` may ask
+    for a larger decoder). ``teacher``: folder or Hub id of a SigLIP2. ``pixels``: per step and process.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     kind: str
     out: Path
     seed: int
-    trains: Literal["all", "decoder"]
+    trains: Literal["pixel", "joint", "decoder"]
     start: Path | None
-    teacher: Path | None
+    teacher: str | None
     steps: int
-    batch: int
+    pixels: int
     optimizer: OptimizerConfig
     ema: float
-    nested: float
-    codebook_decay: float
-    revive_below: float
+    dropout: ScaleDropout
+    codebook: CodebookLearning
     compile: bool
     sheet_seconds: float
     save_seconds: float
     loss: TokenizerLoss
-    data: MixtureConfig
-    heldout: MixtureConfig
+    data: dict[str, PictureSource]
+    heldout: dict[str, PictureSource]
+    heldout_pixels: int
     tokenizer: ImageTokenizerConfig
 
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture of a uint8 batch, from its mean squared error."""
-    error = (a.float() - b.float()).square().flatten(1).mean(1).clamp_min(1e-3)
-    return 10 * torch.log10(255.0**2 / error)
+    def check(self) -> None:
+        """Raises ConfigError, one line, where parts do not go together."""
+        semantic = self.tokenizer.semantic is not None
+        if self.trains == "pixel" and semantic:
+            raise ConfigError(
+                "trains: pixel goes with tokenizer.semantic: null and quantizer.semantic_dim: 0"
+            )
+        if self.trains == "joint" and not (semantic and self.teacher):
+            raise ConfigError("trains: joint needs tokenizer.semantic and a teacher")
+        if self.trains == "decoder" and self.start is None:
+            raise ConfigError("trains: decoder needs a tokenizer to start from")
+        if self.loss.perceptual and self.loss.perceptual_kind == "teacher" and not self.teacher:
+            raise ConfigError("loss.perceptual needs a teacher, or perceptual_kind: lpips")
+        gradient = self.codebook.kind == "gradient" or self.tokenizer.quantizer.refine > 0
+        if gradient and self.trains != "decoder" and not self.loss.codebook:
+            raise ConfigError("a codebook that learns by gradient, or refine, needs loss.codebook above 0")
 
 
 class TokenizerTrainer:
-    """Everything one stage holds: model, averages, optimiser, data, run folder."""
+    """Everything one stage holds: model, averages, optimisers, data, run folder."""
 
     def __init__(self, recipe: TokenizerRecipe, values: dict[str, Any]) -> None:
         keep_freed_memory()
-        torch.manual_seed(recipe.seed)
+        recipe.check()
         self.recipe = recipe
-        self.run = RunFolder(recipe.out, values, ("out", "sheet_seconds", "save_seconds"))
-        self.schedule = ScaleSchedule.square(recipe.tokenizer.num_scales)
-        self.model = ImageTokenizer(recipe.tokenizer)
-        self._start_from(recipe)
-        self.teacher = None
-        if recipe.teacher is not None and recipe.trains == "all":
-            self.teacher, _ = load_teacher(recipe.teacher)
-            if recipe.start is None:
-                self.model.semantic_encoder.load_state_dict(self.teacher.state_dict())
-        self.trained = self.model.decoder if recipe.trains == "decoder" else self.model
-        if recipe.trains == "decoder":
+        self.world = World.join()
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        torch.manual_seed(recipe.seed)
+        size = recipe.tokenizer.downsample
+        self.data = PictureMixture(recipe.data, recipe.pixels, size, recipe.seed)
+        self.heldout = {
+            name: PictureMixture({name: source}, recipe.heldout_pixels, size, 0, strict=False).batch(0)
+            for name, source in recipe.heldout.items()
+        }
+        self.run = RunFolder(recipe.out, values, ("out", "steps", "sheet_seconds", "save_seconds"))
+        self.teacher = self._teacher()
+        self.model = self._model().to(self.device)
+        self.joint = recipe.trains != "decoder"
+        if not self.joint:
             self.model.requires_grad_(False)
             self.model.decoder.requires_grad_(True)
-        self.averages = {k: p.detach().clone() for k, p in self.trained.named_parameters()}
-        self.optimizer = StageOptimizer(self.trained.named_parameters(), recipe.optimizer)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.data = SceneMixture(recipe.data)
-        self.heldout = torch.from_numpy(SceneMixture(recipe.heldout).pictures(0, 256)[1])
-        self.step = 0
+        elif recipe.codebook.kind == "gradient":
+            self.model.quantizer.learn_by_gradient()
+        named = [(k, p) for k, p in self.model.named_parameters() if p.requires_grad]
+        # A revived code jumps; its average would lag behind, so codes are never averaged.
+        self.averages = {k: p.detach().clone() for k, p in named if k != "quantizer.codebook"}
+        self.optimizer = StageOptimizer(named, recipe.optimizer)
+        self.perceptual = self._perceptual()
+        self.discriminator = None
+        if recipe.loss.adversarial:
+            self.discriminator = PatchDiscriminator(recipe.loss.discriminator_channels).to(self.device)
+            config = replace(recipe.optimizer, muon_lr=0.0)
+            self.critic = StageOptimizer(self.discriminator.named_parameters(), config)
+        self.generator = torch.Generator().manual_seed(recipe.seed + self.world.rank)
+        self.step = self.revived = 0
         if (state := self.run.load()) is not None:
             self._restore(state)
-        self._features, self._render = self.model.features, self.model.render
+        self._embed, self._render = self.model.embed, self.model.render
         if recipe.compile:
-            self._features, self._render = torch.compile(self._features), torch.compile(self._render)
+            self._embed, self._render = torch.compile(self._embed), torch.compile(self._render)
 
-    def _start_from(self, recipe: TokenizerRecipe) -> None:
-        if recipe.start is None:
-            return
-        old = ImageTokenizer.from_pretrained(recipe.start)
-        same_decoder = old.config == recipe.tokenizer
-        state = {k: v for k, v in old.state_dict().items() if same_decoder or not k.startswith("decoder.")}
-        self.model.load_state_dict(state, strict=same_decoder)
+    def _teacher(self) -> SemanticEncoder | None:
+        if self.recipe.teacher is None:
+            return None
+        asked = self.recipe.tokenizer.semantic
+        teacher, found = SemanticEncoder.from_pretrained(
+            self.recipe.teacher, asked.decoder_layers if asked else 1
+        )
+        if asked is not None and found != asked:
+            raise ConfigError(
+                f"{self.recipe.teacher}: the teacher is {found}, tokenizer.semantic says {asked}"
+            )
+        return teacher.to(self.device)
+
+    def _model(self) -> ImageTokenizer:
+        recipe = self.recipe
+        model = ImageTokenizer(recipe.tokenizer)
+        if recipe.trains == "joint" and self.teacher is not None and model.semantic_encoder is not None:
+            model.semantic_encoder.load_state_dict(self.teacher.state_dict())
+        if recipe.start is not None:
+            start_from(
+                model, ImageTokenizer.from_pretrained(recipe.start), larger_decoder=recipe.trains == "decoder"
+            )
+        return model
+
+    def _perceptual(self) -> Perceptual | None:
+        if not self.recipe.loss.perceptual:
+            return None
+        if self.recipe.loss.perceptual_kind == "lpips":
+            return lpips_distance()
+        assert self.teacher is not None
+        return feature_distance(self.teacher)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        q = self.model.quantizer
-        for name in ("ema_count", "ema_sum", "scale_counts"):
-            getattr(q, name).copy_(state["quantizer"][name])
-        self.averages = state["averages"]
+        for name, value in state["quantizer"].items():
+            getattr(self.model.quantizer, name).copy_(value)
+        self.averages = {k: v.to(self.device) for k, v in state["averages"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.critic.load_state_dict(state["critic"])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
 
     def save(self) -> None:
         """Checkpoint everything that a bit-exact resume needs."""
+        if self.world.rank:
+            return
         q = self.model.quantizer
-        statistics = {name: getattr(q, name) for name in ("ema_count", "ema_sum", "scale_counts")}
-        self.run.save(
-            {
-                "model": self.model.state_dict(),
-                "quantizer": statistics,
-                "averages": self.averages,
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-                "step": self.step,
-            }
-        )
+        state = {
+            "model": self.model.state_dict(),
+            "quantizer": {name: getattr(q, name) for name in ("ema_count", "ema_sum", "scale_counts")},
+            "averages": self.averages,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+        }
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["critic"] = self.critic.state_dict()
+        self.run.save(state)
+        if broken := self.data.broken():
+            write_atomic(self.run.path / "broken.json", json.dumps(broken, indent=1).encode())
 
-    def _keep(self, count: int) -> Tensor:
-        """How many scales of each picture are decoded: all, or for the nested share a uniform 1..S-1."""
-        scales = len(self.schedule)
-        nested = torch.rand(count, generator=self.generator) < self.recipe.nested
-        fewer = torch.randint(1, scales, (count,), generator=self.generator)
-        return torch.where(nested, fewer, torch.full_like(fewer, scales))
-
-    def losses(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Loss terms of one batch; moves the codebook when the codebook is trained."""
-        recipe, weights = self.recipe, self.recipe.loss
-        joint = recipe.trains == "all"
-        keep = self._keep(len(pixels))
-        with torch.set_grad_enabled(joint), torch.autocast("cpu", torch.bfloat16):
-            features = self._features(pixels)
-        trace: list[tuple[int, Tensor, Tensor]] = []
-        quantized = self.model.quantizer.quantize(features, self.schedule, keep=keep, trace=trace)
-        if joint:
-            self.revived = self.model.quantizer.learn(
-                trace, decay=recipe.codebook_decay, revive_below=recipe.revive_below, generator=self.generator
+    def losses(self, batch: PictureBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Weighted loss terms of one batch, the pictures and what was made of them; moves the codebook where it trains."""
+        recipe, weights, q = self.recipe, self.recipe.loss, self.model.quantizer
+        pixels = to_unit(torch.from_numpy(batch.pictures).to(self.device))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        mask = recipe.dropout.mask(len(pixels), len(batch.schedule), self.generator).to(self.device)
+        with torch.set_grad_enabled(self.joint), self._autocast():
+            features = self._embed(pixels)
+        trace: Trace = []
+        skip = recipe.dropout.kind == "independent"
+        quantized = q.quantize(features, batch.schedule, mask=mask, skip=skip, trace=trace)
+        terms: dict[str, Tensor] = {}
+        straight = quantized.features
+        if self.joint:
+            self.revived = q.learn(
+                trace,
+                decay=recipe.codebook.decay,
+                revive_below=recipe.codebook.revive_below,
+                generator=self.generator,
+                add=self.world.add,
+                share=self.world.share,
             )
             straight = features + (quantized.features - features).detach()
-        else:
-            straight = quantized.features
-        with torch.autocast("cpu", torch.bfloat16):
+            terms["commitment"] = F.mse_loss(features, quantized.features) * weights.commitment
+            if weights.codebook:
+                summed = q.accumulate(quantized.target, batch.schedule, mask=mask)
+                terms["codebook"] = F.mse_loss(summed, features.detach()) * weights.codebook
+            if weights.entropy:
+                found = q.uncertainty(features, quantized.target, batch.schedule, generator=self.generator)
+                terms["entropy"] = found * weights.entropy
+        with self._autocast():
             out = self._render(straight)
         out = out.float()
-        terms = {"mse": F.mse_loss(out, pixels) * weights.mse, "l1": F.l1_loss(out, pixels) * weights.l1}
-        if joint:
-            terms["commitment"] = F.mse_loss(features, quantized.features) * weights.commitment
-        if self.teacher is not None and joint:
-            with torch.autocast("cpu", torch.bfloat16):
+        terms["mse"] = F.mse_loss(out, pixels) * weights.mse
+        terms["l1"] = F.l1_loss(out, pixels) * weights.l1
+        if self.perceptual is not None:
+            with self._autocast():
+                terms["perceptual"] = self.perceptual(out, pixels) * weights.perceptual
+        if self.joint and weights.semantic and self.teacher is not None:
+            with self._autocast():
                 with torch.no_grad():
                     goal = self.teacher(pixels)
                 read = self.model.semantics(straight)
-            terms["semantic"] = (
-                1 - F.cosine_similarity(read.float(), goal.float(), dim=1)
-            ).mean() * weights.semantic
-        return terms
+            terms["semantic"] = semantic_distance(read, goal, weights.semantic_kind) * weights.semantic
+        return terms, pixels, out
 
-    def _advance(self) -> dict[str, float]:
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _adversarial(self, terms: dict[str, Tensor], out: Tensor) -> None:
+        """Add the generator's side of the PatchGAN, weighted so that it pulls as hard as the reconstruction."""
+        if self.discriminator is None or self.step < self.recipe.loss.adversarial_start:
+            return
+        last = self.model.decoder.last_weight
+        drawn = torch.stack([terms[k] for k in ("mse", "l1", "perceptual") if k in terms]).sum()
+        self.discriminator.requires_grad_(False)
+        with self._autocast():
+            term = hinge_generator(self.discriminator(out))
+        self.discriminator.requires_grad_(True)
+        terms["adversarial"] = term * adaptive_weight(drawn, term, last) * self.recipe.loss.adversarial
+
+    def _criticise(self, pixels: Tensor, out: Tensor, factor: float) -> float:
+        assert self.discriminator is not None
+        with self._autocast():
+            scores = self.discriminator(pixels), self.discriminator(out.detach())
+        loss = hinge_discriminator(*scores)
+        loss.backward()
+        self.world.average_gradients(self.discriminator.parameters())
+        self.critic.step(factor)
+        return float(loss.detach())
+
+    def advance(self) -> dict[str, float]:
+        """One step; returns the loss terms. Raises FloatingPointError, naming the step, when the loss is not finite."""
         recipe = self.recipe
-        _, pictures = self.data.pictures(self.step * recipe.batch, recipe.batch)
-        pixels = to_unit(torch.from_numpy(pictures)).contiguous(memory_format=torch.channels_last)
-        terms = self.losses(pixels)
+        batch = self.data.batch(self.step * self.world.size + self.world.rank)
+        factor = recipe.optimizer.factor(self.step, recipe.steps)
+        terms, pixels, out = self.losses(batch)
+        self._adversarial(terms, out)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is not finite at step {self.step}: the last checkpoint is kept"
             )
         loss.backward()
-        self.optimizer.step(recipe.optimizer.factor(self.step, recipe.steps))
+        self.world.average_gradients(self.optimizer.parameters)
+        found = {name: float(value.detach()) for name, value in terms.items()}
+        found["norm"] = self.optimizer.step(factor)
+        if self.discriminator is not None and self.step >= recipe.loss.adversarial_start:
+            found["critic"] = self._criticise(pixels, out, factor)
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for name, parameter in self.trained.named_parameters():
-                self.averages[name].lerp_(parameter, 1 - decay)
+            for name, parameter in self.model.named_parameters():
+                if name in self.averages:
+                    self.averages[name].lerp_(parameter, 1 - decay)
         self.step += 1
-        return {name: float(value.detach()) for name, value in terms.items()}
+        return found
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """Held-out PSNR of the averaged weights at every scale prefix, usage per scale, and rows for a sheet."""
-        backup = {k: p.detach().clone() for k, p in self.trained.named_parameters()}
-        parameters = dict(self.trained.named_parameters())
+    def _averaged(self) -> dict[str, Tensor]:
+        """Put the averages into the model; returns what was there."""
+        parameters = dict(self.model.named_parameters())
+        backup = {k: parameters[k].detach().clone() for k in self.averages}
         for name, average in self.averages.items():
             parameters[name].copy_(average)
-        found, rows = evaluate_tokenizer(self.model, self.heldout, self.schedule)
+        return backup
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out scores of the averaged weights by set, usage per scale; writes a sheet per set."""
+        backup = self._averaged()
+        found: dict[str, Any] = {}
+        for name, batch in self.heldout.items():
+            scores, rows = evaluate_tokenizer(self.model, batch, self.teacher)
+            found |= {f"{name}_{key}": value for key, value in scores.items()}
+            zoom = 2 if batch.pictures.shape[1] <= 64 else 1
+            self.run.sheet(f"sheet_{self.step:06d}_{name}", rows, zoom)
+        parameters = dict(self.model.named_parameters())
         for name, old in backup.items():
             parameters[name].copy_(old)
         usage, perplexity = self.model.quantizer.usage()
         found["usage"] = [round(float(u), 3) for u in usage]
         found["perplexity"] = [round(float(p), 1) for p in perplexity]
-        return found, rows
+        return found
 
     def fit(self) -> Path:
         """Train to the recipe's last step; returns the folder of the finished tokenizer."""
-        recipe = self.recipe
+        recipe, first = self.recipe, self.world.rank == 0
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
         with (
             progress_bar(f"tokenizer ({recipe.trains})", recipe.steps, self.step) as update,
             stop_request() as stop,
         ):
             while self.step < recipe.steps:
-                terms = self._advance()
+                terms = self.advance()
                 last = self.step == recipe.steps
-                if self.step % 50 == 0 or last:
-                    self.run.log(step=self.step, revived=getattr(self, "revived", 0), **terms)
-                    update(self.step, " ".join(f"{k} {v:.4f}" for k, v in terms.items()))
-                if sheet() or last:
-                    found, rows = self.evaluate()
-                    self.run.log(step=self.step, **found)
-                    self.run.sheet(f"sheet_{self.step:06d}", rows)
+                if first and (self.step % 50 == 0 or last):
+                    broken = len(self.data.broken())
+                    self.run.log(step=self.step, revived=self.revived, broken=broken, **terms)
+                    update(self.step, " ".join(f"{k} {v:.4f}" for k, v in terms.items() if v))
+                if first and (sheet() or last):
+                    self.run.log(step=self.step, **self.evaluate())
                 if save() or last or stop():
                     self.save()
                 if stop() and not last:
                     raise KeyboardInterrupt
-        parameters = dict(self.trained.named_parameters())
-        with torch.no_grad():
-            for name, average in self.averages.items():
-                parameters[name].copy_(average)
-        self.model.save_pretrained(recipe.out / "final")
+        self._averaged()
+        if first:
+            self.model.save_pretrained(recipe.out / "final")
+        self.world.leave()
         return recipe.out / "final"
 
 
 @torch.no_grad()
+def start_from(model: ImageTokenizer, old: ImageTokenizer, *, larger_decoder: bool = False) -> None:
+    """Take over ``old``'s weights. A tokenizer of the pixel branch alone becomes the pixel half of a dual one: the
+    codebook's and the decoder's semantic channels start at zero, so the first pictures are the old ones. With
+    ``larger_decoder`` the decoder starts anew. Raises ConfigError when anything else differs.
+    """
+    state, target = old.state_dict(), model.state_dict()
+    extra = model.config.quantizer.semantic_dim - old.config.quantizer.semantic_dim
+    if extra:
+        wider = target["quantizer.codebook"].new_zeros(target["quantizer.codebook"].shape)
+        wider[:, extra:] = state["quantizer.codebook"]
+        state["quantizer.codebook"] = wider
+        if model.config.decoder_sees_semantic:
+            first = torch.zeros_like(target["decoder.layers.0.weight"])
+            first[:, extra:] = state["decoder.layers.0.weight"]
+            state["decoder.layers.0.weight"] = first
+    if larger_decoder and model.config != old.config:
+        state = {k: v for k, v in state.items() if not k.startswith("decoder.")}
+    wrong = [k for k, v in state.items() if k not in target or target[k].shape != v.shape]
+    allowed = ("semantic_", "quantizer.refiner.") + (("decoder.",) if larger_decoder else ())
+    missing = [k for k in target if k not in state and not k.startswith(allowed)]
+    if wrong or missing:
+        raise ConfigError(f"the tokenizer to start from does not fit this recipe's: {(wrong + missing)[0]}")
+    model.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
 def evaluate_tokenizer(
-    model: ImageTokenizer, pictures: Tensor, schedule: ScaleSchedule, shown: int = 16
+    model: ImageTokenizer, batch: PictureBatch, extractor: SemanticEncoder | None = None, shown: int = 12
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Mean PSNR (dB) over uint8 pictures after each scale prefix, whole-codebook usage, and rows of pictures."""
+    """PSNR (dB) and SSIM, PSNR after each scale prefix, share of codes used, Fréchet distance over the extractor's mean
+    features; and rows of pictures: originals, then prefixes of 1, 2, 4, ... and all scales.
+    """
     model.eval()
-    psnrs, rows, seen = [], [pictures[:shown].numpy()], []
-    codes = torch.cat([model.encode_bytes(part).target for part in pictures.split(64)])
+    device, schedule = model.device, batch.schedule
+    pictures = torch.from_numpy(batch.pictures)
+    part = max(1, (1 << 18) // (pictures.shape[1] * pictures.shape[2]))
+    codes = torch.cat([model.quantize(to_unit(p.to(device)), schedule).target for p in pictures.split(part)])
+    psnrs, rows = [], [batch.pictures[:shown]]
     for k in range(1, len(schedule) + 1):
-        parts = [model.decode_bytes(part, schedule, k) for part in codes.split(64)]
-        decoded = torch.cat(parts)
+        decoded = torch.cat([model.decode_bytes(c, schedule, k).cpu() for c in codes.split(part)])
         psnrs.append(float(psnr(decoded, pictures).mean()))
         if k in (1, 2, 4, 6, len(schedule)):
             rows.append(decoded[:shown].numpy())
-    counts = torch.bincount(codes.flatten(), minlength=model.config.quantizer.codebook_size)
-    seen = float((counts > 0).float().mean())
+    similar = torch.cat([ssim(a, b) for a, b in zip(decoded.split(part), pictures.split(part), strict=True)])
+    used = torch.bincount(codes.flatten(), minlength=model.config.quantizer.codebook_size) > 0
     model.train()
-    return {
+    found = {
         "psnr": round(psnrs[-1], 2),
+        "ssim": round(float(similar.mean()), 4),
         "psnr_by_scale": [round(p, 2) for p in psnrs],
-        "codes_used": seen,
-    }, rows
+        "codes_used": round(float(used.float().mean()), 4),
+    }
+    if extractor is not None:
+        means = [
+            torch.cat([extractor(to_unit(p.to(device))).mean((2, 3)).cpu() for p in x.split(part)])
+            for x in (pictures, decoded)
+        ]
+        found["frechet_teacher"] = round(frechet_distance(*means), 4)
+    return found, rows
 
 
 def train_tokenizer(recipe: TokenizerRecipe, recipe_values: dict[str, Any]) -> Path:
     """Run one tokenizer stage, resuming from its folder; returns the finished tokenizer's folder."""
     return TokenizerTrainer(recipe, recipe_values).fit()
-
-
-__all__ = ["TokenizerRecipe", "TokenizerTrainer", "evaluate_tokenizer", "psnr", "to_bytes", "train_tokenizer"]

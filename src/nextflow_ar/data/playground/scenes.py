@@ -2,7 +2,8 @@
 
 Difficulty is a dial (:data:`LEVELS`). ``easy``: twenty sprites and five shapes in eight colours, one size, positions on
 every second point of the 8-pixel lattice, plain palette backgrounds. ``shapes``: easy without sprites, so that no font is
-needed. ``medium``: any pixel position, sizes from 20 to 40, colours jittered around the palette. ``hard``: every sprite,
+needed. ``hues``: easy in any colour, named after the nearest of the palette.
+``medium``: any pixel position, sizes from 20 to 40, colours jittered around the palette. ``hard``: every sprite,
 more sizes, gradients and, if a folder is given, photographs behind them.
 """
 
@@ -79,6 +80,7 @@ class Level:
     gradient: float
     sprite_folder: Path | None = None
     photo_folder: Path | None = None
+    hues: bool = False
 
 
 _EASY_COLOURS = tuple(COLOURS)[:8]
@@ -86,6 +88,7 @@ _EASY_NOUNS = tuple(noun.name for noun in NOUNS[:20])
 LEVELS: dict[str, Level] = {
     "shapes": Level("shapes", 64, (), SHAPES, _EASY_COLOURS, (32,), 16, 4, 0, 0.0),
     "easy": Level("easy", 64, _EASY_NOUNS, SHAPES, _EASY_COLOURS, (32,), 16, 4, 0, 0.0),
+    "hues": Level("hues", 64, _EASY_NOUNS, SHAPES, _EASY_COLOURS, (32,), 16, 4, 0, 0.0, hues=True),
     "medium": Level("medium", 64, _EASY_NOUNS, SHAPES, _EASY_COLOURS, tuple(range(20, 41, 2)), 1, 4, 25, 0.0),
     "hard": Level(
         "hard",
@@ -215,7 +218,9 @@ class SceneSampler:
         background = self._background(rng, things)
         if background is None:
             return None
-        rgb = [self._jitter(rng, COLOURS[background])]
+        rgb = [self._shade(rng, background)]
+        if self.level.hues and any(t.rgb and _alike(t.rgb, rgb[0]) for t in things):
+            return None
         if rng.random() < lv.gradient:
             rgb.append(self._jitter(rng, rgb[0]))
         return Scene(task, background, tuple(things), relation, lv.canvas, tuple(rgb), self._photo(rng))
@@ -227,7 +232,7 @@ class SceneSampler:
         steps = (lv.canvas - size) // lv.lattice
         rgb = placed[0].rgb if placed and placed[0].key == (name, colour) else None
         if colour is not None and rgb is None:
-            rgb = self._jitter(rng, COLOURS[colour])
+            rgb = self._shade(rng, colour)
         for _ in range(12):
             x, y = (int(v) * lv.lattice for v in rng.integers(0, steps + 1, 2))
             thing = Thing(name, colour, x, y, size, rgb)
@@ -243,6 +248,20 @@ class SceneSampler:
         free = [colour for colour in self.level.colours if colour not in hidden]
         return str(rng.choice(free)) if free else None
 
+    def _shade(self, rng: np.random.Generator, colour: str) -> RGB:
+        """A colour that goes by this name: the palette's, jittered, or any whose nearest palette colour it is."""
+        if not self.level.hues:
+            return self._jitter(rng, COLOURS[colour])
+        names = self.level.colours
+        palette = np.array([COLOURS[name] for name in names])
+        while True:
+            tries = rng.integers(0, 256, (64, 3))
+            nearest = ((tries[:, None] - palette) ** 2).sum(-1).argmin(1)
+            hits = np.flatnonzero(nearest == names.index(colour))
+            if len(hits):
+                red, green, blue = tries[hits[0]]
+                return int(red), int(green), int(blue)
+
     def _jitter(self, rng: np.random.Generator, rgb: RGB) -> RGB:
         span = self.level.colour_jitter
         if span == 0:
@@ -256,6 +275,11 @@ class SceneSampler:
             return None
         files = _photos(folder)
         return files[int(rng.integers(len(files)))] if files else None
+
+
+def _alike(a: RGB, b: RGB) -> bool:
+    """Too near each other for a thing to stand out from its background."""
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) < 70**2
 
 
 @lru_cache(maxsize=8)

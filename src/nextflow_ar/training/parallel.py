@@ -1,0 +1,63 @@
+"""Several processes as one: started by torchrun, or alone. The only place that knows torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class World:
+    """``rank`` of ``size`` processes. Alone, every method is the identity."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def join(cls) -> World:
+        """The processes that torchrun started (its environment variables say so), or one alone."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return cls(dist.get_rank(), size)
+
+    def add(self, x: Tensor) -> Tensor:
+        """Sum over all processes."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def share(self, x: Tensor) -> Tensor:
+        """The first process's tensor, everywhere."""
+        if self.size > 1:
+            x = x.clone()
+            dist.broadcast(x, 0)
+        return x
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Mean gradient over all processes; one message for all of them. A missing gradient counts as zero."""
+        if self.size == 1:
+            return
+        known = [p for p in parameters if p.requires_grad]
+        for p in known:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in known if p.grad is not None])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for p, part in zip(known, flat.split([p.numel() for p in known]), strict=True):
+            p.grad = part.view_as(p)
+
+    def leave(self) -> None:
+        """Wait for all, then end the group."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
