@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
 BIN := .venv/bin
-NANO_RECIPES := $(addprefix recipes/nano_,teacher.yaml tokenizer.yaml pretrain.yaml model.yaml judge.yaml)
+NANO_RECIPES := $(addprefix recipes/nano_,$(addsuffix .yaml,teacher tokenizer_v1 pretrain model finish judge pixel tokenizer decoder))
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 define HAS_TORCH

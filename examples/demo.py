@@ -42,8 +42,8 @@ draw[0].ellipse((68, 68, 187, 187), fill="#dc2828")
 for x, y in ((6, 6), (134, 6), (6, 134)):
     draw[1].ellipse((x, y, x + 116, y + 116), fill="#32a046")
 draw[2].polygon([(128, 70), (188, 186), (68, 186)], fill="#f58c1e")
-draw[3].rectangle((48, 6, 82, 122), fill="#fad732")
-draw[3].rectangle((7, 48, 122, 82), fill="#fad732")
+draw[3].rectangle((45, 6, 85, 122), fill="#fad732")
+draw[3].rectangle((7, 45, 122, 85), fill="#fad732")
 draw[3].ellipse((134, 134, 250, 250), fill="#2d5fd2")
 read = [Card(picture, text) for picture, text in zip(hand, pipeline.describe(hand), strict=True)]
 

@@ -113,6 +113,8 @@ def test_the_suite_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     scenes = found["playground"]["by_scales"]
     assert len(scenes["psnr"]) == 8 and scenes["psnr"][-1] > 27
     assert scenes["exact"][-1] >= 0.7 and scenes["named"][0] < scenes["named"][-1]
+    again = found["playground"]["again"]
+    assert again["to_first"] > again["to_original"] > scenes["psnr"][-1] - 3  # the second pass loses little
     assert set(found["photos"]) == {"crop_256", "crop_512", "whole"}
     for values in found["photos"].values():
         assert values["tokenizer"]["bits"] == pytest.approx(values["webp"]["bits"], rel=0.25)

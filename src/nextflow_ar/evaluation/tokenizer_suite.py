@@ -109,7 +109,22 @@ def _playground(
         rows.append(decoded[::per_type][:12])
     save_picture(np.concatenate([np.concatenate(list(r), axis=1) for r in rows]), out / "playground.png")
     bits = bits_per_pixel(tokenizer, found[0], *pictures.shape[1:3])
-    return {"scenes": len(asked), "bits_per_pixel": round(bits, 4), "by_scales": table}
+    again = np.stack(
+        [_twice(tokenizer, codes, picture) for codes, picture in zip(found, decoded, strict=True)]
+    )
+    stable = {
+        "to_first": round(float(psnr(torch.from_numpy(again), torch.from_numpy(decoded)).mean()), 2),
+        "to_original": round(float(psnr(torch.from_numpy(again), goal).mean()), 2),
+    }
+    return {"again": stable, "scenes": len(asked), "bits_per_pixel": round(bits, 4), "by_scales": table}
+
+
+def _twice(tokenizer: ImageTokenizer, codes: Codes, decoded: np.ndarray) -> np.ndarray:
+    """A reconstruction encoded and decoded once more, on the same schedule."""
+    once_more = tokenizer.encode(decoded, schedule=codes.schedule)
+    picture = tokenizer.decode(once_more)
+    assert isinstance(picture, Image.Image)
+    return np.asarray(picture)
 
 
 def _named(asked: Iterable[Any], verdicts: Iterable[Any]) -> float:
@@ -231,6 +246,10 @@ def table(found: dict[str, Any]) -> str:
             f"{told:16s} "
             + " ".join(f"{v:6.3f}" if key != "psnr" else f"{v:6.2f}" for v in scenes["by_scales"][key])
         )
+    again = scenes["again"]
+    lines.append(
+        f"passed through twice: {again['to_first']:.2f} dB to the first pass, {again['to_original']:.2f} to the original"
+    )
     for name, values in found["photos"].items():
         lines.append(f"\n{values['pictures']} photographs, {name}:  PSNR    SSIM  bits per pixel")
         for codec in ("tokenizer", "jpeg", "webp"):
