@@ -1,5 +1,5 @@
 """Encode and decode, pictures per second and peak memory at 64, 256 and 1024 px; beside AutoencoderKL (the
-Stable Diffusion size) and VQModel of diffusers with random weights, where it is installed. Each case is a process of its own.
+Stable Diffusion size) and VQModel of diffusers with random weights, where it is installed. One process per case.
 
     python benchmarks/tokenizer.py [--sizes 64,256,1024] [--seconds 6]
 """

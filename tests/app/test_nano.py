@@ -60,9 +60,7 @@ def test_pictures_drawn_by_hand_are_described(nano: NextFlowPipeline, number: in
     assert nano.describe(picture) == [words]
 
 
-@pytest.mark.xfail(
-    reason="nano reads this square as a circle (docs/log.md)", strict=True
-)
+@pytest.mark.xfail(reason="nano reads this square as a circle (docs/log.md)", strict=True)
 def test_a_square_between_the_lattice_points_is_a_square(nano: NextFlowPipeline) -> None:
     picture, draw = canvas("#fad732")
     draw.rectangle((12, 76, 115, 180), fill="#f5f5f5")

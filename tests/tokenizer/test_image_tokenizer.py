@@ -229,3 +229,14 @@ def test_push_to_hub_uploads_a_whole_folder(monkeypatch: pytest.MonkeyPatch) -> 
     ]  # fmt: skip
     with pytest.raises(StorageError, match="me/no: the upload failed \\(403 forbidden\\)"):
         tokenizer.push_to_hub("me/no", card="# it")
+
+
+def test_what_was_decoded_encodes_to_nearly_the_same_picture() -> None:
+    tokenizer = ImageTokenizer.from_pretrained("nano")
+    picture = np.full((64, 64, 3), (45, 95, 210), np.uint8)
+    picture[16:48, 16:48] = (220, 40, 40)
+    first = tokenizer.decode(tokenizer.encode(picture))
+    again = tokenizer.decode(tokenizer.encode(first))  # type: ignore[arg-type]
+    errors = [((np.asarray(x, float) - picture) ** 2).mean() for x in (first, again)]
+    assert 10 * np.log10(255**2 / errors[0]) > 22
+    assert errors[1] < 1.6 * errors[0]  # less than 2 dB are lost by a second pass

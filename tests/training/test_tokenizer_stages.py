@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig, from_dict, load_yaml, to_dict
@@ -249,3 +252,25 @@ def test_the_recipes_are_complete(name: str) -> None:
     recipe.check()
     with torch.device("meta"):
         ImageTokenizer(recipe.tokenizer)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_tokenizer(tmp_path: Path) -> None:
+    values = {
+        "kind": "tokenizer", "out": str(tmp_path / "run"), "seed": 1, "trains": "pixel", "start": None, "teacher": None,
+        "steps": 4, "pixels": 8192, "optimizer": OPTIMIZER, "ema": 0.9, "dropout": {"kind": "nested", "share": 0.5},
+        "codebook": {"kind": "ema", "decay": 0.9, "revive_below": 0.05}, "compile": False, "sheet_seconds": 1e9,
+        "save_seconds": 1e9, "loss": {"mse": 1.0, "l1": 0.1, "commitment": 0.25}, "data": {"a": SCENES},
+        "heldout": {"scenes": SCENES}, "heldout_pixels": 8192, "tokenizer": to_dict(PIXEL),
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    programs = Path(sys.executable).parent
+    command = [
+        str(programs / "torchrun"), "--nproc-per-node", "2", "--master-port", "0", "--no-python",
+        str(programs / "nextflow-ar"), "train", str(tmp_path / "recipe.yaml"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2  # one process writes
+    ImageTokenizer.from_pretrained(tmp_path / "run" / "final")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nextflow_ar.app.data_commands import data_app
 from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError
 
@@ -28,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(data_app, name="data")
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")
@@ -335,6 +338,7 @@ def export(
 def _known_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...]]:
     """Errors of wrong use, and of failed work; imported late, since most commands need few of them."""
     from nextflow_ar.data.playground.sprites import SpritesMissing
+    from nextflow_ar.data.sources import SourceError
     from nextflow_ar.evaluation.judge import JudgeError
     from nextflow_ar.evaluation.playground import BenchError
     from nextflow_ar.generation.engine import ContextError
@@ -343,7 +347,15 @@ def _known_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseExc
     from nextflow_ar.tokenizer.pictures import PictureError
 
     usage = (UsageError, ConfigError, ContextError, RequestError, SettingError)
-    failed = (StorageError, PictureError, SpritesMissing, JudgeError, BenchError, FloatingPointError)
+    failed = (
+        StorageError,
+        PictureError,
+        SourceError,
+        SpritesMissing,
+        JudgeError,
+        BenchError,
+        FloatingPointError,
+    )
     return usage, failed
 
 

@@ -1,0 +1,128 @@
+"""Finding every broken row of a data set before a training does: what is wrong, and where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
+from nextflow_ar.data.sources import Source
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.tokenizer.pictures import MAX_PIXELS, PictureError
+
+
+@dataclass
+class CheckReport:
+    """``rows`` read; ``problems``: one line each, with file and place; ``kinds``: how many rows draw, read, or only write;
+    ``ratios``: pictures by nearest final grid; ``tokens``: least, mean and most per good row.
+    """
+
+    rows: int = 0
+    problems: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    ratios: Counter[str] = field(default_factory=Counter)
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> tuple[int, float, int]:
+        """Least, mean and most tokens of the rows without a problem (zeros without any)."""
+        if not self.lengths:
+            return 0, 0.0, 0
+        return min(self.lengths), sum(self.lengths) / len(self.lengths), max(self.lengths)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "rows": self.rows,
+            "problems": self.problems,
+            "kinds": dict(self.kinds),
+            "ratios": dict(self.ratios.most_common()),
+            "tokens": dict(zip(("least", "mean", "most"), self.tokens, strict=True)),
+        }
+
+    def table(self) -> str:
+        """For people."""
+        least, mean, most = self.tokens
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.kinds.most_common()) or "none"
+        lines = [
+            f"{self.rows} rows, {len(self.problems)} problems",
+            f"good rows: {kinds}; {least} to {most} tokens, {mean:.0f} on average",
+        ]
+        if self.ratios:
+            lines.append(
+                "pictures by final grid: " + ", ".join(f"{k} {n}" for k, n in self.ratios.most_common(12))
+            )
+        if self.kinds and not self.kinds["drawing"]:
+            lines.append("warning: nothing in it teaches drawing")
+        if self.kinds and self.ratios and not self.kinds["reading"]:
+            lines.append("warning: nothing in it teaches reading pictures")
+        return "\n".join([*lines, *self.problems])
+
+
+def check_rows(
+    source: Source,
+    *,
+    num_scales: int,
+    most_tokens: int,
+    count_text: Callable[[str], int],
+    deep: bool = True,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> CheckReport:
+    """Read all rows of a source. ``num_scales``: level that pictures are meant for. ``count_text``: tokens of a text.
+    ``deep``: decode every picture (finds truncated files); otherwise read headers only.
+    """
+    report = CheckReport()
+    for row in source.rows():
+        report.rows += 1
+        progress(report.rows)
+        if isinstance(row, RowError):
+            report.problems.append(str(row))
+            continue
+        length, told = _measure(row, num_scales, count_text, deep, report)
+        if length > most_tokens and not told:
+            told.append(f"{row.where}: {length} tokens are too long, up to {most_tokens} are accepted")
+        report.problems += told
+        if not told:
+            report.lengths.append(length)
+            report.kinds[_kind(row)] += 1
+    return report
+
+
+def _measure(
+    row: Row, num_scales: int, count_text: Callable[[str], int], deep: bool, report: CheckReport
+) -> tuple[int, list[str]]:
+    """Tokens of a row as the layout lays it out, and what is wrong with its pictures."""
+    length, told = 0, []
+    for number, part in enumerate(row.parts):
+        if isinstance(part, TextPart):
+            length += count_text(part.text) + int(part.supervised)
+            continue
+        try:
+            if deep:
+                picture = part.picture.open()
+                height, width = picture.height, picture.width
+            else:
+                height, width = part.picture.size()
+            if height * width > MAX_PIXELS:
+                raise PictureError(f"{part.picture.name}: {width}x{height} pixels are too many")
+            schedule = ScaleSchedule.nearest(height, width, num_scales)
+        except PictureError as error:
+            told.append(str(error) if row.where in str(error) else f"{row.where}: {error}")
+            continue
+        except ValueError:
+            told.append(
+                f"{part.picture.name}: {width}x{height} pixels fit no bucket: aspect ratios from 1:4 to 4:1 are accepted"
+            )
+            continue
+        closing = schedule.sizes[-1] + 1 if number + 1 < len(row.parts) else 0
+        length += schedule.num_tokens + closing  # <boi> stands for the first grid
+        report.ratios["x".join(map(str, ScaleSchedule.nearest(height, width, 18).final))] += 1
+    return length, told
+
+
+def _kind(row: Row) -> str:
+    if any(isinstance(part, PicturePart) for part in row.supervised):
+        return "drawing"
+    return "reading" if row.pictures else "writing"

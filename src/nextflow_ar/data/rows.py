@@ -1,0 +1,244 @@
+"""The one data format: a row is a document of texts and pictures in order, some of them supervised (docs/data.md).
+
+Rows come from any source as plain mappings; the short forms that people's data sets have (a picture and its caption, an
+edit, a question) are read as the full form. Everything that is wrong with a row is said in one line.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image as PILImage
+
+from nextflow_ar.tokenizer.pictures import PictureError, open_picture, to_rgb
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant")
+
+
+class RowError(ValueError):
+    """A row does not fit the format: one line that says what and what is accepted."""
+
+
+@dataclass(frozen=True)
+class PictureRef:
+    """A picture that is not open yet: a file, or the bytes of one. ``name``: what to call it in messages."""
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = None
+
+    def open(self) -> PILImage.Image:
+        """As 8-bit RGB. Raises PictureError."""
+        if self.path is not None:
+            return open_picture(self.path)
+        try:
+            with PILImage.open(io.BytesIO(self.data or b"")) as file:
+                file.load()
+                return to_rgb(file)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:100]
+            raise PictureError(f"{self.name}: damaged or no picture ({reason})") from None
+
+    def size(self) -> tuple[int, int]:
+        """(height, width), from the header alone. Raises PictureError."""
+        try:
+            with PILImage.open(self.path if self.path is not None else io.BytesIO(self.data or b"")) as file:
+                return file.height, file.width
+        except FileNotFoundError:
+            raise PictureError(f"{self.name}: no such file") from None
+        except Exception as error:
+            reason = " ".join(str(error).split())[:100]
+            raise PictureError(f"{self.name}: damaged or no picture ({reason})") from None
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A run of text. ``supervised``: it is a response, which carries loss."""
+
+    text: str
+    role: Role
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class PicturePart:
+    """A picture. ``supervised``: it is drawn, and carries loss."""
+
+    picture: PictureRef
+    role: Role
+    supervised: bool
+
+
+Part = TextPart | PicturePart
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document. ``where``: file and place, for messages."""
+
+    parts: tuple[Part, ...]
+    where: str
+
+    @property
+    def pictures(self) -> list[PictureRef]:
+        """Its pictures, in order."""
+        return [part.picture for part in self.parts if isinstance(part, PicturePart)]
+
+    @property
+    def supervised(self) -> list[Part]:
+        """The parts that carry loss."""
+        return [part for part in self.parts if part.supervised]
+
+
+def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None) -> Row:
+    """A row from plain values, in the full form or one of the short ones. ``folder``: what its paths are relative to.
+
+    Raises RowError.
+    """
+    reader = _Reader(where, folder)
+    present = {key for key, value in values.items() if value is not None}
+    if "segments" in present:
+        return reader.full(values["segments"])
+    for needed, form in _FORMS:
+        if needed <= present:
+            return form(reader, values)
+    accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
+    raise RowError(f"{where}: no known form among the keys {sorted(present)}; accepted: segments; {accepted}")
+
+
+class _Reader:
+    def __init__(self, where: str, folder: Path | None) -> None:
+        self.where, self.folder = where, folder
+
+    def fail(self, message: str) -> RowError:
+        return RowError(f"{self.where}: {message}")
+
+    def text(self, value: object, key: str, *, supervised: bool) -> TextPart:
+        if not isinstance(value, str):
+            raise self.fail(f"{key} is text, got {type(value).__name__}")
+        if not value.strip():
+            raise self.fail(f"{key} is empty")
+        return TextPart(value.strip(), "assistant" if supervised else "user", supervised)
+
+    def picture(self, value: object, key: str, *, supervised: bool) -> PicturePart:
+        role: Role = "assistant" if supervised else "user"
+        if isinstance(value, Mapping) and (
+            "bytes" in value or "path" in value
+        ):  # as Hugging Face stores pictures
+            if value.get("bytes"):
+                name = f"{self.where}: {value.get('path') or key}"
+                return PicturePart(PictureRef(name, data=bytes(value["bytes"])), role, supervised)
+            value = value.get("path")
+        if isinstance(value, bytes | bytearray):
+            return PicturePart(PictureRef(f"{self.where}: {key}", data=bytes(value)), role, supervised)
+        if isinstance(value, PILImage.Image):
+            buffer = io.BytesIO()
+            value.convert("RGB").save(buffer, "PNG")
+            return PicturePart(PictureRef(f"{self.where}: {key}", data=buffer.getvalue()), role, supervised)
+        if not isinstance(value, str) or not value:
+            raise self.fail(f"{key} is a path or a picture, got {type(value).__name__}")
+        path = Path(value)
+        if self.folder is not None and not path.is_absolute():
+            path = self.folder / path
+        return PicturePart(PictureRef(f"{self.where}: {value}", path=path), role, supervised)
+
+    def full(self, segments: object) -> Row:
+        if not isinstance(segments, list) or not segments:
+            raise self.fail("segments is a list of at least one text or image")
+        parts = [self.segment(segment, f"segment {i}") for i, segment in enumerate(segments)]
+        return self.row(*parts)
+
+    def segment(self, segment: object, place: str) -> Part:
+        if not isinstance(segment, Mapping):
+            raise self.fail(f"{place} is a mapping, got {type(segment).__name__}")
+        # parquet gives every key of the column to every row, as null
+        given = {key: value for key, value in segment.items() if value is not None}
+        unknown = sorted(set(given) - {"text", "image", "role", "supervised"})
+        if unknown:
+            raise self.fail(f"{place}: unknown key {unknown[0]!r}; accepted: text or image, role, supervised")
+        if ("text" in given) == ("image" in given):
+            raise self.fail(f"{place} has either text or image")
+        role = given.get("role", "assistant" if given.get("supervised") else "user")
+        if role not in ROLES:
+            raise self.fail(f"{place}: role is one of {', '.join(ROLES)}, got {role!r}")
+        supervised = given.get("supervised", role == "assistant")
+        if not isinstance(supervised, bool):
+            raise self.fail(f"{place}: supervised is true or false, got {supervised!r}")
+        if "text" in given:
+            return TextPart(
+                self.text(given["text"], f"{place}: text", supervised=supervised).text, role, supervised
+            )
+        found = self.picture(given["image"], f"{place}: image", supervised=supervised)
+        return PicturePart(found.picture, role, supervised)
+
+    def row(self, *parts: Part) -> Row:
+        if not any(part.supervised for part in parts):
+            raise self.fail("nothing in it is supervised, so it teaches nothing")
+        return Row(parts, self.where)
+
+
+def _story(r: _Reader, v: Mapping[str, Any]) -> Row:
+    images, texts = v["images"], v["texts"]
+    if not isinstance(images, list) or not isinstance(texts, list):
+        raise r.fail("images and texts are lists")
+    if len(images) != len(texts):
+        raise r.fail(f"{len(images)} images and {len(texts)} texts: the lists are to be equally long")
+    parts: list[Part] = [r.text(v["prompt"], "prompt", supervised=False)] if v.get("prompt") else []
+    for i, (text, image) in enumerate(zip(texts, images, strict=True)):
+        parts.append(r.text(text, f"texts[{i}]", supervised=True))
+        parts.append(r.picture(image, f"images[{i}]", supervised=True))
+    return r.row(*parts)
+
+
+def _edit(r: _Reader, v: Mapping[str, Any]) -> Row:
+    return r.row(
+        r.picture(v["source"], "source", supervised=False),
+        r.text(v["instruction"], "instruction", supervised=False),
+        r.picture(v["target"], "target", supervised=True),
+    )
+
+
+def _question(r: _Reader, v: Mapping[str, Any]) -> Row:
+    return r.row(
+        r.picture(v["image"], "image", supervised=False),
+        r.text(v["question"], "question", supervised=False),
+        r.text(v["answer"], "answer", supervised=True),
+    )
+
+
+def _drawing(r: _Reader, v: Mapping[str, Any]) -> Row:
+    return r.row(
+        r.text(v["prompt"], "prompt", supervised=False), r.picture(v["image"], "image", supervised=True)
+    )
+
+
+def _captioned(r: _Reader, v: Mapping[str, Any]) -> Row:
+    return r.row(
+        r.text(v["caption"], "caption", supervised=False), r.picture(v["image"], "image", supervised=True)
+    )
+
+
+def _dialogue(r: _Reader, v: Mapping[str, Any]) -> Row:
+    return r.row(
+        r.text(v["prompt"], "prompt", supervised=False), r.text(v["response"], "response", supervised=True)
+    )
+
+
+def _plain(r: _Reader, v: Mapping[str, Any]) -> Row:
+    return r.row(r.text(v["text"], "text", supervised=True))
+
+
+_FORMS = (
+    (frozenset({"source", "instruction", "target"}), _edit),
+    (frozenset({"image", "question", "answer"}), _question),
+    (frozenset({"images", "texts"}), _story),
+    (frozenset({"image", "prompt"}), _drawing),
+    (frozenset({"image", "caption"}), _captioned),
+    (frozenset({"prompt", "response"}), _dialogue),
+    (frozenset({"text"}), _plain),
+)

@@ -1,0 +1,310 @@
+"""The data format: full and short forms, every source, and a check that finds every broken row."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from nextflow_ar.app.cli import run
+from nextflow_ar.data.check import check_rows
+from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart, parse_row
+from nextflow_ar.data.sources import SourceError, open_source
+from nextflow_ar.tokenizer.pictures import PictureError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bundle"
+
+
+def png(size: tuple[int, int] = (20, 20), colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def told(row: Row) -> list[tuple[str, str, bool]]:
+    return [
+        (part.text if isinstance(part, TextPart) else "<image>", part.role, part.supervised)
+        for part in row.parts
+    ]
+
+
+USER, DRAWN = ("<image>", "user", False), ("<image>", "assistant", True)
+FORMS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
+    ({"image": "a.png", "caption": " a dog "}, [("a dog", "user", False), DRAWN]),
+    ({"prompt": "draw a dog", "image": "a.png", "id": 7}, [("draw a dog", "user", False), DRAWN]),
+    (
+        {"image": "a.png", "question": "what?", "answer": "a dog"},
+        [USER, ("what?", "user", False), ("a dog", "assistant", True)],
+    ),
+    (
+        {"source": "a.png", "instruction": "red", "target": "b.png"},
+        [USER, ("red", "user", False), DRAWN],
+    ),
+    (
+        {"prompt": "tell", "images": ["a.png", "b.png"], "texts": ["one", "two"]},
+        [("tell", "user", False), ("one", "assistant", True), DRAWN, ("two", "assistant", True), DRAWN],
+    ),
+    ({"prompt": "hi", "response": "hello"}, [("hi", "user", False), ("hello", "assistant", True)]),
+    ({"text": "once upon a time"}, [("once upon a time", "assistant", True)]),
+    (
+        {
+            "segments": [
+                {"text": "be brief", "role": "system"},
+                {"text": "what?", "image": None},
+                {"image": "a.png", "role": "assistant", "supervised": False},
+                {"text": "a dog", "supervised": True},
+            ]
+        },
+        [
+            ("be brief", "system", False), ("what?", "user", False), ("<image>", "assistant", False),
+            ("a dog", "assistant", True),
+        ],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "wanted"), FORMS)
+def test_every_form_is_a_row(values: dict[str, Any], wanted: list[tuple[str, str, bool]]) -> None:
+    row = parse_row(values, "x:1", Path("/data"))
+    assert told(row) == wanted and row.where == "x:1"
+    assert all(ref.path is not None and ref.path.parent == Path("/data") for ref in row.pictures)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"image": "a.png"},
+            r"x:1: no known form among the keys \['image'\]; accepted: segments; instruction",
+        ),
+        ({"image": "a.png", "caption": "  "}, "x:1: caption is empty"),
+        ({"image": 3, "caption": "a"}, "x:1: image is a path or a picture, got int"),
+        (
+            {"images": ["a.png"], "texts": ["a", "b"]},
+            "x:1: 1 images and 2 texts: the lists are to be equally long",
+        ),
+        ({"segments": []}, "x:1: segments is a list of at least one"),
+        ({"segments": [{"text": "a", "rle": "user"}]}, "x:1: segment 0: unknown key 'rle'"),
+        ({"segments": [{"text": "a", "image": "b"}]}, "x:1: segment 0 has either text or image"),
+        (
+            {"segments": [{"text": "a", "role": "bot"}]},
+            "x:1: segment 0: role is one of system, user, assistant",
+        ),
+        ({"segments": [{"text": "a"}]}, "x:1: nothing in it is supervised"),
+        ({"segments": [{"text": "a", "supervised": 1}]}, "x:1: segment 0: supervised is true or false"),
+        ({"segments": ["a"]}, "x:1: segment 0 is a mapping, got str"),
+        ({"text": 5}, "x:1: text is text, got int"),
+    ],
+)
+def test_broken_rows_say_what_and_where(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        parse_row(values, "x:1")
+
+
+def test_pictures_come_as_paths_bytes_structs_or_pillow_images(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png((30, 20)))
+    for image in ("a.png", png((30, 20)), {"bytes": png((30, 20)), "path": "a.png"}, {"bytes": None, "path": "a.png"},
+                  Image.new("RGB", (30, 20))):  # fmt: skip
+        (ref,) = parse_row({"image": image, "caption": "a"}, "x:1", tmp_path).pictures
+        assert ref.size() == (20, 30) and ref.open().size == (30, 20)
+    (ref,) = parse_row({"image": b"none", "caption": "a"}, "x:1").pictures
+    for reading in (ref.open, ref.size):
+        with pytest.raises(PictureError, match="x:1: image: damaged or no picture"):
+            reading()
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "cut.png").write_bytes(png((200, 200))[:150])
+    (tmp_path / "long.png").write_bytes(png((500, 20)))
+    rows = [
+        {"image": "good.png", "caption": "a red square"},
+        {"image": "none.png", "caption": "gone"},
+        {"image": "cut.png", "caption": "cut"},
+        {"image": "long.png", "caption": "long"},
+        {"image": "good.png", "caption": ""},
+        {"images": ["good.png"], "texts": []},
+        {"image": "good.png", "question": "what?", "answer": "a square"},
+        {"text": "word " * 400},
+        {"text": "a story"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n{broken\n[1]\n\n")
+    return path
+
+
+def test_the_check_finds_every_broken_row(jsonl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = check_rows(
+        open_source(jsonl), num_scales=5, most_tokens=200, count_text=lambda t: len(t.split())
+    )
+    assert report.rows == 11
+    wanted = [
+        (2, "none.png: no such file"),
+        (3, "cut.png: damaged or truncated picture"),
+        (4, "500x20 pixels fit no bucket: aspect ratios from 1:4 to 4:1"),
+        (5, "caption is empty"),
+        (6, "1 images and 0 texts"),
+        (8, "401 tokens are too long, up to 200"),
+        (10, "not valid JSON"),
+        (11, "a row is a mapping of keys to values, got list"),
+    ]
+    assert len(report.problems) == len(wanted)
+    for (line, what), problem in zip(wanted, report.problems, strict=True):
+        assert problem.startswith(f"{jsonl}:{line}: ") and what in problem, problem
+    assert report.kinds == {"drawing": 1, "reading": 1, "writing": 1}
+    # caption 3 + 55 codes; question: 55 + closing 25 + <eoi> + 1 + 2 words and the end; story: 2 words and the end
+    assert sorted(report.lengths) == [3, 58, 85]
+    assert report.ratios == {"64x64": 2}
+    assert run(["data", "check", str(jsonl), "-m", str(GOLDEN)]) == 1
+    out = capsys.readouterr().out
+    assert "11 rows, 8 problems" in out and "rows.jsonl:10" in out
+
+
+def test_the_check_warns_about_a_one_sided_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "caption": "a dog"}) + "\n")
+    assert run(["data", "check", str(path), "-m", str(GOLDEN)]) == 0
+    assert "warning: nothing in it teaches reading" in capsys.readouterr().out
+    path.write_text(json.dumps({"image": "a.png", "question": "what", "answer": "a dog"}) + "\n")
+    assert run(["data", "check", str(path), "-m", str(GOLDEN), "--json", "--headers"]) == 0
+    assert json.loads(capsys.readouterr().out)["kinds"] == {"reading": 1}
+    assert run(["data", "check", str(path), "-m", str(GOLDEN)]) == 0
+    assert "warning: nothing in it teaches drawing" in capsys.readouterr().out
+    assert run(["data", "check", str(tmp_path / "none")]) == 1
+    assert "none: no such file or folder" in capsys.readouterr().err
+
+
+def texts(source: Any, start: int = 0) -> list[str]:
+    return [
+        next(p.text for p in row.parts if isinstance(p, TextPart)) if isinstance(row, Row) else "!" + str(row)
+        for row in source.rows(start)
+    ]
+
+
+def test_folders_with_captions_beside_pictures_or_in_a_table(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("first\n")
+    (tmp_path / "b.caption").write_text("second")
+    found = texts(open_source(tmp_path))
+    assert found[:2] == ["first", "second"] and "c.png: no caption beside it" in found[2]
+    assert texts(open_source(tmp_path), 1) == found[1:]
+    lines = [
+        {"file_name": "c.png", "text": "third"},
+        {"file": "a.png", "captions": ["one", "uno"]},
+        {"caption": "lost"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{x\n3\n")
+    found = texts(open_source(tmp_path))
+    assert found[:2] == ["third", "one"]
+    assert (
+        "metadata.jsonl:3: no known form" in found[2]
+        and "not valid JSON" in found[3]
+        and "got int" in found[4]
+    )
+
+
+def test_shards_of_webdataset(tmp_path: Path) -> None:
+    def shard(path: Path, members: dict[str, bytes]) -> None:
+        with tarfile.open(path, "w") as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    shard(
+        tmp_path / "0.tar",
+        {"d/1.jpg": png(), "d/1.txt": b"one", "d/2.png": png(), "d/2.json": b'{"caption": "two"}'},
+    )
+    edit = {
+        "3.source.png": png(),
+        "3.target.png": png((9, 9)),
+        "3.json": b'{"instruction": "three"}',
+        "4.txt": b"four",
+        "5.json": b"{",
+    }
+    shard(tmp_path / "1.tar", edit)
+    found = texts(open_source(tmp_path))
+    assert found[:3] == ["one", "two", "three"]
+    assert "1.tar: 4: no known form" in found[3] and "1.tar: 5: not valid JSON" in found[4]
+    assert texts(open_source(tmp_path), 2) == found[2:]
+    third = next(iter(open_source(tmp_path / "1.tar").rows()))
+    assert isinstance(third, Row) and [p.size() for p in third.pictures] == [(20, 20), (9, 9)]
+    (tmp_path / "2.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:700])
+    assert "2.tar: the shard is damaged" in texts(open_source(tmp_path / "2.tar"))[-1]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [{"image": {"bytes": png(), "path": None}, "caption": f"row {i}"} for i in range(7)]
+    rows[4]["caption"] = ""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
+    found = texts(open_source(tmp_path))
+    assert found[3] == "row 3" and found[4] == f"!{tmp_path / 'a.parquet'}: row 4: caption is empty"
+    for start in range(8):
+        assert texts(open_source(tmp_path), start) == found[start:]
+    (tmp_path / "b.parquet").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"b.parquet: not a parquet file"):
+        list(open_source(tmp_path / "b.parquet").rows())
+
+
+def test_a_data_set_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Streamed(list):
+        def skip(self, n: int) -> Streamed:
+            return Streamed(self[n:])
+
+    def load(name: str, split: str, streaming: bool) -> Streamed:
+        asked.append((name, split, streaming))
+        if name == "me/none":
+            raise OSError("not\nthere")
+        return Streamed([{"image": Image.new("RGB", (8, 8)), "text": f"row {i}"} for i in range(3)])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    assert texts(open_source("hf://me/it/test"), 1) == ["row 1", "row 2"]
+    assert asked == [("me/it", "test", True)]
+    with pytest.raises(SourceError, match="hf://me/none: not there"):
+        list(open_source("hf://me/none").rows())
+    with pytest.raises(SourceError, match="OWNER/NAME/SPLIT is accepted"):
+        open_source("hf://it")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SourceError, match="needs the package datasets"):
+        list(open_source("hf://me/it").rows())
+
+
+def test_places_that_are_no_source(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a")
+    with pytest.raises(
+        SourceError, match=r".jsonl, .parquet, .tar files, folders and hf://OWNER/NAME are accepted"
+    ):
+        open_source(tmp_path / "a.csv")
+    with pytest.raises(SourceError, match="neither pictures nor"):
+        open_source(tmp_path)
+
+
+@pytest.mark.shared
+def test_the_shared_photographs_are_whole() -> None:
+    folder = Path(__file__).parents[3] / "shared" / "data" / "coco_mini_cc"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared")
+    report = check_rows(
+        open_source(folder), num_scales=8, most_tokens=1024, count_text=lambda t: len(t.split())
+    )
+    assert report.rows == 87 and report.problems == [] and report.kinds == {"drawing": 87}
+    assert all(
+        isinstance(p, PicturePart | TextPart)
+        for r in open_source(folder).rows()
+        if isinstance(r, Row)
+        for p in r.parts
+    )
