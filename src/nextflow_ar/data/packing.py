@@ -1,8 +1,8 @@
 """Putting samples into rows of equal cost: by length, or by compute, streaming and resumable.
 
 Rows of equal length are not equally long to compute: attention grows with the square of a document, and an image's
-last grid sees all before it. Rows of equal compute keep all processes of a step equally busy (paper section 3.3: 4.1 times the useful
-tokens of padding, against 3.4 for equal length).
+last grid sees all before it. Rows of equal compute keep all processes of a step equally busy (paper section 3.3: 4.1
+times the useful tokens of padding, against 3.4 for equal length).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Packer:
     """First-fit packing over a stream of (number, cost, length), in one pass, the same every time.
 
     ``budget``: cost that a row may have; ``longest``: length that it may have besides (None: any). ``open_rows``: rows
-    held open at once; the more, the fuller they get. :meth:`state` and :meth:`restore` carry it over a restart in mid-stream. Raises
-    ValueError for an item that no row can hold.
+    held open at once; the more, the fuller they get. :meth:`state` and :meth:`restore` carry it over a restart in
+    mid-stream. Raises ValueError for an item that no row can hold.
     """
 
     def __init__(self, budget: float, *, longest: int | None = None, open_rows: int = 32) -> None:
