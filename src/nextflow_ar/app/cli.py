@@ -317,6 +317,28 @@ def evaluate(
 
 
 @app.command()
+def init(
+    language_model: Annotated[
+        str, typer.Option("--language-model", help="Qwen2.5-VL of any size: folder or Hub id.")
+    ],
+    image_tokenizer: Annotated[
+        str, typer.Option("--image-tokenizer", help="Image tokenizer: bundled name, folder or Hub id.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    rope_range: Annotated[
+        float, typer.Option("--rope-range", min=1.0, help="Coordinate range C of every grid.")
+    ] = 64.0,
+    seed: Seed = 0,
+) -> None:
+    """Make an untrained model from a language model's weights and an image tokenizer, ready for alignment."""
+    from nextflow_ar.app.stages import initialise_model
+
+    with _waiting(f"loading {language_model}", False):
+        initialise_model(language_model, image_tokenizer, out, rope_range, seed)
+    typer.echo(out)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="nano, a checkpoint folder, or a Hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],

@@ -77,6 +77,25 @@ def _judge(values: dict[str, Any], where: str) -> Path:
     return out
 
 
+def initialise_model(
+    language_model: str, image_tokenizer: str, out: Path, rope_range: float, seed: int
+) -> None:
+    """A checkpoint folder whose text stack is a Qwen2.5-VL's. Raises StorageError."""
+    import torch
+
+    from nextflow_ar.model.checkpoint import save_bundle
+    from nextflow_ar.model.importing import initialise_from
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+
+    tokenizer = ImageTokenizer.from_pretrained(image_tokenizer)
+    bundle = initialise_from(
+        language_model, tokenizer, rope_range=rope_range, dtype=torch.bfloat16, seed=seed
+    )
+    parts = f"Text stack of {language_model}, image tokenizer {image_tokenizer}."
+    card = f"# {out.name}\n\n{parts} Not aligned: it cannot draw yet.\n"
+    save_bundle(out, bundle.model, tokenizer, bundle.vocab.tokenizer, {}, card)
+
+
 def export_bundle(model: str, out: Path, card: str | None, changes: list[str]) -> None:
     """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. Raises ConfigError, StorageError."""
     from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model

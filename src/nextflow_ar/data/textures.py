@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-_LEAVES = 220
+_LEAVES = 300
 _OVERSAMPLE = 2
 
 
@@ -19,10 +19,10 @@ def dead_leaves(seed: tuple[int, ...], height: int, width: int) -> np.ndarray:
     h, w = height * _OVERSAMPLE, width * _OVERSAMPLE
     labels = Image.new("I", (w, h), 0)
     draw = ImageDraw.Draw(labels)
-    largest, smallest = 0.45 * max(h, w), 3.0
-    # Radii with density r^-3 between the two ends, largest first so that small ones stay visible.
+    largest, smallest = 0.5 * max(h, w), 8.0
+    # Radii with density r^-3 between the two ends, in any order: large leaves hide small ones as well as the other way.
     spread = rng.random(_LEAVES)
-    radii = np.sort((smallest**-2 + spread * (largest**-2 - smallest**-2)) ** -0.5)[::-1]
+    radii = (smallest**-2 + spread * (largest**-2 - smallest**-2)) ** -0.5
     for number, radius in enumerate(radii, start=1):
         centre = rng.random(2) * (w, h)
         corners = int(rng.integers(3, 9))
@@ -43,9 +43,10 @@ def _paint(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     h, w = labels.shape
     count = _LEAVES + 1
     # Colours lie around a few of the picture's own hues, as they do outdoors and indoors.
-    palette = rng.uniform(0, 255, (int(rng.integers(2, 7)), 3))
-    base = palette[rng.integers(len(palette), size=count)] + rng.normal(0, 28, (count, 3))
-    base += rng.normal(0, 45, (count, 1))
+    palette = rng.uniform(20, 235, (int(rng.integers(2, 6)), 1)) + rng.normal(0, 38, (1, 3))
+    palette = palette + rng.normal(0, 22, palette.shape)
+    base = palette[rng.integers(len(palette), size=count)] + rng.normal(0, 12, (count, 3))
+    base += rng.normal(0, 32, (count, 1))
     out = base[labels]
     rows, columns = np.mgrid[0:h, 0:w].astype(np.float32)
     shade = rng.normal(0, 40, (count, 2)) * (rng.random(count) < 0.6)[:, None]

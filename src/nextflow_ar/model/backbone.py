@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers import AutoConfig, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerFast
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextModel,
+)
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.storage import StorageError
+from nextflow_ar.tokenizer.semantic import quiet_transformers
 
 _CACHE = (
     "cache" if "cache" in inspect.signature(Qwen2_5_VLTextModel.forward).parameters else "past_key_values"
@@ -57,9 +64,6 @@ def axis_frequencies(config: ModelConfig) -> Float[Tensor, " half"]:
     return torch.cat(ladders)
 
 
-__all__ = ["Backbone", "Cache", "axis_frequencies", "new_cache", "text_config"]
-
-
 class Backbone(Qwen2_5_VLTextModel):
     """The text stack fed with embeddings, Multiscale 3D RoPE coordinates and a block mask."""
 
@@ -92,3 +96,49 @@ class Backbone(Qwen2_5_VLTextModel):
             is_causal=False,  # pyright: ignore[reportCallIssue]
         )
         return out.last_hidden_state  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """What a Qwen2.5-VL checkpoint gives: its text stack's weights, its head (V, D), its settings, its text tokenizer."""
+
+    weights: dict[str, Tensor]
+    head: Tensor
+    config: Qwen2_5_VLTextConfig
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load_language_model(name: str | Path, dtype: torch.dtype) -> LanguageModel:
+    """The text stack of a Qwen2.5-VL of any size, from a folder or a Hub id, sharded or not; its ViT is left out.
+
+    Raises StorageError, one line, when it is missing, damaged or another model.
+    """
+    try:
+        with quiet_transformers():
+            found = AutoConfig.from_pretrained(name)
+            if not isinstance(found, Qwen2_5_VLConfig):
+                raise StorageError(f"{name}: a {found.model_type} is no Qwen2.5-VL")
+            whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except StorageError:
+        raise
+    except Exception as error:  # safetensors and the Hub raise kinds of their own
+        reason = " ".join(str(error).split())[:140]
+        raise StorageError(f"{name}: no Qwen2.5-VL to load: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise StorageError(f"{name}: its text tokenizer is not a fast one (tokenizer.json)")
+    stack = whole.model.language_model
+    text = found.text_config
+    assert isinstance(text, Qwen2_5_VLTextConfig)
+    return LanguageModel(stack.state_dict(), whole.lm_head.weight.detach(), text, tokenizer)
+
+
+__all__ = [
+    "Backbone",
+    "Cache",
+    "LanguageModel",
+    "axis_frequencies",
+    "load_language_model",
+    "new_cache",
+    "text_config",
+]

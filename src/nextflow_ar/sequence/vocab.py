@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 """ChatML, as Qwen uses it; an image part stands as ``<boi><eoi>``, and the layout puts its scales between the two."""
 
 
-def _fast(core: Tokenizer) -> PreTrainedTokenizerFast:
+def fast_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
     """The fast tokenizer around a trained core, with its special tokens and chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -53,7 +53,7 @@ def train_text_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTo
         show_progress=False,
     )
     core.train_from_iterator(corpus, trainer)
-    return _fast(core)
+    return fast_tokenizer(core)
 
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -67,7 +67,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     missing = [token for token in SPECIAL_TOKENS if core.token_to_id(token) is None]
     if missing:
         raise StorageError(f"{folder}: the text tokenizer lacks {', '.join(missing)}")
-    return _fast(core)
+    return fast_tokenizer(core)
 
 
 @dataclass(frozen=True, eq=False)

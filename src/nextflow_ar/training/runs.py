@@ -42,7 +42,11 @@ class RunFolder:
         self.path = path
         resolved = path / "recipe.yaml"
         text = yaml.safe_dump(recipe, sort_keys=False)
-        if (path / _CHECKPOINT).is_file() and resolved.is_file():
+        if (path / _CHECKPOINT).is_file() and not resolved.is_file():
+            raise StorageError(
+                f"{path} holds a checkpoint but not its recipe.yaml: remove it, or name another folder"
+            )
+        if (path / _CHECKPOINT).is_file():
             old = yaml.safe_load(resolved.read_text())
             changed = [k for k in {*old, *recipe} - set(may_change) if old.get(k) != recipe.get(k)]
             if changed:

@@ -1,0 +1,97 @@
+"""A NextFlow model that starts from real language-model weights (paper section 3: initialised from Qwen2.5-VL).
+
+The text stack, its embeddings and its head are taken over unchanged; ``<boi>``, ``<eoi>`` and the vision codes are new.
+So on text alone the new model says what the old one said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.backbone import LanguageModel, load_language_model
+from nextflow_ar.model.checkpoint import Bundle
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.sequence.vocab import BOI, EOI, SPECIAL_TOKENS, Vocabulary, fast_tokenizer
+from nextflow_ar.storage import StorageError
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+
+_ROW_STEP = 64
+"""Rows of an embedding table are kept at a multiple of this, as matrix products like it."""
+
+
+def initialise_from(
+    name: str | Path,
+    image_tokenizer: ImageTokenizer,
+    *,
+    rope_range: float = 64.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Bundle:
+    """Model, text tokenizer and image tokenizer, ready to be aligned. ``name``: Qwen2.5-VL's folder or Hub id.
+
+    Code embeddings start as the codebook's vectors, the connector at random, the head's rows for codes at zero, and
+    ``<boi>`` and ``<eoi>`` as the mean of all text embeddings. ``rope_range``: the constant C of Multiscale 3D RoPE. Raises StorageError.
+    """
+    language = load_language_model(name, dtype)
+    core = Tokenizer.from_str(language.tokenizer.backend_tokenizer.to_str())
+    lacking = [
+        token for token in SPECIAL_TOKENS if token not in (BOI, EOI) and core.token_to_id(token) is None
+    ]
+    if lacking:
+        raise StorageError(f"{name}: its text tokenizer lacks {', '.join(lacking)}")
+    known = core.get_vocab_size()
+    core.add_special_tokens([BOI, EOI])
+    rows = max(language.head.shape[0], core.get_vocab_size())
+    rows = -(-rows // _ROW_STEP) * _ROW_STEP
+    config = _config(language, image_tokenizer, rows, rope_range)
+    model = NextFlowModel(config)
+    model.initialise(torch.Generator().manual_seed(seed))
+    model.scale_inputs.start_from(image_tokenizer.quantizer.codebook)
+    model = model.to(dtype)
+    embeddings = _taller(language.weights["embed_tokens.weight"], rows, known)
+    model.backbone.load_state_dict(language.weights | {"embed_tokens.weight": embeddings})
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[:rows] = _taller(language.head, rows, known)
+    vocab = Vocabulary(fast_tokenizer(core), rows, config.codes)
+    return Bundle(model.eval().requires_grad_(False), image_tokenizer, vocab, {})
+
+
+def _taller(table: Tensor, rows: int, known: int) -> Tensor:
+    """A (V, D) table with ``rows`` rows, of which those from ``known`` on are new: the mean of the others."""
+    out = table.new_empty(rows, table.shape[1])
+    out[: min(known, len(table))] = table[:known]
+    out[known:] = table[:known].float().mean(0).to(table.dtype)
+    return out
+
+
+def _config(
+    language: LanguageModel, image_tokenizer: ImageTokenizer, rows: int, rope_range: float
+) -> ModelConfig:
+    text = language.config
+    rope = text.rope_parameters or {}
+    sections = rope["mrope_section"]
+    return ModelConfig(
+        text_vocab=rows,
+        codes=image_tokenizer.config.quantizer.codebook_size,
+        code_dim=image_tokenizer.config.quantizer.dim,
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        intermediate=text.intermediate_size,
+        max_positions=text.max_position_embeddings,
+        rms_eps=text.rms_norm_eps,
+        rope="qwen",
+        rope_theta=float(rope["rope_theta"]),
+        rope_sections=(sections[0], sections[1], sections[2]),
+        rope_range=rope_range,
+        max_scales=18,
+        scale_input="residual",
+        positions="rope",
+    )

@@ -1,0 +1,103 @@
+"""Starting from a Qwen2.5-VL that transformers itself saved: text behaviour unchanged, codes ready to be aligned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from nextflow_ar.app.cli import run
+from nextflow_ar.generation.pipeline import NextFlowPipeline
+from nextflow_ar.model.importing import initialise_from
+from nextflow_ar.sequence.batch import collate
+from nextflow_ar.sequence.layout import build
+from nextflow_ar.storage import StorageError
+from nextflow_ar.types import Document, Text
+from tests.conftest import CORPUS, tiny_image_tokenizer
+
+SENTENCE = "a red circle on a blue background and two dogs"
+
+
+def save_qwen(
+    folder: Path, *, rows: int, tied: bool, shard: str = "5GB"
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Qwen2.5-VL with a text tokenizer of its own, as transformers writes them."""
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": rows, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rows", "tied", "shard"), [(320, False, "5GB"), (290, False, "20KB"), (320, True, "5GB")],
+    ids=["spare rows", "rows added, sharded", "tied head"],
+)  # fmt: skip
+@torch.no_grad()
+def test_text_behaviour_is_unchanged(rows: int, tied: bool, shard: str, tmp_path: Path) -> None:
+    theirs = save_qwen(tmp_path / "qwen", rows=rows, tied=tied, shard=shard)
+    if shard == "20KB":
+        assert len(list((tmp_path / "qwen").glob("*.safetensors"))) > 1
+    bundle = initialise_from(tmp_path / "qwen", tiny_image_tokenizer())
+    assert bundle.model.config.text_vocab % 64 == 0 and bundle.model.config.rope_sections == (2, 3, 3)
+    sample = build(Document((Text(SENTENCE),)), bundle.vocab, bundle.layout)
+    ours = bundle.model.logits(bundle.model.hidden(collate([sample])))[0]
+    wanted = theirs(input_ids=sample.tokens[None]).logits[0]
+    torch.testing.assert_close(ours[:, :290], wanted[:, :290], atol=1e-5, rtol=1e-5)
+    assert float(ours[:, bundle.model.config.text_vocab :].abs().max()) == 0  # codes start level
+    assert bundle.vocab.decode(bundle.vocab.encode(SENTENCE)) == SENTENCE
+    assert bundle.vocab.boi == 290 and bundle.vocab.eoi == 291
+    mean = theirs.model.language_model.embed_tokens.weight[:290].mean(0)
+    torch.testing.assert_close(bundle.model.backbone.embed_tokens.weight[290], mean, atol=1e-6, rtol=1e-5)
+    assert torch.equal(bundle.model.scale_inputs.code_embed.weight, bundle.image_tokenizer.quantizer.codebook)
+
+
+def test_init_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_qwen(tmp_path / "qwen", rows=320, tied=False)
+    tiny_image_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "model"
+    parts = ["--language-model", str(tmp_path / "qwen"), "--image-tokenizer", str(tmp_path / "tokenizer")]
+    assert run(["init", *parts, "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    pipeline = NextFlowPipeline.from_pretrained(out)
+    assert pipeline.generate("two dogs", seed=1)[0].size == (40, 40)
+    assert json.loads((out / "config.json").read_text())["text_vocab"] == 320
+    assert run(["init", "--language-model", str(tmp_path / "tokenizer"), *parts[2:], "-o", str(out)]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("nextflow-ar: ") and "no Qwen2.5-VL" in line and line.count("\n") == 1
+
+
+def test_a_text_tokenizer_without_chat_marks_is_refused(tmp_path: Path) -> None:
+    save_qwen(tmp_path / "qwen", rows=320, tied=False)
+    text = (tmp_path / "qwen" / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
+    (tmp_path / "qwen" / "tokenizer.json").write_text(text)
+    with pytest.raises(StorageError, match=r"lacks <\|im_start\|>"):
+        initialise_from(tmp_path / "qwen", tiny_image_tokenizer())
