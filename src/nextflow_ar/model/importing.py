@@ -7,6 +7,7 @@ So on text alone the new model says what the old one said.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -35,7 +36,8 @@ def initialise_from(
     """Model, text tokenizer and image tokenizer, ready to be aligned. ``name``: Qwen2.5-VL's folder or Hub id.
 
     Code embeddings start as the codebook's vectors, the connector at random, the head's rows for codes at zero, and
-    ``<boi>`` and ``<eoi>`` as the mean of all text embeddings. ``rope_range``: the constant C of Multiscale 3D RoPE. Raises StorageError.
+    ``<boi>`` and ``<eoi>`` as the mean of all text embeddings. ``rope_range``: the constant C of Multiscale 3D RoPE.
+    Raises StorageError.
     """
     language = load_language_model(name, dtype)
     core = Tokenizer.from_str(language.tokenizer.backend_tokenizer.to_str())
@@ -74,7 +76,7 @@ def _config(
     language: LanguageModel, image_tokenizer: ImageTokenizer, rows: int, rope_range: float
 ) -> ModelConfig:
     text = language.config
-    rope = text.rope_parameters or {}
+    rope: Any = text.rope_parameters
     sections = rope["mrope_section"]
     return ModelConfig(
         text_vocab=rows,
@@ -83,7 +85,7 @@ def _config(
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
+        kv_heads=text.num_key_value_heads or text.num_attention_heads,
         intermediate=text.intermediate_size,
         max_positions=text.max_position_embeddings,
         rms_eps=text.rms_norm_eps,
