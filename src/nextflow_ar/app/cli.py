@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nextflow_ar.app.data_commands import data_app
+from nextflow_ar.app.data_commands import data_app, extract
 from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+app.command()(extract)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")

@@ -137,11 +137,12 @@ class _Builder:
         self.block += 1
         self.clock += 1
 
-    def supervised_text(self, ids: Sequence[int], end: int) -> None:
+    def supervised_text(self, ids: Sequence[int], end: int | None) -> None:
         for token in ids:
             self.predict(token)
             self.text([token])
-        self.predict(end)
+        if end is not None:
+            self.predict(end)
 
     def image(self, image: Image, *, closed: bool) -> None:
         schedule, codes = image.codes.schedule, image.codes
@@ -171,7 +172,10 @@ class _Builder:
             if isinstance(segment, Text):
                 ids = self.vocab.encode(segment.text)
                 if segment.supervised:
-                    self.supervised_text(ids, self.vocab.end)
+                    # In a dialogue the mark that ends the turn is what the response learns to end with.
+                    after = document.segments[i + 1] if i < last else None
+                    marked = isinstance(after, Mark) and after.supervised
+                    self.supervised_text(ids, None if marked else self.vocab.end)
                 else:
                     self.text(ids)
             elif isinstance(segment, Mark):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 from collections.abc import Sequence
@@ -214,6 +215,18 @@ class ImageTokenizer(nn.Module):
     ) -> UInt8[Tensor, "b h w 3"]:
         """:meth:`decode_pixels` to uint8 pictures."""
         return to_bytes(self.decode_pixels(indices, schedule, upto_scale))
+
+    def fingerprint(self) -> str:
+        """Hex digest of configuration and all weights that decide codes: what a shard of codes is bound to.
+
+        The pixel decoder does not count: a better one draws the same codes better. Weights count as they are saved (bf16).
+        """
+        digest = hashlib.sha256(json.dumps(to_dict(self.config.quantizer), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if not name.startswith(("decoder.", "semantic_decoder.")):
+                kept = tensor if name == "quantizer.codebook" else tensor.bfloat16()
+                digest.update(name.encode() + kept.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save_pretrained(self, folder: Path | str, card: str | None = None) -> None:
         """Write a self-contained folder (configuration, weights in bf16, codebook in fp32, checksums), atomically.

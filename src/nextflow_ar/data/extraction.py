@@ -1,0 +1,234 @@
+"""Codes computed once, offline: rows of any source become parquet shards of texts and (input, target) codes.
+
+A shard covers a fixed range of a source's rows and is written whole or not at all, so an extraction that was stopped goes
+on with the shards that are missing, and several processes share the work by shard number. Every shard names the tokenizer
+that made it by fingerprint; with another tokenizer it is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ConfigDict
+
+from nextflow_ar.config import from_dict
+from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
+from nextflow_ar.data.sources import Source, SourceError
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.vocab import TURN_END, TURN_START
+from nextflow_ar.storage import StorageError, write_atomic
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.pictures import Fit, PictureError, place
+from nextflow_ar.tokenizer.pixels import to_unit
+from nextflow_ar.tokenizer.quantizer import SelfCorrection
+from nextflow_ar.types import Codes, Document, Image, Mark, Segment, Text
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """How a source is extracted; a folder holds the shards of one setting.
+
+    ``num_scales``: level of all pictures, each on the schedule of its nearest aspect ratio. ``rows``: of the source per
+    shard. Self-correction (paper section 3.4): ``samples``: share of the pictures that get it (paper: 1), ``tokens``: share
+    of their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    num_scales: int
+    fit: Fit = "crop"
+    rows: int = 1000
+    samples: float = 1.0
+    tokens: float = 0.6
+    top_k: int = 8
+    temperature: float = 1.0
+    seed: int = 0
+
+
+def extract(
+    source: Source,
+    tokenizer: ImageTokenizer,
+    out: Path,
+    config: ExtractionConfig,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    progress: Callable[[int, int], None] = lambda shards, rows: None,
+) -> dict[str, Any]:
+    """Write the shards that are missing; returns how many rows this call wrote and which it left out, and why.
+
+    ``process`` of ``processes`` writes every so-manieth shard. Raises StorageError when the folder holds an extraction of
+    another setting or tokenizer, or cannot be written.
+    """
+    pq = _parquet()
+    _claim(out, tokenizer, config)
+    written, broken, number = 0, {}, process
+    while True:
+        name = out / f"{number:06d}.parquet"
+        if not name.is_file():
+            first = number * config.rows
+            rows = list(islice(source.rows(first), config.rows))
+            if not rows:
+                break
+            records, wrong = _records(rows, first, tokenizer, config)
+            buffer = io.BytesIO()
+            pq.write_table(_table(records), buffer, compression="zstd")
+            write_atomic(name, buffer.getvalue())
+            written, broken = written + len(records), broken | wrong
+            progress(number, written)
+        number += processes
+    if broken:
+        known = out / f"broken_{process:03d}.json"
+        before = json.loads(known.read_text()) if known.is_file() else {}
+        write_atomic(known, json.dumps(before | broken, indent=1, ensure_ascii=False).encode())
+    return {"rows": written, "broken": broken}
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SourceError("extraction needs pyarrow: pip install 'nextflow-ar[train]'") from None
+    return pq
+
+
+def _claim(out: Path, tokenizer: ImageTokenizer, config: ExtractionConfig) -> None:
+    manifest = {"tokenizer": tokenizer.fingerprint(), "codes": tokenizer.config.quantizer.codebook_size}
+    manifest |= {"config": asdict(config)}
+    path = out / MANIFEST
+    if path.is_file():
+        if json.loads(path.read_text()) != manifest:
+            raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
+        return
+    write_atomic(path, json.dumps(manifest, indent=1).encode())
+
+
+def _records(
+    rows: list[Row | RowError], first: int, tokenizer: ImageTokenizer, config: ExtractionConfig
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    records, wrong = [], {}
+    for number, row in enumerate(rows, start=first):
+        if isinstance(row, RowError):
+            wrong[str(number)] = str(row)
+            continue
+        try:
+            parts = [
+                _part(part, (config.seed, number, i), tokenizer, config) for i, part in enumerate(row.parts)
+            ]
+        except (PictureError, ValueError) as error:
+            wrong[str(number)] = str(error) if row.where in str(error) else f"{row.where}: {error}"
+            continue
+        records.append({"row": number, "where": row.where, "parts": parts})
+    return records, wrong
+
+
+@torch.inference_mode()
+def _part(
+    part: TextPart | PicturePart,
+    seed: tuple[int, int, int],
+    tokenizer: ImageTokenizer,
+    config: ExtractionConfig,
+) -> dict[str, Any]:
+    common: dict[str, Any] = {"role": part.role, "supervised": part.supervised}
+    if isinstance(part, TextPart):
+        return common | {"text": part.text}
+    picture = part.picture.open()
+    schedule = ScaleSchedule.nearest(picture.height, picture.width, config.num_scales)
+    canvas, _ = place(picture, *schedule.image_size(tokenizer.config.downsample), config.fit)
+    rng = np.random.default_rng(seed)
+    corrected = config.tokens > 0 and rng.random() < config.samples
+    correction = SelfCorrection(config.tokens, config.top_k, config.temperature) if corrected else None
+    generator = torch.Generator(device=tokenizer.device).manual_seed(int(rng.integers(2**62)))
+    pixels = to_unit(torch.from_numpy(canvas).to(tokenizer.device))[None]
+    found = tokenizer.quantize(pixels, schedule, correction=correction, generator=generator)
+    final = ScaleSchedule.nearest(picture.height, picture.width, 18).final
+    return common | {
+        "final": list(final),
+        "scales": config.num_scales,
+        "target": found.target[0].tolist(),
+        "input": found.input[0].tolist() if corrected else None,  # the same as the targets
+    }
+
+
+def _table(records: list[dict[str, Any]]) -> Any:
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    part = pa.struct(
+        [
+            ("role", pa.string()),
+            ("supervised", pa.bool_()),
+            ("text", pa.string()),
+            ("final", pa.list_(pa.int32())),
+            ("scales", pa.int32()),
+            ("target", pa.list_(pa.int32())),
+            ("input", pa.list_(pa.int32())),
+        ]
+    )
+    schema = pa.schema([("row", pa.int64()), ("where", pa.string()), ("parts", pa.list_(part))])
+    return pa.Table.from_pylist(records, schema=schema)
+
+
+class CodeShards:
+    """The documents of an extraction, in the order of the source's rows.
+
+    Raises StorageError when there is none, or when ``tokenizer`` is not the one that made it.
+    """
+
+    def __init__(self, folder: Path, tokenizer: ImageTokenizer) -> None:
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise StorageError(f"{folder}: no extraction here (it lacks {MANIFEST})")
+        manifest = json.loads(path.read_text())
+        if manifest["tokenizer"] != tokenizer.fingerprint():
+            raise StorageError(
+                f"{folder}: its codes were made by another image tokenizer: extract again with this model's"
+            )
+        self.config = from_dict(ExtractionConfig, manifest["config"], str(path))
+        self.files = sorted(folder.glob("*.parquet"))
+        if not self.files:
+            raise StorageError(f"{folder}: the extraction holds no shard yet")
+
+    def documents(self, start: int = 0, *, dialogue: bool = False) -> Iterator[tuple[int, Document]]:
+        """(number of the source's row, document) from row ``start`` on. ``dialogue``: with chat marks around every turn."""
+        pq = _parquet()
+        for path in self.files:
+            if (int(path.stem) + 1) * self.config.rows <= start:
+                continue
+            for record in pq.read_table(path).to_pylist():
+                if record["row"] >= start:
+                    yield record["row"], as_document(record["parts"], dialogue=dialogue)
+
+
+def as_document(parts: list[dict[str, Any]], *, dialogue: bool = False) -> Document:
+    """The document of a record's parts. With ``dialogue`` every turn stands as ``<|im_start|>role``, its parts,
+    ``<|im_end|>`` (Qwen's form); a turn that holds a response learns to end with that mark.
+    """
+    segments: list[Segment] = []
+    previous, learned = None, False
+    for part in parts:
+        if dialogue and part["role"] != previous:
+            if previous is not None:
+                segments += [Mark(TURN_END, supervised=learned), Text("\n")]
+            segments += [Mark(TURN_START), Text(part["role"] + "\n")]
+            previous, learned = part["role"], False
+        learned = learned or part["supervised"]
+        if part["text"] is not None:
+            segments.append(Text(part["text"], part["supervised"]))
+            continue
+        height, width = part["final"]
+        schedule = ScaleSchedule.from_final((height, width), part["scales"])
+        target = torch.tensor(part["target"])
+        fed = target if part["input"] is None else torch.tensor(part["input"])
+        segments.append(Image(Codes(schedule, target, fed), part["supervised"]))
+    if dialogue:
+        segments.append(Mark(TURN_END, supervised=learned))
+    return Document(tuple(segments))

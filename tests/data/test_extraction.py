@@ -1,0 +1,147 @@
+"""Extraction: codes as (input, target) pairs, whole shards, going on after a stop, and no shard of another tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from nextflow_ar.app.cli import run
+from nextflow_ar.data.extraction import CodeShards, ExtractionConfig, as_document, extract
+from nextflow_ar.data.sources import open_source
+from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.layout import IGNORED, build
+from nextflow_ar.storage import StorageError
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.types import Document, Image, Mark, Text
+from tests.conftest import tiny_bundle, tiny_image_tokenizer
+
+CONFIG = ExtractionConfig(num_scales=5, rows=3, tokens=0.6, top_k=4, temperature=5.0)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Eight rows: drawings of two aspect ratios, an edit, a question, a text, and two that are broken."""
+    for i in range(4):
+        PILImage.fromarray(dead_leaves((i,), 40, 40 if i < 3 else 100)).save(tmp_path / f"{i}.png")
+    lines = [
+        {"image": "0.png", "caption": "a"},
+        {"image": "gone.png", "caption": "b"},
+        {"source": "1.png", "instruction": "c", "target": "2.png"},
+        {"image": "3.png", "caption": "d"},
+        {"image": "1.png", "question": "e?", "answer": "f"},
+        {"image": "1.png", "caption": ""},
+        {"text": "g"},
+        {"image": "2.png", "caption": "h"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_documents_come_back_with_their_codes(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "shards"
+    found = extract(open_source(rows), tokenizer, out, CONFIG)
+    assert found["rows"] == 6 and list(found["broken"]) == ["1", "5"]
+    assert "gone.png: no such file" in found["broken"]["1"] and "caption is empty" in found["broken"]["5"]
+    assert json.loads((out / "broken_000.json").read_text()) == found["broken"]
+    assert [p.name for p in sorted(out.glob("*.parquet"))] == [
+        "000000.parquet",
+        "000001.parquet",
+        "000002.parquet",
+    ]
+    shards = CodeShards(out, tokenizer)
+    documents = dict(shards.documents())
+    assert list(documents) == [0, 2, 3, 4, 6, 7]
+    assert [n for n, _ in shards.documents(4)] == [4, 6, 7]
+    drawn = documents[0].segments[1]
+    assert documents[0].segments[0] == Text("a") and isinstance(drawn, Image) and drawn.supervised
+    assert drawn.codes.schedule == ScaleSchedule.square(5)
+    sampled = (drawn.codes.input != drawn.codes.target).float().mean()
+    assert 0.2 < float(sampled) < 0.6
+    plain = tokenizer.encode_bytes(torch.from_numpy(dead_leaves((0,), 40, 40))[None]).target[0]
+    assert int(drawn.codes.target[0]) == int(plain[0])  # nothing was corrupted before the first scale
+    wide = documents[3].segments[1]
+    assert isinstance(wide, Image) and wide.codes.schedule == ScaleSchedule.nearest(40, 100, 5)
+    assert [s.supervised for s in documents[2].segments if not isinstance(s, Mark)] == [False, False, True]
+
+
+def test_without_correction_inputs_are_the_targets(rows: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_image_tokenizer()
+    extract(open_source(rows), tokenizer, tmp_path / "s", replace(CONFIG, samples=0.0))
+    (first,) = [d for n, d in CodeShards(tmp_path / "s", tokenizer).documents() if n == 0]
+    image = first.segments[1]
+    assert isinstance(image, Image) and torch.equal(image.codes.input, image.codes.target)
+    plain = tokenizer.encode_bytes(torch.from_numpy(dead_leaves((0,), 40, 40))[None]).target[0]
+    assert torch.equal(image.codes.target, plain)
+
+
+def test_a_stopped_extraction_goes_on_and_processes_share_the_work(rows: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_image_tokenizer()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    extract(open_source(rows), tokenizer, whole, CONFIG)
+    second = extract(open_source(rows), tokenizer, parts, CONFIG, process=1, processes=2)
+    assert second["rows"] == 2 and [p.name for p in parts.glob("*.parquet")] == ["000001.parquet"]
+    extract(open_source(rows), tokenizer, parts, CONFIG, process=0, processes=2)
+    (parts / "000002.parquet").unlink()  # stopped before its last shard
+    again = extract(open_source(rows), tokenizer, parts, CONFIG)
+    assert again["rows"] == 2
+    for name in ("000000", "000001", "000002"):
+        assert (whole / f"{name}.parquet").read_bytes() == (parts / f"{name}.parquet").read_bytes()
+    assert extract(open_source(rows), tokenizer, parts, CONFIG)["rows"] == 0
+
+
+def test_codes_of_another_tokenizer_are_refused(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    other = tiny_image_tokenizer(seed=1)
+    with pytest.raises(StorageError, match="made by another image tokenizer"):
+        CodeShards(out, other)
+    for changed in ((other, CONFIG), (tokenizer, replace(CONFIG, seed=1))):
+        with pytest.raises(StorageError, match="another tokenizer or setting"):
+            extract(open_source(rows), changed[0], out, changed[1])
+    with pytest.raises(StorageError, match="no extraction here"):
+        CodeShards(tmp_path, tokenizer)
+    # saving rounds to bf16; the fingerprint is that of the saved weights, and a new decoder does not change codes
+    tokenizer.save_pretrained(tmp_path / "t")
+    assert ImageTokenizer.from_pretrained(tmp_path / "t").fingerprint() == tokenizer.fingerprint()
+    assert other.fingerprint() != tokenizer.fingerprint()
+    with torch.no_grad():
+        tokenizer.decoder.last_weight.mul_(2)
+    CodeShards(out, tokenizer)
+
+
+def test_dialogue_marks_turns_and_learns_their_end() -> None:
+    parts = [
+        {"role": "user", "supervised": False, "text": "hi", "final": None},
+        {"role": "assistant", "supervised": True, "text": "two dogs", "final": None},
+    ]
+    document = as_document(parts, dialogue=True)
+    assert document.segments == (
+        Mark("<|im_start|>"), Text("user\n"), Text("hi"), Mark("<|im_end|>"), Text("\n"), Mark("<|im_start|>"),
+        Text("assistant\n"), Text("two dogs", True), Mark("<|im_end|>", True),
+    )  # fmt: skip
+    assert as_document(parts).segments == (Text("hi"), Text("two dogs", True))
+    bundle = tiny_bundle()
+    sample = build(Document(document.segments), bundle.vocab, bundle.layout)
+    learned = [int(t) for t in sample.targets if t != IGNORED]
+    assert learned == [*bundle.vocab.encode("two dogs"), bundle.vocab.special("<|im_end|>")]
+
+
+def test_extract_as_a_command(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_image_tokenizer().save_pretrained(tmp_path / "t")
+    out = str(tmp_path / "s")
+    assert (
+        run(["extract", str(rows), "-o", out, "--image-tokenizer", str(tmp_path / "t"), "--rows", "3"]) == 0
+    )
+    told = capsys.readouterr().out
+    assert f"6 rows written to {out}, 2 left out" in told and "gone.png" in told
+    options = ["--image-tokenizer", str(tmp_path / "t")]
+    assert run(["extract", str(rows), "-o", out, *options]) == 1  # another number of rows per shard
+    assert "another tokenizer or setting" in capsys.readouterr().err
+    assert run(["extract", str(rows), "-o", out, *options, "--process", "2", "--processes", "2"]) == 2
