@@ -90,7 +90,7 @@ def place(picture: Image.Image, height: int, width: int, fit: Fit) -> tuple[np.n
     if fit == "crop":
         scale = max(height / picture.height, width / picture.width)
         seen = (round(height / scale), round(width / scale))
-        return fit_picture(picture, height, width), Frame((0, 0, height, width), seen)
+        return np.array(fit_picture(picture, height, width)), Frame((0, 0, height, width), seen)
     size = (picture.height, picture.width)
     scale = min(1.0, height / size[0], width / size[1])
     h, w = (
