@@ -111,6 +111,15 @@ def test_a_grown_tokenizer_draws_what_the_pixel_branch_drew() -> None:
     torch.testing.assert_close(
         new.decode_pixels(codes, schedule), old.decode_pixels(codes, schedule), atol=1e-5, rtol=1e-5
     )
+    for blocks in (2, 4):
+        larger = ImageTokenizer(replace(DUAL, decoder_blocks=blocks))
+        start_from(larger, new, larger_decoder=True)
+        assert sum(p.numel() for p in larger.decoder.parameters()) > sum(
+            p.numel() for p in new.decoder.parameters()
+        )
+        torch.testing.assert_close(
+            larger.decode_pixels(codes, schedule), new.decode_pixels(codes, schedule), atol=1e-5, rtol=1e-5
+        )
     with pytest.raises(ConfigError, match="does not fit this recipe's: encoder"):
         start_from(ImageTokenizer(replace(DUAL, encoder_channels=(8, 16, 32))), old)
 

@@ -104,6 +104,35 @@ class PixelDecoder(nn.Module):
         return self.layers(features)
 
 
+def deeper(state: dict[str, torch.Tensor], levels: int, old: int, new: int) -> dict[str, torch.Tensor]:
+    """Weights of a :class:`PixelDecoder` of ``old`` residual blocks per level, renamed for one of ``new`` blocks.
+
+    The blocks in between are not among them: they start as the identity, so the deeper decoder draws the same pictures.
+    """
+
+    def places(blocks: int) -> list[list[int]]:
+        """Layer numbers: what comes before the levels, each level's blocks and its upsampling, what comes after."""
+        found, at = [[0, 1]], 2
+        for level in range(levels):
+            found.append(list(range(at, at + blocks)))
+            at += blocks
+            rest = 2 if level + 1 < levels else 4
+            found.append(list(range(at, at + rest)))
+            at += rest
+        return found
+
+    numbers = {
+        before: after
+        for one, two in zip(places(old), places(new), strict=True)
+        for before, after in zip(one, two, strict=False)
+    }
+    out = {}
+    for name, value in state.items():
+        _, number, rest = name.split(".", 2)
+        out[f"layers.{numbers[int(number)]}.{rest}"] = value
+    return out
+
+
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pictures (..., H, W, 3) as fp32 (..., 3, H, W) in -1..1."""
     return pixels.movedim(-1, -3).float().div(127.5).sub(1.0)
