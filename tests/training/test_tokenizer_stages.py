@@ -269,16 +269,16 @@ def test_two_processes_train_one_tokenizer(tmp_path: Path) -> None:
         "kind": "tokenizer", "out": str(tmp_path / "run"), "seed": 1, "trains": "pixel", "start": None, "teacher": None,
         "steps": 4, "pixels": 8192, "optimizer": OPTIMIZER, "ema": 0.9, "dropout": {"kind": "nested", "share": 0.5},
         "codebook": {"kind": "ema", "decay": 0.9, "revive_below": 0.05}, "compile": False, "sheet_seconds": 1e9,
-        "save_seconds": 1e9, "loss": {"mse": 1.0, "l1": 0.1, "commitment": 0.25}, "data": {"a": SCENES},
+        "save_seconds": 1e9, "loss": {"mse": 1.0, "l1": 0.1, "commitment": 0.25}, "data": {"a": SCENES, "b": LEAVES},
         "heldout": {"scenes": SCENES}, "heldout_pixels": 8192, "tokenizer": to_dict(PIXEL),
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     programs = Path(sys.executable).parent
     command = [
-        str(programs / "torchrun"), "--nproc-per-node", "2", "--master-port", "0", "--no-python",
+        str(programs / "torchrun"), "--nproc-per-node", "2", "--standalone", "--no-python",
         str(programs / "nextflow-ar"), "train", str(tmp_path / "recipe.yaml"),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2  # one process writes

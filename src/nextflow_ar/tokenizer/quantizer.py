@@ -249,13 +249,15 @@ class MultiScaleQuantizer(nn.Module):
         """
         size = self.config.codebook_size
         add, share = add or _same, share or _same
+        counts = torch.zeros_like(self.scale_counts)  # of all scales: processes may be at different schedules
         for k, _, index in trace:
-            counts = add(torch.bincount(index, minlength=size).float())
-            self.scale_counts[k].mul_(decay).add_(counts, alpha=1 - decay)
+            counts[k] = torch.bincount(index, minlength=size).float()
+        counts = add(counts)
+        seen = counts.sum(1) > 0
+        self.scale_counts[seen] = self.scale_counts[seen] * decay + counts[seen] * (1 - decay)
         cells = torch.cat([cells for _, cells, _ in trace])
         index = torch.cat([index for _, _, index in trace])
-        counts = add(torch.bincount(index, minlength=size).float())
-        self.ema_count.mul_(decay).add_(counts, alpha=1 - decay)
+        self.ema_count.mul_(decay).add_(counts.sum(0), alpha=1 - decay)
         summed = add(torch.zeros_like(self.ema_sum).index_add_(0, index, cells))
         self.ema_sum.mul_(decay).add_(summed, alpha=1 - decay)
         if not isinstance(self.codebook, nn.Parameter):
