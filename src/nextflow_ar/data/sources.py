@@ -52,8 +52,8 @@ def open_source(place: Path | str) -> Source:
     return FolderSource(path)
 
 
-class JsonlSource:
-    """JSONL files; pictures' paths are relative to the file."""
+class _Files:
+    """A source of files that are read from their beginning."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -61,6 +61,13 @@ class JsonlSource:
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
         """See :class:`Source`."""
         yield from islice(self._all(), start, None)
+
+    def _all(self) -> Iterator[Row | RowError]:
+        raise NotImplementedError
+
+
+class JsonlSource(_Files):
+    """JSONL files; pictures' paths are relative to the file."""
 
     def _all(self) -> Iterator[Row | RowError]:
         for path in self.files:
@@ -178,15 +185,8 @@ def _image_folder(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-class TarSource:
+class TarSource(_Files):
     """WebDataset shards: files of one key (``0001.jpg``, ``0001.txt`` or ``0001.json``) are one row."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-
-    def rows(self, start: int = 0) -> Iterator[Row | RowError]:
-        """See :class:`Source`."""
-        yield from islice(self._all(), start, None)
 
     def _all(self) -> Iterator[Row | RowError]:
         for path in self.files:
