@@ -50,6 +50,7 @@ TINY_MODEL = ModelConfig(
     rope_range=12.0,
     max_scales=18,
     scale_input="residual",
+    closing_input="residual",
     positions="rope",
 )
 

@@ -85,8 +85,9 @@ class ModelConfig:
     ``text_vocab``: entries of the text tokenizer, special tokens, ``<boi>`` and ``<eoi>`` included; the ``codes`` vision
     codes follow it. ``rope``: "qwen" keeps Qwen's contiguous frequency sections, "per_axis" gives every axis the whole
     range. ``rope_range``: the constant C of Multiscale 3D RoPE. ``scale_input``: what grid k is fed, the residual of
-    grid k-1 alone (NextFlow) or the accumulated features (TokenFlow). ``positions``: 3D RoPE alone, or with TokenFlow's
-    learned embedding per position added.
+    grid k-1 alone (NextFlow) or the accumulated features (TokenFlow). ``closing_input``: what the block after the last
+    grid is fed, that grid's residual alone or the sum over all scales, the whole picture. ``positions``: 3D RoPE alone, or
+    with TokenFlow's learned embedding per position added.
     """
 
     __pydantic_config__ = _STRICT
@@ -106,6 +107,7 @@ class ModelConfig:
     rope_range: float
     max_scales: int
     scale_input: Literal["residual", "accumulated"]
+    closing_input: Literal["residual", "accumulated"]
     positions: Literal["rope", "learned"]
 
     @property

@@ -117,6 +117,28 @@ def test_residual_inputs_are_one_grid_enlarged_and_accumulated_ones_are_not() ->
     )
 
 
+def test_the_closing_block_may_hold_the_whole_picture() -> None:
+    inputs = tiny_model(replace(TINY_MODEL, closing_input="accumulated")).scale_inputs
+    image, other = codes(3), codes(4)
+    whole = sum(
+        F.interpolate(
+            inputs.code_embed.weight[image.scale(j)].T.reshape(1, 10, n, n), size=(4, 4), mode="bicubic"
+        )
+        for j, n in ((0, 1), (1, 2), (2, 3), (3, 4))
+    )
+    torch.testing.assert_close(inputs.block(image.target[None], SQUARE, 3), whole, atol=1e-5, rtol=1e-5)
+    plain = tiny_model().scale_inputs
+    for k in range(3):  # the blocks before it are fed residuals as ever
+        assert torch.equal(
+            inputs.block(image.target[None], SQUARE, k), plain.block(image.target[None], SQUARE, k)
+        )
+    one, two = image.target[None], other.target[None]
+    mixed = inputs(one, SQUARE, 4, True, two)
+    closing = SQUARE.sizes[-1]
+    assert torch.equal(mixed[:, :-closing], inputs(one, SQUARE, 4, True)[:, :-closing])
+    assert torch.equal(mixed[:, -closing:], inputs(two, SQUARE, 4, True)[:, -closing:])
+
+
 def test_scale_and_length_tags() -> None:
     inputs = tiny_model().scale_inputs
     scales, lengths = torch.tensor([[-1, 0, 2]]), torch.tensor([[0, 4, 18]])

@@ -16,13 +16,28 @@ from nextflow_ar.tokenizer.losses import (
     hinge_generator,
     lpips_distance,
     semantic_distance,
+    structure_distance,
 )
+from nextflow_ar.tokenizer.metrics import ssim
+from nextflow_ar.tokenizer.pixels import to_unit
 
 
 def test_hinge_losses_by_hand() -> None:
     real, fake = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 0.0])
     assert float(hinge_discriminator(real, fake)) == pytest.approx(0.5 * (0.25 + 0.5))
     assert float(hinge_generator(fake)) == pytest.approx(1.5)
+
+
+def test_the_structure_distance_is_one_minus_ssim() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 256, (2, 20, 27, 3), dtype=torch.uint8, generator=generator)
+    b = (a.int() + torch.randint(-30, 30, a.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+    found = structure_distance(to_unit(a), to_unit(b))
+    assert float(found) == pytest.approx(1 - float(ssim(a, b).mean()), abs=1e-5)
+    x = to_unit(b).requires_grad_()
+    structure_distance(x, to_unit(a)).backward()
+    better = x.detach() - 1.0 * x.grad / x.grad.abs().max()
+    assert x.grad is not None and float(structure_distance(better, to_unit(a))) < float(found)
 
 
 def test_the_adaptive_weight_balances_gradients() -> None:

@@ -30,7 +30,8 @@ class PictureSource:
     ``kind`` "playground": scenes of ``playground`` (a canvas of 64 pixels). "photos": crops of the pictures in ``folder``;
     ``optional``: leave the source out when the folder is not there. "textures": dead leaves. ``scales``: levels to draw
     from, each equally likely (canvas side = BASE_SIZES[scales - 1] * downsample). ``ratios``: "square", "all" 41, or
-    "own" (photographs only): each picture in the bucket of its own aspect ratio.
+    "own" (photographs only): each picture in the bucket of its own aspect ratio. ``dropout``: share of the scale dropout
+    for these pictures (null: the recipe's).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -42,6 +43,7 @@ class PictureSource:
     playground: MixtureConfig | None = None
     folder: Path | None = None
     optional: bool = False
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -52,6 +54,8 @@ class PictureSource:
             raise ValueError("playground goes with the kind playground")
         if (self.kind == "photos") != (self.folder is not None):
             raise ValueError("folder goes with the kind photos")
+        if self.dropout is not None and not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout is a share from 0 to 1, got {self.dropout}")
         if self.ratios == "own" and self.kind != "photos":
             raise ValueError("ratios: own goes with the kind photos")
 

@@ -31,6 +31,7 @@ class ScaleInputs(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.accumulated = config.scale_input == "accumulated"
+        self.whole = "accumulated" in (config.scale_input, config.closing_input)
         self.code_embed = nn.Embedding(config.codes, config.code_dim)
         self.register_buffer("code_scale", torch.ones(()))
         self.connector = nn.Sequential(
@@ -53,10 +54,12 @@ class ScaleInputs(nn.Module):
     ) -> Float[Tensor, "n c h w"]:
         """Vectors fed to the block that follows scale ``k`` (0-based) of ``codes``: grid k's codes, enlarged.
 
-        ``codes`` holds at least scales 0..k. With accumulated input, the sum over scales 0..k, reduced to the grid.
+        ``codes`` holds at least scales 0..k. With accumulated input, the sum over scales 0..k, reduced to the grid; the
+        block after the last scale has an option of its own.
         """
-        target = schedule.grids[k + 1] if k + 1 < len(schedule) else schedule.final
-        if not self.accumulated:
+        closing = k + 1 == len(schedule)
+        target = schedule.final if closing else schedule.grids[k + 1]
+        if not (self.whole if closing else self.accumulated):
             return resize(self._vectors(codes, schedule, k), target, "bicubic")
         summed = sum(
             resize(self._vectors(codes, schedule, j), schedule.final, "bicubic") for j in range(k + 1)
@@ -69,15 +72,21 @@ class ScaleInputs(nn.Module):
         return self.code_embed(part).transpose(1, 2).unflatten(2, schedule.grids[k]) * self.code_scale
 
     def forward(
-        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, scales: int, closed: bool
+        self,
+        codes: Int[Tensor, "n t"],
+        schedule: ScaleSchedule,
+        scales: int,
+        closed: bool,
+        closing: Int[Tensor, "n t"] | None = None,
     ) -> Float[Tensor, "n m d"]:
         """Inputs of the blocks of the first ``scales`` scales after ``<boi>``, without scale embeddings; the closing
-        block too if ``closed``.
+        block too if ``closed``, of the codes ``closing`` where they are not the same.
         """
         blocks = range(scales if closed else scales - 1)
         if not blocks:
             return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.scale_embed.embedding_dim)
-        vectors = [self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks]
+        shown = [codes] * (scales - 1) + [codes if closing is None else closing]
+        vectors = [self.block(shown[k], schedule, k).flatten(2).transpose(1, 2) for k in blocks]
         return self.connector(torch.cat(vectors, dim=1))
 
     def tags(self, scales: Int[Tensor, "b l"], lengths: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:

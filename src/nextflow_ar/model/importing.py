@@ -95,5 +95,6 @@ def _config(
         rope_range=rope_range,
         max_scales=18,
         scale_input="residual",
+        closing_input="accumulated",
         positions="rope",
     )

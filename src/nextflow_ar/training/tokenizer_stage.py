@@ -29,6 +29,7 @@ from nextflow_ar.tokenizer.losses import (
     hinge_generator,
     lpips_distance,
     semantic_distance,
+    structure_distance,
 )
 from nextflow_ar.tokenizer.metrics import frechet_distance, psnr, ssim
 from nextflow_ar.tokenizer.pixels import deeper, to_unit
@@ -44,7 +45,7 @@ from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_reque
 class TokenizerLoss:
     """Weights of the losses; 0 leaves one out.
 
-    ``mse``, ``l1``: on pixels in -1..1. ``perceptual``: by ``perceptual_kind``, the frozen teacher's features or LPIPS.
+    ``mse``, ``l1``: on pixels in -1..1. ``ssim``: 1 - SSIM. ``perceptual``: by ``perceptual_kind``, the frozen teacher's features or LPIPS.
     ``semantic``: distillation by ``semantic_kind``. ``commitment``: features to their codes; ``codebook``: codes to their
     features (needed where the codebook learns by gradient). ``entropy``: clear choices, all codes in use.
     ``adversarial``: PatchGAN, from step ``adversarial_start`` on, times the adaptive weight.
@@ -54,6 +55,7 @@ class TokenizerLoss:
     mse: float
     l1: float
     commitment: float
+    ssim: float = 0.0
     semantic: float = 0.0
     semantic_kind: Literal["cosine", "l2"] = "cosine"
     perceptual: float = 0.0
@@ -77,14 +79,14 @@ class ScaleDropout:
     kind: Literal["nested", "independent"]
     share: float
 
-    def mask(self, count: int, scales: int, generator: torch.Generator) -> Tensor:
-        """(count, scales) bool; the first scale is always in."""
-        places = torch.arange(scales)
+    def mask(self, count: int, scales: int, generator: torch.Generator, share: float | None = None) -> Tensor:
+        """(count, scales) bool; the first scale is always in. ``share``: instead of the recipe's own."""
+        places, share = torch.arange(scales), self.share if share is None else share
         if self.kind == "independent":
-            return (torch.rand(count, scales, generator=generator) >= self.share) | (places == 0)
+            return (torch.rand(count, scales, generator=generator) >= share) | (places == 0)
         if scales == 1:
             return torch.ones(count, 1, dtype=torch.bool)
-        nested = torch.rand(count, generator=generator) < self.share
+        nested = torch.rand(count, generator=generator) < share
         fewer = torch.randint(1, scales, (count,), generator=generator)
         return places < torch.where(nested, fewer, torch.full_like(fewer, scales))[:, None]
 
@@ -264,7 +266,8 @@ class TokenizerTrainer:
         recipe, weights, q = self.recipe, self.recipe.loss, self.model.quantizer
         pixels = to_unit(torch.from_numpy(batch.pictures).to(self.device))
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        mask = recipe.dropout.mask(len(pixels), len(batch.schedule), self.generator).to(self.device)
+        share = self.data.sources[batch.source].dropout
+        mask = recipe.dropout.mask(len(pixels), len(batch.schedule), self.generator, share).to(self.device)
         with torch.set_grad_enabled(self.joint), self._autocast():
             features = self._embed(pixels)
         trace: Trace = []
@@ -294,6 +297,8 @@ class TokenizerTrainer:
         out = out.float()
         terms["mse"] = F.mse_loss(out, pixels) * weights.mse
         terms["l1"] = F.l1_loss(out, pixels) * weights.l1
+        if weights.ssim:
+            terms["ssim"] = structure_distance(out, pixels) * weights.ssim
         if self.perceptual is not None:
             with self._autocast():
                 terms["perceptual"] = self.perceptual(out, pixels) * weights.perceptual
@@ -313,7 +318,7 @@ class TokenizerTrainer:
         if self.discriminator is None or self.step < self.recipe.loss.adversarial_start:
             return
         last = self.model.decoder.last_weight
-        drawn = torch.stack([terms[k] for k in ("mse", "l1", "perceptual") if k in terms]).sum()
+        drawn = torch.stack([terms[k] for k in ("mse", "l1", "ssim", "perceptual") if k in terms]).sum()
         self.discriminator.requires_grad_(False)
         with self._autocast():
             term = hinge_generator(self.discriminator(out))
