@@ -36,7 +36,7 @@ def test_the_structure_distance_is_one_minus_ssim() -> None:
     assert float(found) == pytest.approx(1 - float(ssim(a, b).mean()), abs=1e-5)
     x = to_unit(b).requires_grad_()
     structure_distance(x, to_unit(a)).backward()
-    better = x.detach() - 1.0 * x.grad / x.grad.abs().max()
+    better = x.detach() - 0.02 * x.grad / x.grad.abs().max()
     assert x.grad is not None and float(structure_distance(better, to_unit(a))) < float(found)
 
 

@@ -154,7 +154,7 @@ def _groups(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[ImageGrou
 
 
 def distract(batch: Batch, share: float, generator: torch.Generator) -> Batch:
-    """The batch with ``share`` of its closed, unsupervised images shown through another image's scales; closing blocks stay.
+    """The batch with ``share`` of its closed, unsupervised images shown by another's scales; closing blocks stay.
 
     What is said of such a picture can follow from its closing block only, so a reader learns to trust that block, which
     holds the whole picture, above coarse scales, which may spell an unfamiliar picture as a familiar one.

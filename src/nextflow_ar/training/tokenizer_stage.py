@@ -45,7 +45,8 @@ from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_reque
 class TokenizerLoss:
     """Weights of the losses; 0 leaves one out.
 
-    ``mse``, ``l1``: on pixels in -1..1. ``ssim``: 1 - SSIM. ``perceptual``: by ``perceptual_kind``, the frozen teacher's features or LPIPS.
+    ``mse``, ``l1``: on pixels in -1..1. ``ssim``: 1 - SSIM. ``perceptual``: by
+    ``perceptual_kind``, the frozen teacher's features or LPIPS.
     ``semantic``: distillation by ``semantic_kind``. ``commitment``: features to their codes; ``codebook``: codes to their
     features (needed where the codebook learns by gradient). ``entropy``: clear choices, all codes in use.
     ``adversarial``: PatchGAN, from step ``adversarial_start`` on, times the adaptive weight.
