@@ -84,6 +84,9 @@ VARIANTS = {
     "residual": TINY_MODEL,
     "accumulated": replace(TINY_MODEL, scale_input="accumulated"),
     "whole pictures": replace(TINY_MODEL, closing_input="accumulated"),
+    "closing blocks alone": replace(
+        TINY_MODEL, closing_input="accumulated", context_images="closing", positions="learned"
+    ),
     "learned positions": replace(TINY_MODEL, positions="learned"),
     "grouped heads": replace(TINY_MODEL, kv_heads=1),
     "qwen sections": replace(TINY_MODEL, rope="qwen"),
