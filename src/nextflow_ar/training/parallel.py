@@ -1,4 +1,7 @@
-"""Several processes as one: started by torchrun, or alone. The only place that knows torch.distributed."""
+"""Several processes as one: started by torchrun, or alone.
+
+Beside it, :mod:`~nextflow_ar.training.sharded` and what builds on it know torch.distributed; nothing else does.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,29 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if not dist.is_initialized():
+            # gloo beside nccl: counts and checkpoints travel as CPU tensors
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes: its own GPU, or the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def share_of(self, numbers: range) -> range:
+        """This process's part of ``numbers``: contiguous, and all parts together are the whole, however many there are.
+
+        Raises ValueError when there are fewer numbers than processes.
+        """
+        if len(numbers) < self.size:
+            raise ValueError(f"{len(numbers)} rows cannot be shared by {self.size} processes")
+        first, after = (len(numbers) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return numbers[first:after]
 
     def add(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
