@@ -88,7 +88,9 @@ class Checkpoints:
         alone = self.world.size == 1
         try:
             if background:
-                future = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+                future = dcp.async_save(
+                    tensors, storage_writer=writer, process_group=self._group, no_dist=alone
+                )
                 self._saving = cast("Future[Any]", future)
             else:
                 dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
@@ -117,9 +119,7 @@ class Checkpoints:
         try:
             facts = json.loads((where / FACTS_FILE).read_text())
             reader = FileSystemReader(where)
-            dcp.load(
-                tensors, storage_reader=reader, process_group=self._group, no_dist=self.world.size == 1
-            )
+            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self.world.size == 1)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
             raise StorageError(f"{where}: the checkpoint cannot be read: {_reason(error)}") from None
         return facts

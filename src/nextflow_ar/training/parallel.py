@@ -39,16 +39,6 @@ class World:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
-    def share_of(self, numbers: range) -> range:
-        """This process's part of ``numbers``: contiguous, and all parts together are the whole, however many there are.
-
-        Raises ValueError when there are fewer numbers than processes.
-        """
-        if len(numbers) < self.size:
-            raise ValueError(f"{len(numbers)} rows cannot be shared by {self.size} processes")
-        first, after = (len(numbers) * rank // self.size for rank in (self.rank, self.rank + 1))
-        return numbers[first:after]
-
     def add(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
         if self.size > 1:
@@ -62,6 +52,10 @@ class World:
             x = x.clone()
             dist.broadcast(x, 0)
         return x
+
+    def any(self, said: bool) -> bool:
+        """Whether any process says so; the same answer for all, who may then act together."""
+        return bool(self.add(torch.tensor(int(said)))) if self.size > 1 else said
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Mean gradient over all processes; one message for all of them. A missing gradient counts as zero."""

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from nextflow_ar.config import ConfigError, ModelConfig
+from nextflow_ar.model.embeddings import ScaleInputs
 from nextflow_ar.model.nextflow import LossReport, NextFlowModel
 from nextflow_ar.storage import StorageError, open_weights
 from nextflow_ar.tokenizer.image_tokenizer import WEIGHTS_FILE
@@ -114,7 +115,10 @@ def _register_losses(model: NextFlowModel) -> None:
 
 
 def build(
-    config: ModelConfig, mesh: DeviceMesh, sharding: ShardingConfig, freeze: Callable[[NextFlowModel], None] | None
+    config: ModelConfig,
+    mesh: DeviceMesh,
+    sharding: ShardingConfig,
+    freeze: Callable[[NextFlowModel], None] | None,
 ) -> NextFlowModel:
     """A sharded model of which no process ever held more than its part; its weights are not set yet.
 
@@ -136,10 +140,11 @@ def build(
 
 
 @torch.no_grad()
-def initialise(model: NextFlowModel, generator: torch.Generator) -> None:
+def initialise(model: NextFlowModel, generator: torch.Generator, codebook: Tensor | None = None) -> None:
     """Start a sharded model from nothing, with the very numbers of :meth:`NextFlowModel.initialise`.
 
     Every process draws every matrix, one at a time, and keeps its part. ``generator``: equal on all processes, CPU.
+    ``codebook``: (K, C), what the code embeddings start as.
     """
 
     class OneByOne:
@@ -154,6 +159,12 @@ def initialise(model: NextFlowModel, generator: torch.Generator) -> None:
                 local(parameter).copy_(whole[local_rows(parameter)])
 
     NextFlowModel.initialise(cast(Any, OneByOne()), generator)
+    if codebook is not None:
+        inputs = ScaleInputs(model.config)
+        inputs.start_from(codebook)
+        table = model.scale_inputs.code_embed.weight
+        local(table).copy_(inputs.code_embed.weight[local_rows(table)])
+        model.scale_inputs.code_scale.copy_(inputs.code_scale)
 
 
 @torch.no_grad()
@@ -172,7 +183,9 @@ def load_weights(model: NextFlowModel, folder: Path) -> None:
         for name, tensor in wanted.items():
             piece = stored[name]
             if tuple(piece.get_shape()) != tuple(tensor.shape):
-                raise StorageError(f"{folder}: {name} is {tuple(piece.get_shape())}, not {tuple(tensor.shape)}")
+                raise StorageError(
+                    f"{folder}: {name} is {tuple(piece.get_shape())}, not {tuple(tensor.shape)}"
+                )
             local(tensor).copy_(piece[local_rows(tensor)] if tensor.ndim else piece[...])
 
 
@@ -195,7 +208,7 @@ def local_rows(tensor: Tensor) -> slice:
 
 
 def shard_group(tensor: Tensor) -> tuple[int, int, torch.distributed.ProcessGroup | None]:
-    """(place, size, group) of this process among those that hold the parts of one whole; (0, 1, None) for a plain tensor."""
+    """(place, size, group) of this process among those that hold one tensor's parts; (0, 1, None) for a plain tensor."""
     if not isinstance(tensor, DTensor):
         return 0, 1, None
     for axis, placement in enumerate(tensor.placements):

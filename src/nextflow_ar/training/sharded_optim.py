@@ -6,6 +6,8 @@ processes.
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,7 +42,9 @@ class ShardedMuon:
     done twice.
     """
 
-    def __init__(self, matrices: dict[str, nn.Parameter], weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, matrices: dict[str, nn.Parameter], weight_decay: float, momentum: float = 0.95
+    ) -> None:
         self.matrices, self.weight_decay, self.momentum = matrices, weight_decay, momentum
         self.buffers = {name: torch.zeros_like(p.detach()) for name, p in matrices.items()}
         for name, p in matrices.items():
@@ -95,36 +99,38 @@ def _orthogonal_rows(parameters: list[nn.Parameter], updates: list[Tensor]) -> l
 
 
 class ShardedOptimizer:
-    """AdamW, and Muon for the hidden matrices, over one model's trained parameters; the face of ``StageOptimizer``.
+    """AdamW, and Muon for the hidden matrices, over what trains of one model: ``StageOptimizer`` for shards.
 
-    ``rows``: of these tables only the rows from the given one on train (the alignment stage's new entries). They must
-    not decay, since decay would move the others.
+    ``rows``: name of a table -> the rows of it that train. The others keep their bits: they are given neither gradient nor
+    weight decay.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, rows: dict[str, int] | None = None
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.config, self.parameters, self.rows = config, parameters, rows or {}
-        unknown = sorted(set(self.rows) - set(parameters))
+        self.config = config
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        rows = rows or {}
+        unknown = sorted(set(rows) - set(self.parameters))
         if unknown:
             raise ValueError(f"{unknown[0]} does not train, so no rows of it can")
-        matrices = {name: p for name, p in parameters.items() if p.ndim > 1}
+        self._rows = {name: _trained_here(self.parameters[name], index) for name, index in rows.items()}
+        matrices = {name: p for name, p in self.parameters.items() if p.ndim > 1 and name not in rows}
         hidden = {
             name: p
             for name, p in matrices.items()
-            if config.muon_lr > 0 and name not in self.rows and not any(word in name for word in _NOT_HIDDEN)
+            if config.muon_lr > 0 and not any(word in name for word in _NOT_HIDDEN)
         }
-        decayed = [p for name, p in matrices.items() if name not in hidden and name not in self.rows]
-        plain = [p for name, p in parameters.items() if name not in matrices or name in self.rows]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            foreach=True,
-        )
+        decayed = [p for name, p in matrices.items() if name not in hidden]
+        plain = [p for name, p in self.parameters.items() if name not in matrices]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
         self.muon = ShardedMuon(hidden, config.weight_decay)
         for p in (*decayed, *plain):  # as AdamW would at its first step; a checkpoint is read into it
             self.adamw.state[p] = {
@@ -133,17 +139,32 @@ class ShardedOptimizer:
                 "exp_avg_sq": torch.zeros_like(p.detach()),
             }
 
-    def step(self, factor: float) -> float:
-        """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping."""
-        for name, first in self.rows.items():
-            if (grad := self.parameters[name].grad) is not None:
-                local(grad)[: max(0, first - local_rows(grad).start)] = 0.0
+    @property
+    def names(self) -> list[str]:
+        """Names of all that trains."""
+        return list(self.parameters)
+
+    @torch.no_grad()
+    def step(self, factor: float, idle: Container[str] = ()) -> float:
+        """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping.
+
+        Parameters named in ``idle`` are left alone, moments and decay included. The norm is that of all processes' shards.
+        """
+        for name, p in self.parameters.items():
+            if name in idle:
+                p.grad = None
+            elif name in self._rows and p.grad is not None:
+                local(p.grad).mul_(self._rows[name])
         known = [p for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in known if p.grad is not None])
         ((_, norm),) = whole([("norm", norm)])
         nn.utils.clip_grads_with_norm_(known, self.config.clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.config.lr * factor
+        for name, trains in self._rows.items():  # AdamW itself would decay the other rows, too
+            if self.parameters[name].grad is not None:
+                decay = self.config.lr * factor * self.config.weight_decay
+                local(self.parameters[name].detach()).mul_(1 - decay * trains)
         self.adamw.step()
         self.muon.step(self.config.muon_lr * factor)
         for p in self.parameters.values():
@@ -156,3 +177,10 @@ class ShardedOptimizer:
         for name, p in self.parameters.items():
             found |= {f"{kind}.{name}": value for kind, value in self.adamw.state.get(p, {}).items()}
         return found
+
+
+def _trained_here(table: nn.Parameter, index: Tensor) -> Tensor:
+    """(rows, 1) of this process's part of a table: 1 where a row trains, else 0."""
+    marks = torch.zeros(table.shape[0], 1)
+    marks[index.cpu()] = 1.0
+    return marks[local_rows(table)].to(local(table.detach()).device)
