@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextflow_ar.config import ConfigError
 from nextflow_ar.model.checkpoint import load_bundle, save_bundle
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
@@ -182,7 +183,10 @@ def _scenarios(world: World, out: Path) -> dict[str, Any]:
     found["align"], found["aligned"] = align.curve(4), align.whole()
     found["muon"] = muon_run(world, SHAPES)
     found["muon_curve"] = Run(world, out / "muon", muon_lr=3e-3).curve()
-    found["half"] = Run(world, out / "half", replace(SHARDING, params="bfloat16", recompute=True)).curve()
+    half = Run(world, out / "half", replace(SHARDING, replicas=2, params="bfloat16", recompute=True))
+    found["half"] = half.curve()
+    half.save()
+    found["halved"] = half.whole()
 
     def freeze(model: NextFlowModel) -> None:
         model.backbone.requires_grad_(False)
@@ -194,9 +198,9 @@ def _scenarios(world: World, out: Path) -> dict[str, Any]:
     found["initialised"] = {k: v.clone() for k, v in sharded.whole(built.state_dict().items())}
     sharded.load_weights(built, out / "tiny")
     found["loaded"] = dict(sharded.whole(built.state_dict().items()))
+    found["held"] = sum(sharded.local(p).numel() for p in built.parameters())
     with torch.no_grad():
         found["loaded_loss"] = float(built.losses(run.batch(0)).total)
-    found["held"] = sum(sharded.local(p).numel() for p in built.parameters())
     return found
 
 
@@ -240,6 +244,7 @@ def _process(rank: int, port: int, out: str) -> None:
     found["kept"] = run.whole()
     run.advance()
     found["full"] = _fails(world, run)
+    found["any"] = [world.any(said) for said in (False, rank == 1, True)]
     world.add(torch.zeros(()))  # the first process has cleared up
     found["left"] = sorted(path.name for path in (folder / "killed").iterdir())
     torch.save(found, folder / f"found{rank}.pt")
@@ -318,9 +323,14 @@ def test_muon_trains_alike(one: dict[str, Any], two: list[dict[str, Any]]) -> No
     assert two[0]["muon_curve"] == two[1]["muon_curve"]
 
 
-def test_half_precision_stays_near(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_replicas_in_half_precision_stay_near(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     close(two[0]["half"], one["curve"], 0.05)
     assert two[0]["half"] != one["curve"]
+    run = Run(World(), one["out"] / "half")
+    run.load()
+    for name, tensor in run.whole().items():
+        for found in two:
+            assert torch.equal(tensor, found["halved"][name]), name
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
@@ -347,7 +357,7 @@ def test_a_checkpoint_survives_a_full_disk_and_a_kill(one: dict[str, Any], two: 
         assert (
             found["full"] == f"{folder}: the checkpoint cannot be written: process 1: No space left on device"
         )
-        assert found["left"] == ["step_00000001"]
+        assert found["left"] == ["step_00000001"] and found["any"] == [False, True, True]
     run = Run(World(), folder)
     assert sorted(path.name for path in folder.iterdir()) == [".step_00000002.part", "step_00000001"]
     run.load()
@@ -413,5 +423,9 @@ def test_what_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(StorageError, match="cannot be read"):
         run.load()
+    with pytest.raises(ConfigError, match="replicas: 1 processes cannot be divided into 2 groups"):
+        sharded.device_mesh(World(), replace(SHARDING, replicas=2))
+    with pytest.raises(ValueError, match=r"head\.weight does not train"):
+        ShardedOptimizer([], OPTIMIZER, {"head.weight": torch.tensor([1])})
     facts = json.loads((tmp_path / "step_00000000" / "facts.json").read_text())
     assert facts == {"step": 0}

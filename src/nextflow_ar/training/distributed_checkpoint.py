@@ -8,11 +8,13 @@ processes must see the same file system.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -93,7 +95,8 @@ class Checkpoints:
                 )
                 self._saving = cast("Future[Any]", future)
             else:
-                dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+                with _quietly():
+                    dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
         except (CheckpointException, OSError, RuntimeError) as error:
             self._fail(error)
 
@@ -118,8 +121,9 @@ class Checkpoints:
         where = self.place(steps[-1] if step is None else step)
         try:
             facts = json.loads((where / FACTS_FILE).read_text())
-            reader = FileSystemReader(where)
-            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self.world.size == 1)
+            reader, alone = FileSystemReader(where), self.world.size == 1
+            with _quietly():
+                dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
             raise StorageError(f"{where}: the checkpoint cannot be read: {_reason(error)}") from None
         return facts
@@ -140,7 +144,8 @@ class Checkpoints:
             except OSError as error:
                 needed.fill_(2)
                 trouble = f": {error.strerror}"
-        needed = self.world.share(needed)
+        if self._group is not None:
+            dist.broadcast(needed, 0, group=self._group)
         if int(needed) == 2:
             raise StorageError(f"{self.folder}: checkpoints cannot be written{trouble}")
         return bool(needed)
@@ -161,6 +166,14 @@ class Checkpoints:
             for left in self.folder.glob(".step_*"):
                 shutil.rmtree(left, ignore_errors=True)
         raise StorageError(f"{self.folder}: the checkpoint cannot be written: {_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's remark, at every save and load, that one process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _sync(folder: Path) -> None:
@@ -219,7 +232,8 @@ def export_weights(checkpoint: Path, target: Path, part_bytes: int = _PART_BYTES
 def _read(checkpoint: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in wanted.items()}
     try:
-        dcp.load(cast(dict[str, Any], tensors), storage_reader=FileSystemReader(checkpoint), no_dist=True)
+        with _quietly():
+            dcp.load(cast(dict[str, Any], tensors), storage_reader=FileSystemReader(checkpoint), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise StorageError(f"{checkpoint}: the checkpoint cannot be read: {_reason(error)}") from None
     return tensors

@@ -55,7 +55,7 @@ class World:
 
     def any(self, said: bool) -> bool:
         """Whether any process says so; the same answer for all, who may then act together."""
-        return bool(self.add(torch.tensor(int(said)))) if self.size > 1 else said
+        return bool(self.add(torch.tensor(int(said), device=self.device)))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Mean gradient over all processes; one message for all of them. A missing gradient counts as zero."""
