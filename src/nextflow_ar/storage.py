@@ -12,15 +12,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 CHECKSUMS = "checksums.json"
+INDEX_SUFFIX = ".index.json"
 
 
 class StorageError(RuntimeError):
@@ -76,7 +78,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checked(folder: Path, name: str) -> bytes:
@@ -150,10 +153,49 @@ def pack_weights(tensors: Mapping[str, Tensor]) -> bytes:
     return save_safetensors({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
 
 
-def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """State dict in a checkpoint folder's safetensors file. Raises StorageError as :func:`read_checked` does."""
-    data = read_checked(folder, name)
+def weight_files(folder: Path, name: str) -> list[str]:
+    """The files that hold a folder's weights: ``name`` itself, or the parts that ``name``'s index lists.
+
+    Raises StorageError as :func:`read_checked` does.
+    """
+    index = f"{name}{INDEX_SUFFIX}"
+    if not (folder / index).is_file():
+        return [name]
     try:
-        return load_safetensors(data)
-    except (SafetensorError, ValueError) as error:
-        raise StorageError(f"{folder}: {name} is not a safetensors file: {error}") from None
+        return sorted(set(json.loads(read_checked(folder, index))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StorageError(f"{folder}: {index} is no index of weights") from None
+
+
+def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """State dict in a checkpoint folder's safetensors file, or in the parts that its index lists.
+
+    Raises StorageError as :func:`read_checked` does.
+    """
+    found: dict[str, Tensor] = {}
+    for part in weight_files(folder, name):
+        data = read_checked(folder, part)
+        try:
+            found |= load_safetensors(data)
+        except (SafetensorError, ValueError) as error:
+            raise StorageError(f"{folder}: {part} is not a safetensors file: {error}") from None
+    return found
+
+
+@contextlib.contextmanager
+def open_weights(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Weights by name, not read yet: each has ``get_shape()``, and slicing it reads those rows. Checksums are not verified.
+
+    Raises StorageError when a file is missing or no safetensors file.
+    """
+    with contextlib.ExitStack() as stack:
+        found: dict[str, Any] = {}
+        for part in weight_files(folder, name):
+            try:
+                file = stack.enter_context(safe_open(folder / part, framework="pt"))
+            except FileNotFoundError:
+                raise StorageError(f"{folder}: the checkpoint lacks the file {part}") from None
+            except (SafetensorError, OSError) as error:
+                raise StorageError(f"{folder}: {part} is not a safetensors file: {error}") from None
+            found |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        yield found

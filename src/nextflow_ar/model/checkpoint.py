@@ -1,12 +1,14 @@
 """Checkpoint folders: everything generation needs, architecture included, in one place.
 
-``config.json`` (ModelConfig), ``model.safetensors`` (bf16), ``text_tokenizer/``, ``image_tokenizer/``,
+``config.json`` (ModelConfig), ``model.safetensors`` (bf16; a large model has it in parts, and
+``model.safetensors.index.json``), ``text_tokenizer/``, ``image_tokenizer/``,
 ``generation.json`` (sampling defaults), ``README.md`` (model card), ``checksums.json``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,29 @@ def save_bundle(
 ) -> None:
     """Write a checkpoint folder atomically. Raises StorageError; the old folder then stays."""
 
+    def weights(target: Path) -> None:
+        found = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        write_atomic(target / WEIGHTS_FILE, pack_weights(found))
+
+    write_bundle(folder, model.config, weights, image_tokenizer, text_tokenizer, generation, card)
+
+
+def write_bundle(
+    folder: Path,
+    config: ModelConfig,
+    weights: Callable[[Path], None],
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: PreTrainedTokenizerFast,
+    generation: dict[str, Any],
+    card: str,
+) -> None:
+    """:func:`save_bundle` for weights that need not be in memory: ``weights(folder)`` writes their file, or their parts
+    and an index.
+    """
+
     def fill(target: Path) -> None:
-        write_atomic(target / CONFIG_FILE, json.dumps(to_dict(model.config), indent=1).encode())
-        weights = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        write_atomic(target / WEIGHTS_FILE, pack_weights(weights))
+        write_atomic(target / CONFIG_FILE, json.dumps(to_dict(config), indent=1).encode())
+        weights(target)
         write_atomic(target / GENERATION_FILE, json.dumps(generation, indent=1).encode())
         write_atomic(target / CARD_FILE, card.encode())
         text_tokenizer.save_pretrained(target / "text_tokenizer")

@@ -1,4 +1,7 @@
-"""Several processes as one: started by torchrun, or alone. The only place that knows torch.distributed."""
+"""Several processes as one: started by torchrun, or alone.
+
+Beside it, :mod:`~nextflow_ar.training.sharded` and what builds on it know torch.distributed; nothing else does.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,19 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if not dist.is_initialized():
+            # gloo beside nccl: counts and checkpoints travel as CPU tensors
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes: its own GPU, or the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
 
     def add(self, x: Tensor) -> Tensor:
         """Sum over all processes."""
@@ -41,6 +52,10 @@ class World:
             x = x.clone()
             dist.broadcast(x, 0)
         return x
+
+    def any(self, said: bool) -> bool:
+        """Whether any process says so; the same answer for all, who may then act together."""
+        return bool(self.add(torch.tensor(int(said), device=self.device)))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Mean gradient over all processes; one message for all of them. A missing gradient counts as zero."""

@@ -112,19 +112,20 @@ def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Any]:
 
 @contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether the user (Ctrl-C) or the system (SIGTERM) has asked to stop.
+    """Yields a function that says whether the user (Ctrl-C) or the system (SIGTERM, SIGUSR1) has asked to stop.
 
-    A loop asks between steps, checkpoints and raises KeyboardInterrupt; a second signal stops at once.
+    A loop asks between steps, checkpoints and raises KeyboardInterrupt; a second signal stops at once, except SIGUSR1,
+    which clusters may send twice.
     """
     asked = threading.Event()
 
-    def handle(*_: object) -> None:
-        if asked.is_set():
+    def handle(number: int, _: object) -> None:
+        if asked.is_set() and number != signal.SIGUSR1:
             raise KeyboardInterrupt
         asked.set()
 
     main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()
     before = [signal.signal(number, handle) for number in signals]
     try:
         yield asked.is_set

@@ -1,0 +1,265 @@
+"""Checkpoints of sharded runs: every process writes and reads its own part (torch.distributed.checkpoint).
+
+``checkpoints/step_00001000/``: one file per process, ``.metadata`` (which process wrote which rows of what) and
+``facts.json`` (what the loop wants to remember). A folder of that name is whole: it is written beside its place and moved
+there in one step, after every process has written its part. Any number of processes may read it, one alone too. All
+processes must see the same file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.checkpoint import write_bundle
+from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast
+from nextflow_ar.storage import INDEX_SUFFIX, StorageError, write_atomic
+from nextflow_ar.tokenizer.image_tokenizer import WEIGHTS_FILE, ImageTokenizer
+from nextflow_ar.training.parallel import World
+
+FACTS_FILE = "facts.json"
+_NAME = re.compile(r"step_(\d{8,})")
+_PART_BYTES = 4 << 30
+
+
+class _WholeFolderWriter(FileSystemWriter):
+    """Writes into ``beside``; the first process moves it to its place once all have written."""
+
+    def __init__(self, beside: Path, finished: Callable[[], None]) -> None:
+        super().__init__(beside)
+        self._finished = finished
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        super().finish(metadata, results)
+        self._finished()
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest ``keep`` of them. To be made by all processes together."""
+
+    def __init__(self, folder: Path, world: World, keep: int = 2) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+        # A background save must not mix its messages with those of the training.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._saving: Future[Any] | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a whole checkpoint, rising."""
+        if not self.folder.is_dir():
+            return []
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(found[1]) for found in names if found)
+
+    def place(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step_{step:08d}"
+
+    def save(
+        self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, background: bool = False
+    ) -> None:
+        """Write a checkpoint; all processes call this together. The former ones stay until it is whole.
+
+        ``tensors``: by name, in shards (DTensors) or the same everywhere. ``facts``: JSON values, those of the first
+        process. ``background``: return once the tensors are copied; :meth:`wait`, or the next save, tells how it ended.
+        A step that has a checkpoint is not written again. Raises StorageError, on every process, when any of them fails.
+        """
+        self.wait()
+        if not self._prepare(step):
+            return
+        # GPU tensors are copied to the CPU anyway; the CPU's own would change under the writer.
+        if background:
+            tensors = {k: v.detach().clone() if v.device.type == "cpu" else v for k, v in tensors.items()}
+        writer = _WholeFolderWriter(self._beside(step), lambda: self._finish(step, facts))
+        alone = self.world.size == 1
+        try:
+            if background:
+                future = dcp.async_save(
+                    tensors, storage_writer=writer, process_group=self._group, no_dist=alone
+                )
+                self._saving = cast("Future[Any]", future)
+            else:
+                with _quietly():
+                    dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            self._fail(error)
+
+    def wait(self) -> None:
+        """Wait for a save in the background. Raises StorageError when it failed; the former checkpoint stays."""
+        future, self._saving = self._saving, None
+        if future is None:
+            return
+        try:
+            future.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            self._fail(error)
+
+    def load(self, tensors: dict[str, Tensor], step: int | None = None) -> dict[str, Any]:
+        """Read a checkpoint (the newest) into ``tensors``, in place, whatever number of processes wrote it; its facts.
+
+        All processes call this together. Raises StorageError for one that is missing, damaged, or of other tensors.
+        """
+        steps = self.steps()
+        if step is None and not steps:
+            raise StorageError(f"{self.folder}: no checkpoint")
+        where = self.place(steps[-1] if step is None else step)
+        try:
+            facts = json.loads((where / FACTS_FILE).read_text())
+            reader, alone = FileSystemReader(where), self.world.size == 1
+            with _quietly():
+                dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
+        except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+            raise StorageError(f"{where}: the checkpoint cannot be read: {_reason(error)}") from None
+        return facts
+
+    def _beside(self, step: int) -> Path:
+        return self.folder / f".step_{step:08d}.part"
+
+    def _prepare(self, step: int) -> bool:
+        """Clear what dead runs left; whether this step is still to be written (as the first process sees it)."""
+        needed, trouble = torch.tensor(0), ""
+        if self.world.rank == 0 and not self.place(step).is_dir():
+            needed.fill_(1)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.glob(".step_*"):
+                    shutil.rmtree(left)
+                self._beside(step).mkdir()
+            except OSError as error:
+                needed.fill_(2)
+                trouble = f": {error.strerror}"
+        if self._group is not None:
+            dist.broadcast(needed, 0, group=self._group)
+        if int(needed) == 2:
+            raise StorageError(f"{self.folder}: checkpoints cannot be written{trouble}")
+        return bool(needed)
+
+    def _finish(self, step: int, facts: dict[str, Any]) -> None:
+        beside = self._beside(step)
+        write_atomic(beside / FACTS_FILE, json.dumps(facts, indent=1).encode())
+        _sync(beside)
+        beside.rename(self.place(step))
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep]:
+            doomed = self._beside(old)  # a half-removed folder must not look whole
+            self.place(old).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.world.rank == 0:
+            for left in self.folder.glob(".step_*"):
+                shutil.rmtree(left, ignore_errors=True)
+        raise StorageError(f"{self.folder}: the checkpoint cannot be written: {_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's remark, at every save and load, that one process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what the first process to fail said."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = sorted(error.failures.items())[0]
+        return f"process {rank}: {_reason(cause)}"
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(text.split())[:160] or type(error).__name__
+
+
+def export_weights(checkpoint: Path, target: Path, part_bytes: int = _PART_BYTES) -> None:
+    """Write a checkpoint's model as bf16 safetensors into the folder ``target``, in parts with an index when large.
+
+    Tensors ``averages.NAME`` are taken where there are any, ``model.NAME`` elsewhere. One process does it alone, from the
+    files; it holds one part at a time. Raises StorageError.
+    """
+    try:
+        metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except (OSError, RuntimeError, EOFError) as error:
+        raise StorageError(f"{checkpoint}: the checkpoint cannot be read: {_reason(error)}") from None
+    stored = cast(dict[str, TensorStorageMetadata], metadata)  # only tensors are saved
+    names = sorted(key.removeprefix("model.") for key in stored if key.startswith("model."))
+    keys = {name: f"averages.{name}" if f"averages.{name}" in stored else f"model.{name}" for name in names}
+    sizes = {name: stored[key].size.numel() * 2 for name, key in keys.items()}
+    groups: list[list[str]] = [[]]
+    for name in names:
+        if groups[-1] and sum(sizes[n] for n in groups[-1]) + sizes[name] > part_bytes:
+            groups.append([])
+        groups[-1].append(name)
+    stem, suffix = WEIGHTS_FILE.rsplit(".", 1)
+    listed: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"{stem}-{number:05d}-of-{len(groups):05d}.{suffix}" if len(groups) > 1 else WEIGHTS_FILE
+        found = _read(checkpoint, {keys[name]: stored[keys[name]] for name in group})
+        values = {name: found[keys[name]] for name in group}
+        values = {k: v.bfloat16() if v.is_floating_point() else v for k, v in values.items()}
+        try:
+            save_file(values, target / file, metadata={"format": "pt"})
+        except Exception as error:  # safetensors has a kind of its own for a full disk
+            raise StorageError(f"{target / file}: cannot be written: {_reason(error)}") from None
+        listed |= dict.fromkeys(group, file)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed}
+        write_atomic(target / f"{WEIGHTS_FILE}{INDEX_SUFFIX}", json.dumps(index, indent=1).encode())
+
+
+def _read(checkpoint: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in wanted.items()}
+    try:
+        with _quietly():
+            dcp.load(cast(dict[str, Any], tensors), storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise StorageError(f"{checkpoint}: the checkpoint cannot be read: {_reason(error)}") from None
+    return tensors
+
+
+def export_bundle(
+    checkpoint: Path,
+    folder: Path,
+    config: ModelConfig,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: PreTrainedTokenizerFast,
+    generation: dict[str, Any],
+    card: str,
+    part_bytes: int = _PART_BYTES,
+) -> Path:
+    """A checkpoint folder (:func:`~nextflow_ar.model.checkpoint.save_bundle`) from a sharded run's checkpoint.
+
+    For one process, while the others wait. Raises StorageError; an old folder then stays.
+    """
+    write_bundle(
+        folder,
+        config,
+        lambda target: export_weights(checkpoint, target, part_bytes),
+        image_tokenizer,
+        text_tokenizer,
+        generation,
+        card,
+    )
+    return folder
