@@ -144,7 +144,7 @@ def canvas_sizes(num_scales: int) -> tuple[tuple[int, int], ...]:
 def size_word(item: Item, base: int) -> Size:
     """ "small", "large", or nothing in between."""
     share = item.size / base
-    return "small" if share <= 0.31 else "large" if share >= 0.64 else ""
+    return "small" if share <= 0.31 else "large" if share >= 0.62 else ""
 
 
 def thirds(box: Box, size: tuple[int, int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from nextflow_ar.data.playground.canvases import Canvas, place_words
 from nextflow_ar.data.playground.episodes import Draft, Episode, Truth, draws
+from nextflow_ar.data.playground.looks import stands_out
 from nextflow_ar.data.playground.maker import Reject
 from nextflow_ar.data.playground.saying import (
     asked_to_draw,
@@ -132,11 +133,14 @@ def draw_mood(draft: Draft) -> Episode:
 def mood_shows(canvas: Canvas) -> bool:
     """Whether the background lets the mood and the light be seen: darkness needs brightness to take away, and so on."""
     dull = {"black"} if canvas.light or canvas.mood == "dark" else set()
-    dull |= {"white"} if canvas.mood == "bright" else set()
+    dull |= {"orange"} if canvas.mood == "dark" else set()  # which would look brown
+    dull |= {"white", "red"} if canvas.mood == "bright" else set()
     if canvas.mood == "gray":
         dull |= {"black", "white"}
+        if any(i.colour and not stands_out(i.colour, canvas.background, 50) for i in canvas.items):
+            return False
     if canvas.mood == "warm":
-        dull |= {"orange", "brown", "red", "yellow"}
+        dull |= {"orange", "brown", "red", "yellow", "blue"}
     if canvas.mood == "cold":
-        dull |= {"blue", "purple"}
+        dull |= {"blue", "purple", "yellow", "orange"}
     return canvas.background not in dull

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from nextflow_ar.data.playground.canvases import Canvas, Item, Word, place_words, size_word
+from nextflow_ar.data.playground.canvases import Canvas, Item, Kind, Word, place_words, size_word, stands
 from nextflow_ar.data.playground.edits import (
     EDITS,
     Edit,
@@ -24,7 +24,9 @@ from nextflow_ar.data.playground.saying import (
     polite,
     somewhere,
     the,
+    towards,
 )
+from nextflow_ar.data.playground.scenes import RELATIONS
 from nextflow_ar.data.playground.words import NUMBERS
 from nextflow_ar.data.playground.world import ALIKE_FLAT, LIGHTS, MOODS, NATIVE, UNCOUNTED
 
@@ -33,12 +35,12 @@ _SAY: dict[str, tuple[str, ...]] = {
     "remove": ("remove {old}", "take away {old}", "delete {old}", "erase {old}", "get rid of {old}", "{old} should go"),
     "replace": (
         "replace {old} with {new}", "swap {old} for {new}", "turn {old} into {new}", "make {old} into {new}",
-        "instead of {old}, i want {new}", "change {old} to {new}",
+        "instead of {old}, i want {new}", "change {old} into {new}",
     ),
     "colour": ("make {old} {new}", "colour {old} {new}", "change the colour of {old} to {new}", "paint {old} {new}"),
     "larger": ("make {old} larger", "enlarge {old}", "make {old} bigger", "{old} should be bigger", "scale up {old}"),
     "smaller": ("make {old} smaller", "shrink {old}", "{old} should be smaller", "scale down {old}"),
-    "move": ("move {old} {place}", "put {old} {place}", "bring {old} {place}", "shift {old}, it should be {place}"),
+    "move": ("move {old} {place}", "{old} should go {place}", "bring {old} {place}", "shift {old} {place}"),
     "rotate": ("turn {old} {how}", "rotate {old} {how}", "{old} should be turned {how}"),
     "background": (
         "make the background {new}", "change the background to {new}", "{new} background instead",
@@ -52,7 +54,7 @@ _SAY: dict[str, tuple[str, ...]] = {
     "word_replace": (
         'change the word "{old}" to "{new}"', 'replace "{old}" with "{new}"', 'it should say "{new}"', 'write "{new}" instead',
     ),
-    "word_remove": ("remove the word", "take away the text", 'erase "{old}"', "delete the writing", "no text please"),
+    "word_remove": ("remove the word", "take away the text", 'erase "{old}"', "delete the writing", "no text"),
     "zoom_in": ("zoom in on {old}", "a close-up of {old}", "show me {old} from nearer", "go closer to {old}"),
     "zoom_out": ("zoom out", "show it from further away", "step back", "a wider view"),
     "view_rotate": ("rotate the whole picture {how}", "turn the image {how}", "turn the whole picture {how}"),
@@ -103,7 +105,7 @@ def instruction(rng: random.Random, edit: Edit, before: Canvas) -> str:
     if kind == "background":
         words["a"] = phrase(("background", str(edit.new))).removesuffix(" background")
     if kind in ("add", "move", "word_add"):
-        words["place"] = somewhere(rng, edit.how)
+        words["place"] = (towards if kind == "move" else somewhere)(rng, edit.how)
     if kind == "add" and isinstance(edit.new, Item):
         words["new"] = loosely(rng, edit.new.kind, size=size_word(edit.new, before.base))
     if kind == "replace" and isinstance(edit.new, tuple):
@@ -194,7 +196,7 @@ def _subject(draft: Draft, least: int) -> tuple[Canvas, Item]:
 
 _EXTRACT = ("extract {} on a white background", "cut out {} onto white", "only {} on white", "isolate {} on a white background")  # fmt: skip
 _PLACE = (
-    "put {} {} on {} background", "place {} {}, {} background", "now show {} {} before {} background",
+    "put {} {} on {} background", "place {} {}, {} background", "show {} {} before {} background",
 )  # fmt: skip
 _THREE = ("make it three", "show three of them", "three of these", "draw {} three times", "i want three of {}")
 
@@ -214,24 +216,27 @@ def subject_place(draft: Draft) -> Episode:
     """The thing of a picture in a scene of its own: where, beside what, before which background. Its colour is not said."""
     maker, rng = draft.maker, draft.rng
     first, item = _subject(draft, 1)
-    side = maker.length()
-    new = maker.item(item.kind, side)
-    items, beside = [new], ""
+    items, beside = [maker.item(item.kind, maker.length())], ""
     if rng.random() < 0.6:
         other = maker.kind(avoid=[item.name])
-        items.append(maker.item(other, side, items))
-        dx, dy = items[1].centre[0] - new.centre[0], items[1].centre[1] - new.centre[1]
-        if 0.75 * max(abs(dx), abs(dy)) < min(abs(dx), abs(dy)):
-            raise Reject
-        relation = (
-            ("left of" if dx > 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy > 0 else "below")
-        )
+        items, relation = _related(maker, [item.kind, other])
         beside = f"{relation} {loosely(rng, other)}"
+    new = items[0]
     after = maker.canvas(items, plain=True)
     a = phrase(("background", after.background)).removesuffix(" background")
     where = beside or somewhere(rng, place_words(new.box, after.size))
     words = polite(rng, rng.choice(_PLACE).format(f"this {item.name}", where, a))
     return Episode("", (shows(first), draft.person(words), draws(after)), Truth("place"))
+
+
+def _related(maker: Maker, kinds: list[Kind]) -> tuple[list[Item], str]:
+    """Two items, and how the first stands to the second."""
+    for _ in range(20):
+        items = maker.items(kinds)
+        for relation in RELATIONS:
+            if stands(relation, *items):
+                return items, relation
+    raise Reject
 
 
 def subject_three(draft: Draft) -> Episode:

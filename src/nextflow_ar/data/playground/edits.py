@@ -47,9 +47,15 @@ class Edit:
 def apply(edit: Edit, canvas: Canvas, maker: Maker) -> Canvas:
     """The canvas after the edit. Raises Reject where the edit does not fit it: no such thing, out of the canvas, hidden."""
     after = _APPLY[edit.kind](edit, canvas, maker)
-    if after == canvas or not fits(after) or not visible(after):
+    if _upright(after) == _upright(canvas) or not fits(after) or not visible(after):
         raise Reject
     return after
+
+
+def _upright(canvas: Canvas) -> Canvas:
+    """The canvas without turns that nobody would see."""
+    items = tuple(replace(i, turn=0) if i.name in ALIKE_TURNED else i for i in canvas.items)
+    return replace(canvas, items=items, relation=None)
 
 
 def visible(canvas: Canvas) -> bool:
@@ -291,7 +297,8 @@ def _propose_move(canvas: Canvas, maker: Maker) -> Edit:
     )
     new = replace(old, x=x, y=y)
     place = place_words(new.box, canvas.size)
-    if place == place_words(old.box, canvas.size):
+    far = max(abs(x - old.x), abs(y - old.y)) >= 0.18 * maker.base
+    if place == place_words(old.box, canvas.size) or not far:
         raise Reject
     return Edit("move", old.kind, new, place)
 

@@ -22,6 +22,7 @@ INK: RGB = (30, 30, 30)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _HUE_SPAN = 45.0  # degrees around a sprite's main hue that take the new colour
 _GRAY = 0.28  # saturation below which a pixel keeps its look
+_MARGIN = 2  # pixels around a written word
 _FINE = 3  # line drawings are made this many times larger and reduced
 
 
@@ -129,9 +130,9 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 @lru_cache(maxsize=4096)
 def word_box(text: str, size: int) -> tuple[int, int]:
-    """(width, height) in pixels of a written word."""
+    """(width, height) in pixels of a written word with its margin."""
     left, top, right, bottom = font(size).getbbox(text, stroke_width=_stroke(size))
-    return int(right - left) + 1, int(bottom - top) + 1
+    return int(right - left) + 1 + 2 * _MARGIN, int(bottom - top) + 1 + 2 * _MARGIN
 
 
 def _stroke(size: int) -> float:
@@ -145,7 +146,7 @@ def word_mask(text: str, size: int) -> np.ndarray:
     left, top, _, _ = font(size).getbbox(text, stroke_width=_stroke(size))
     picture = Image.new("L", (width, height))
     ImageDraw.Draw(picture).text(
-        (-left, -top), text, fill=255, font=font(size), stroke_width=_stroke(size), stroke_fill=255
+        (_MARGIN - left, _MARGIN - top), text, fill=255, font=font(size), stroke_width=_stroke(size), stroke_fill=255
     )
     return np.asarray(picture, np.float32) / 255
 
@@ -156,31 +157,32 @@ def _brightness(rgb: RGB) -> float:
 
 def ink_on(background: str) -> RGB:
     """The colour of silhouettes: dark, or white on a dark background."""
-    return INK if _brightness(COLOURS[background]) > 85 else PAPER
+    return INK if _brightness(COLOURS[background]) > 105 else PAPER
 
 
-def stands_out(colour: str, background: str) -> bool:
-    """Whether a word of this colour can be read on that background."""
-    return abs(_brightness(COLOURS[colour]) - _brightness(COLOURS[background])) > 80
+@lru_cache(maxsize=1024)
+def stands_out(colour: str, background: str, by: float = 80) -> bool:
+    """Whether two colours differ in brightness by so much; the default is what a word needs to be read."""
+    return abs(_brightness(COLOURS[colour]) - _brightness(COLOURS[background])) > by
 
 
 @lru_cache(maxsize=256)
 def _lighting(light: str, height: int, width: int) -> np.ndarray:
-    """Factor per pixel, (height, width, 1): from 1.15 at the light to 0.3 far from it."""
+    """Factor per pixel, (height, width, 1): from 1.15 at the light to 0.4 far from it."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     y, x = (y + 0.5) / height, (x + 0.5) / width
     if light == "middle":
         far = np.clip(np.hypot(y - 0.5, x - 0.5) / 0.62, 0, 1) ** 1.5
     else:
         far = {"left": x, "right": 1 - x, "above": y, "below": 1 - y}[light]
-    return (1.15 - 0.85 * far)[..., None].astype(np.float32)
+    return (1.15 - 0.75 * far)[..., None].astype(np.float32)
 
 
 def _in_mood(picture: np.ndarray, mood: str) -> np.ndarray:
     if mood == "warm":
-        return picture * np.array([1.0, 0.82, 0.55], np.float32) + np.array([45, 18, 0], np.float32)
+        return picture * np.array([1.0, 0.88, 0.66], np.float32) + np.array([28, 8, 0], np.float32)
     if mood == "cold":
-        return picture * np.array([0.55, 0.82, 1.0], np.float32) + np.array([0, 15, 50], np.float32)
+        return picture * np.array([0.68, 0.88, 1.0], np.float32) + np.array([0, 8, 32], np.float32)
     if mood == "dark":
         return picture * 0.38
     if mood == "bright":

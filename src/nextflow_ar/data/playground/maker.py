@@ -54,7 +54,7 @@ class WorldLevel:
 
 
 WORLD_LEVELS: dict[str, WorldLevel] = {
-    "world": WorldLevel("world", 8, (18, 18), (32, 32), (44, 44), (24, 24), 4, 0.0, 0),
+    "world": WorldLevel("world", 8, (18, 18), (32, 32), (40, 40), (24, 24), 4, 0.0, 0),
     "wide": WorldLevel("wide", 0, (17, 19), (27, 36), (42, 48), (22, 27), 5, 0.35, 12),
 }
 _FIVE = (20, 20)  # five things fit only when they are as small as can be without being called small

@@ -118,7 +118,7 @@ _POLITE_ENDS = ("", "", "", "", "", ", please", " please", ", thanks", ", thank 
 _GROUNDS = (
     "{things} on {a} background", "{things} on {a} background", "{things}, {ground} background",
     "{a} background with {things}", "on {a} background, {things}", "{things} in front of {a} background",
-    "{ground} background: {things}", "{things}, and make the background {ground}",
+    "{ground} background: {things}", "{things}. make the background {ground}",
 )  # fmt: skip
 _RELATIONS = {
     "left of": ("left of", "to the left of", "on the left side of"),
@@ -129,15 +129,26 @@ _RELATIONS = {
 _MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _QUOTED = re.compile(r'("[^"]*"|\n[A-D]\. [^\n]*)')
 _SIDE_WORDS = {
-    "above left": ("in the top left corner", "at the top left", "upper left", "above left"),
-    "above": ("at the top", "in the upper part", "above"),
-    "above right": ("in the top right corner", "at the top right", "upper right", "above right"),
-    "left": ("on the left", "at the left", "on the left side", "left"),
-    "middle": ("in the middle", "in the centre", "in the center", "middle"),
-    "right": ("on the right", "at the right", "on the right side", "right"),
-    "below left": ("in the bottom left corner", "at the bottom left", "lower left", "below left"),
-    "below": ("at the bottom", "in the lower part", "below"),
-    "below right": ("in the bottom right corner", "at the bottom right", "lower right", "below right"),
+    "above left": ("in the top left corner", "at the top left", "in the upper left"),
+    "above": ("at the top", "in the upper part", "up in the middle"),
+    "above right": ("in the top right corner", "at the top right", "in the upper right"),
+    "left": ("on the left", "at the left", "on the left side"),
+    "middle": ("in the middle", "in the centre", "in the center"),
+    "right": ("on the right", "at the right", "on the right side"),
+    "below left": ("in the bottom left corner", "at the bottom left", "in the lower left"),
+    "below": ("at the bottom", "in the lower part", "down in the middle"),
+    "below right": ("in the bottom right corner", "at the bottom right", "in the lower right"),
+}
+_TO_SIDE = {
+    "above left": ("to the top left corner", "to the upper left"),
+    "above": ("to the top", "up to the middle of the top"),
+    "above right": ("to the top right corner", "to the upper right"),
+    "left": ("to the left side", "to the left"),
+    "middle": ("to the middle", "to the centre", "to the center"),
+    "right": ("to the right side", "to the right"),
+    "below left": ("to the bottom left corner", "to the lower left"),
+    "below": ("to the bottom", "down to the middle of the bottom"),
+    "below right": ("to the bottom right corner", "to the lower right"),
 }
 WHERE: dict[str, str] = {place: ways[0] for place, ways in _SIDE_WORDS.items()}
 """A place as an adverb: "above left" -> "in the top left corner"."""
@@ -146,6 +157,11 @@ WHERE: dict[str, str] = {place: ways[0] for place, ways in _SIDE_WORDS.items()}
 def somewhere(rng: random.Random, place: str) -> str:
     """One of the ways to name a place."""
     return rng.choice(_SIDE_WORDS[place])
+
+
+def towards(rng: random.Random, place: str) -> str:
+    """One of the ways to name where a thing goes."""
+    return rng.choice(_TO_SIDE[place])
 
 
 def loosely(rng: random.Random, kind: Kind, count: int = 1, size: str = "", *, colour: bool = True) -> str:
@@ -202,14 +218,24 @@ def grounded(rng: random.Random, canvas: Canvas, things: str) -> str:
 
 
 def asked_to_draw(rng: random.Random, what: str) -> str:
-    """A request to draw ``what``."""
+    """A request to draw ``what``; what begins with the background is a request already."""
+    if what.startswith("on ") or re.match(r"[a-z ]+ background: ", what):
+        return rng.choice(("{}", "{}", "{} please", "please: {}")).format(what)
     return rng.choice(_BEFORE).format(what)
 
 
+_VERBS = frozenset(
+    "add put insert place remove take delete erase get replace swap turn make change colour paint enlarge scale shrink move "
+    "bring shift rotate write zoom go show step redraw give light wash switch extract cut isolate draw".split()
+)
+
+
 def polite(rng: random.Random, text: str) -> str:
-    """A command, maybe with a please around it."""
+    """A command, maybe with a please around it; what is no command stays alone."""
+    if text.split(" ", 1)[0] not in _VERBS:
+        return text + rng.choice(("", "", "", ", please"))
     start = rng.choice(("", "", "", "", "please ", "could you ", "can you ", "now "))
-    return start + text + ("" if start in ("please ", "could you ") else rng.choice(_POLITE_ENDS))
+    return start + text + ("" if start == "please " else rng.choice(_POLITE_ENDS))
 
 
 @lru_cache(maxsize=1)

@@ -50,15 +50,19 @@ def sentence(edit: Edit, before: Canvas) -> str:
     }[edit.kind]
 
 
-def _event(draft: Draft, canvas: Canvas) -> tuple[str, Canvas]:
+def _event(draft: Draft, canvas: Canvas, last: str) -> tuple[str, str, Canvas]:
+    """The kind of what happens next (never the ``last`` again), its sentence, and the picture after it."""
     for _ in range(12):
+        kind = draft.pick(_EVENTS)
+        if kind == last:
+            continue
         try:
-            edit, after = edited(draft.maker, draft.pick(_EVENTS), canvas)
+            edit, after = edited(draft.maker, kind, canvas)
             text = sentence(edit, canvas)
         except Reject:
             continue
         if text and len(after.items) <= 4 and not (edit.kind == "mood" and edit.new == "none"):
-            return text, after
+            return kind, text, after
     raise Reject
 
 
@@ -73,8 +77,10 @@ def _plot(draft: Draft, count: int) -> list[tuple[str, Canvas]]:
         f"{phrase(item.kind)} {WHERE[place_words(item.box, canvas.size)]}" for item in canvas.items
     )
     told = [(f"there is {there}, before {article(canvas.background)} background", canvas)]
+    kind = ""
     while len(told) < count:
-        told.append(_event(draft, told[-1][1]))
+        kind, text, canvas = _event(draft, canvas, kind)
+        told.append((text, canvas))
     return told
 
 
@@ -264,7 +270,7 @@ def read_motion(text: str) -> tuple[tuple[str, str | None, str], ...] | None:
 
 
 _VIDEO = (
-    "a video of {what}, {n} frames", "make a short film: {what}. {n} frames", "{n} frames in which {what}",
+    "a video in which {what}, {n} frames", "make a short film: {what}. {n} frames", "{n} frames in which {what}",
     "animate this in {n} frames: {what}",
 )  # fmt: skip
 _NEXT = ("what comes next?", "draw the next frame", "continue the video", "the next picture, please", "how does it go on?")

@@ -5,25 +5,27 @@ A thought names what every clue means and ends with "plan: " and the canvas in t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
-from nextflow_ar.data.playground.canvases import Kind, stands
+from nextflow_ar.data.playground.canvases import Canvas, Kind, stands
 from nextflow_ar.data.playground.episodes import Answer, Draft, Episode, Truth, draws, tells
 from nextflow_ar.data.playground.knowledge import CLUES, COLOUR_CLUES, WISHES
 from nextflow_ar.data.playground.maker import Reject
 from nextflow_ar.data.playground.reading import number_words
 from nextflow_ar.data.playground.saying import asked_to_draw, full_caption, phrase
 from nextflow_ar.data.playground.scenes import RELATIONS
-from nextflow_ar.data.playground.words import NUMBERS, article
+from nextflow_ar.data.playground.words import NUMBERS
 from nextflow_ar.data.playground.world import MANY, NATIVE, SHAPES, colours_of
 
 
 def _is(clue: str, kind: Kind) -> str:
     name = kind[0]
-    return f"{clue} is {phrase((name, None))}"
+    return f"{clue} is {f'the {name}' if name in ('sun', 'moon') else phrase((name, None))}"
 
 
-def _thought(draft: Draft, request: str, steps: list[str], canvas, kind: str, pairs=()) -> Episode:
+def _thought(
+    draft: Draft, request: str, steps: list[str], canvas: Canvas, kind: str, pairs: Sequence[tuple[str, str]] = ()
+) -> Episode:
     plan = full_caption(canvas)
     thought = ". ".join([*steps, f"plan: {plan}"])
     truth = Truth(kind, (Answer(thought, "plan"),), combinations=tuple(pairs))
@@ -130,5 +132,5 @@ def odd_one(draft: Draft) -> Episode:
     if not tint.startswith("the colour"):
         raise Reject
     belongs = {"animal": "animals", "food": "food", "vehicle": "vehicles", "shape": "shapes"}[groups[0]]
-    steps = [f"the others are {belongs}, {article(odd[0])} is not", f"{tint} is {canvas.background}"]
-    return _thought(draft, request, steps, replace(canvas), "odd_one")
+    steps = [f"the others are {belongs}, the {odd[0]} is not", f"{tint} is {canvas.background}"]
+    return _thought(draft, request, steps, canvas, "odd_one")

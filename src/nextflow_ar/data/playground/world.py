@@ -5,6 +5,7 @@ It stands beside :mod:`words`, whose order older levels' seeds depend on; its fi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 from nextflow_ar.data.playground.words import COLOURS, NOUNS, SHAPES, Noun
@@ -76,12 +77,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 GROUP_OF: dict[str, str] = {name: group for group, names in GROUPS.items() for name in names}
 
-ALIKE_TURNED: tuple[str, ...] = ("circle", "square", "cross", "ring", "basketball", "sun", "ladybug", "donut", "diamond")
+ALIKE_TURNED: tuple[str, ...] = ("circle", "square", "cross", "ring", "basketball", "sun", "donut", "door")
 """Things whose quarter or half turn could be overlooked: never the object of a turn."""
 
 ALIKE_FLAT: tuple[str, ...] = (
     "basketball", "circle", "sun", "donut", "clock", "frog", "pig", "ladybug", "book", "square", "door", "gift", "burger",
-    "apple", "watermelon", "drum", "camera", "bus", "pizza", "triangle", "tent", "ring",
+    "apple", "watermelon", "drum", "dog", "rainbow", "strawberry", "house", "camera", "bus", "pizza", "triangle", "tent", "ring",
 )  # fmt: skip
 """Things that a silhouette does not tell apart: no picture to be read shows them flat."""
 
@@ -146,7 +147,11 @@ def colours_of(name: str) -> tuple[str, ...]:
     return tuple(colour for colour in COLOUR_NAMES if colour == NATIVE[name] or colour not in near)
 
 
+_NEIGHBOURS = {"blue": "purple", "purple": "blue", "black": "brown", "brown": "black"}
+
+
+@lru_cache(maxsize=4096)
 def near_colours(name: str, colour: str | None) -> frozenset[str]:
     """Backgrounds that would hide the thing."""
     own = LIKE.get(name, ()) if colour is None or colour == NATIVE.get(name) else ()
-    return frozenset(own) | ({colour} if colour else frozenset())
+    return frozenset(own) | ({colour, _NEIGHBOURS.get(colour, colour)} if colour else frozenset())
