@@ -106,7 +106,10 @@ class Maker:
         low, high = lv.small if size == "small" else lv.large if size == "large" else lv.normal
         if not size and crowd > 2:
             low, high = lv.crowded if crowd <= 4 else _FIVE
-        return min(self.rng.randint(low, high) * self.base // 64, *self.size)
+        most = min(self.size)
+        if crowd > 2:  # two rows have to fit
+            most = most // 2 // (lv.lattice or 1) * (lv.lattice or 1)
+        return min(self.rng.randint(low, high) * self.base // 64, most)
 
     def spot(
         self, side: tuple[int, int], taken: Sequence[Box], place: str | None = None
