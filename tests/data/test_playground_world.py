@@ -62,7 +62,9 @@ from nextflow_ar.data.playground.world import (
 from nextflow_ar.scales import ScaleSchedule
 
 
-def made(count: int, level_name: str = "world", size: tuple[int, int] = (64, 64), seed: int = 0) -> list[Canvas]:
+def made(
+    count: int, level_name: str = "world", size: tuple[int, int] = (64, 64), seed: int = 0
+) -> list[Canvas]:
     maker = Maker(random.Random(seed), world_level(level_name), size)
     out: list[Canvas] = []
     while len(out) < count:
@@ -100,7 +102,9 @@ def test_eighty_things_each_with_a_plural_a_group_and_four_clues() -> None:
     clues = [clue for name in NAMES for clue in CLUES[name]]
     assert all(len(CLUES[name]) >= 4 for name in NAMES) and len(set(clues)) == len(clues)
     for name in NAMES:  # a clue never gives the name away
-        assert not any(f" {word} " in f" {clue} " for clue in CLUES[name] for word in (name, MANY[name])), name
+        assert not any(f" {word} " in f" {clue} " for clue in CLUES[name] for word in (name, MANY[name])), (
+            name
+        )
     assert set(COLOUR_CLUES) == set(COLOURS) and all(len(clues) >= 4 for clues in COLOUR_CLUES.values())
     assert all(name not in said for name, wishes in WISHES.items() for said in wishes)
     assert [MANY[n] for n in ("fish", "cross", "snowman", "star")] == ["fish", "crosses", "snowmen", "stars"]
@@ -281,7 +285,9 @@ def test_captions_by_hand() -> None:
     word = Word("HI", "white", 10, 46, 20, 12, 12)
     lined = Canvas(64, 64, "blue", items[:1], word=word, style="line")
     assert short_caption(lined) == 'a line drawing of a large car and the word "HI"'
-    dark = Canvas(64, 64, "red", (Item("corn", None, 16, 16, 32),), second="black", mood="dark", light="above")
+    dark = Canvas(
+        64, 64, "red", (Item("corn", None, 16, 16, 32),), second="black", mood="dark", light="above"
+    )
     assert short_caption(dark) == "some corn on a red to black background, dark, light from above"
     gray = Canvas(64, 64, "red", (Item("ring", "blue", 16, 16, 32),), mood="gray")
     assert full_caption(gray) == "a ring middle, black and white"
@@ -309,13 +315,34 @@ def test_captions_read_back_by_hand() -> None:
 
 
 def test_answers_read_back() -> None:
-    assert [read_number(t) for t in ("three", "3", "Twelve.", "thirty-four", "zero", "many")] == [3, 3, 12, 34, 0, None]
+    assert [read_number(t) for t in ("three", "3", "Twelve.", "thirty-four", "zero", "many")] == [
+        3,
+        3,
+        12,
+        34,
+        0,
+        None,
+    ]
     assert all(read_number(number_words(n)) == n for n in range(100))
-    assert [read_yes_no(t) for t in ("Yes.", "no", "no, there is none", "nothing")] == [True, False, False, None]
+    assert [read_yes_no(t) for t in ("Yes.", "no", "no, there is none", "nothing")] == [
+        True,
+        False,
+        False,
+        None,
+    ]
     assert [read_choice(t) for t in ("B", "c.", "D. dog", "dog", "E")] == ["B", "C", "D", None, None]
-    assert [read_colour(t) for t in ("Red", "it is blue.", "red or blue", "loud")] == ["red", "blue", None, None]
+    assert [read_colour(t) for t in ("Red", "it is blue.", "red or blue", "loud")] == [
+        "red",
+        "blue",
+        None,
+        None,
+    ]
     assert [read_place(t) for t in ("above left", "Middle.", "somewhere")] == ["above left", "middle", None]
-    assert [read_name(t) for t in ("two dogs", "a butterfly", "a dog and a cat")] == ["dog", "butterfly", None]
+    assert [read_name(t) for t in ("two dogs", "a butterfly", "a dog and a cat")] == [
+        "dog",
+        "butterfly",
+        None,
+    ]
 
 
 @pytest.mark.parametrize("name", list(WORLD_LEVELS))
@@ -335,7 +362,9 @@ def test_people_write_as_they_like_but_quotes_are_kept() -> None:
     assert 0.04 < len(slipped) / len(written) < 0.13
     assert any(one.isupper() for one in written)
     options = "which?\nA. dog\nB. cat\nC. pig\nD. owl"
-    assert all("\nA. dog\nB. cat\nC. pig\nD. owl" in as_people_write(random.Random(k), options) for k in range(99))
+    assert all(
+        "\nA. dog\nB. cat\nC. pig\nD. owl" in as_people_write(random.Random(k), options) for k in range(99)
+    )
 
 
 def test_uncounted_things_are_never_several() -> None:

@@ -83,7 +83,8 @@ def to_document(
     """The document of an episode of the wide world, whose pictures' codes are given in order.
 
     ``dialogue``: with chat marks around every turn, as :func:`turns` lays them out. ``scales``: of a picture that ends the
-    document, lay out the first so many scales only (nothing follows it then, not even the mark that ends the turn). Raises ValueError when there are not as many codes as pictures.
+    document, lay out the first so many scales only (nothing follows it then, not even the mark that ends the turn).
+    Raises ValueError when there are not as many codes as pictures.
     """
     if len(codes) != len(episode.pictures):
         raise ValueError(
@@ -103,7 +104,8 @@ def to_document(
 
 
 def turns(parts: Iterable[tuple[str, Text | Image]]) -> tuple[Segment, ...]:
-    """(role, segment) pairs as a conversation: every turn stands as ``<|im_start|>role``, its segments, ``<|im_end|>`` (Qwen's
+    """(role, segment) pairs as a conversation: every turn stands as ``<|im_start|>role``, its segments, ``<|im_end|>``
+    (Qwen's
     form); a turn that holds a response learns to end with that mark.
     """
     segments: list[Segment] = []

@@ -31,7 +31,9 @@ NEGATIVES: tuple[str, ...] = ("random", "popular", "adversarial")
 """How POPE picks what is not there: anything, a frequent thing, a thing that goes with what is there."""
 
 
-def _answered(draft: Draft, canvas: Canvas, question: str, answer: str, kind: AnswerKind, name: str) -> Episode:
+def _answered(
+    draft: Draft, canvas: Canvas, question: str, answer: str, kind: AnswerKind, name: str
+) -> Episode:
     truth = Truth(name, (Answer(answer, kind),))
     return Episode("", (shows(canvas), draft.person(question), tells(answer)), truth)
 
@@ -40,7 +42,9 @@ def _seen(draft: Draft) -> Canvas:
     """A picture to talk about: mostly talkative ones, some of GenEval's types, now and then a word in it."""
     maker, rng = draft.maker, draft.rng
     canvas = (
-        maker.party(1, 3, plain=False) if rng.random() < 0.6 else maker.scene(TASKS[draft.index % len(TASKS)])[1]
+        maker.party(1, 3, plain=False)
+        if rng.random() < 0.6
+        else maker.scene(TASKS[draft.index % len(TASKS)])[1]
     )
     if rng.random() < 0.12:
         canvas = maker.word(canvas)
@@ -48,7 +52,8 @@ def _seen(draft: Draft) -> Canvas:
 
 
 _CAPTION_ASKED = (
-    "describe this picture", "what is in the picture?", "what do you see?", "a caption for this, please", "caption this image",
+    "describe this picture", "what is in the picture?", "what do you see?", "a caption for this, please",
+    "caption this image",
     "what does this show?", "tell me what is here", "say in one sentence what this is",
 )  # fmt: skip
 _FULL_ASKED = (
@@ -69,7 +74,9 @@ def _captioned(draft: Draft, *, full: bool) -> Episode:
     if canvas.style == "line" and canvas.word is not None:
         canvas = replace(canvas, word=None)
     text, kind = (full_caption(canvas), "full_caption") if full else (short_caption(canvas), "short_caption")
-    return _answered(draft, canvas, rng.choice(_FULL_ASKED if full else _CAPTION_ASKED), text, kind, "caption")
+    return _answered(
+        draft, canvas, rng.choice(_FULL_ASKED if full else _CAPTION_ASKED), text, kind, "caption"
+    )
 
 
 def caption_short(draft: Draft) -> Episode:
@@ -108,7 +115,7 @@ def ask_yes_no(draft: Draft) -> Episode:
     rng, canvas = draft.rng, _seen(draft)
     if draft.index % 2 == 0:
         item = rng.choice(canvas.items)
-        said = item.colour if item.colour and rng.random() < 0.4 else None
+        said = item.colour if item.colour and rng.random() < 0.27 else None  # as often as a no names one
         kind, answer, how = (item.name, said), "yes", "yes"
     else:
         how = NEGATIVES[draft.index // 2 % 3]
@@ -155,7 +162,12 @@ def ask_colour(draft: Draft) -> Episode:
     return _answered(draft, canvas, draft.pick(_COLOUR).format(the=the_thing), answer, "colour", "colour")
 
 
-_WHERE = ("where is {the}?", "where do you see {the}?", "in which part of the picture is {the}?", "{the}: where?")
+_WHERE = (
+    "where is {the}?",
+    "where do you see {the}?",
+    "in which part of the picture is {the}?",
+    "{the}: where?",
+)
 _SIDES = {
     "left of": "left", "right of": "right", "above": "above", "below": "below",
 }  # fmt: skip
@@ -171,10 +183,8 @@ def ask_place(draft: Draft) -> Episode:
         pair = ("left", "right") if answer in ("left", "right") else ("above", "below")
         one, other = pair if rng.random() < 0.5 else pair[::-1]
         a, b = (the(item, canvas) for item in canvas.items)
-        if answer in ("left", "right"):
-            question = f"is {a} {one} or {other} of {b}?"
-        else:
-            question = f"is {a} {one} {b} or {other} it?"
+        sideways = f"is {a} {one} or {other} of {b}?"
+        question = sideways if answer in ("left", "right") else f"is {a} {one} {b} or {other} it?"
         if one != "left" and one != "above":
             question = question.replace("is ", "tell me: is ", 1)
         return _answered(draft, replace(canvas, relation=None), question, answer, "place", "relation")
@@ -259,7 +269,9 @@ def _choose_style(draft: Draft) -> Choice:
 def _choose_mood(draft: Draft) -> Choice:
     mood = draft.rng.choice(MOODS)
     canvas = replace(draft.maker.party(1, 3), mood=mood, tint=(0, 0, 0))
-    if not mood_shows(canvas) or mood in ("warm", "cold") and canvas.background not in ("white", "green", "pink"):
+    if not mood_shows(canvas) or (
+        mood in ("warm", "cold") and canvas.background not in ("white", "green", "pink")
+    ):
         raise Reject
     wrong = [words for name, words in MOOD_WORDS.items() if name != mood]
     return canvas, "what are the colours and the light like?", MOOD_WORDS[mood], wrong

@@ -1,7 +1,7 @@
 """Pictures of the wide world as values: items, a word, a background, a style, a mood, a light, on any canvas size.
 
-Lengths are in pixels. A canvas has a *base*, the side of the square level that it belongs to (64, 96 or 128 px for 8, 10 or 12
-scales at downsampling 8), and everything on it is sized in proportion to that.
+Lengths are in pixels. A canvas has a *base*, the side of the square level that it belongs to (64, 96 or 128 px for 8,
+10 or 12 scales at downsampling 8), and everything on it is sized in proportion to that.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class Word:
 class Canvas:
     """Ground truth of one picture.
 
-    ``second``: the lower colour of a vertical gradient that starts with ``background``. ``tint``: added to the background's
-    palette colour. ``relation``: how items 0 and 1 stand to each other, where that is the point of the picture.
+    ``second``: the lower colour of a vertical gradient that starts with ``background``. ``tint``: added to the
+    background's palette colour. ``relation``: how items 0 and 1 stand to each other, where that is the point of the
+    picture.
     """
 
     height: int
@@ -129,8 +130,8 @@ def base_of(size: tuple[int, int]) -> int:
 def canvas_sizes(num_scales: int) -> tuple[tuple[int, int], ...]:
     """The canvases (height, width) of a level at downsampling 8, from 1:2 to 2:1, square first.
 
-    Each is the size that ``ScaleSchedule.nearest(height, width, num_scales)`` covers exactly, so a picture of it is encoded
-    without being cut. 8 scales: around 64x64; 10: around 96x96; 12: around 128x128.
+    Each is the size that ``ScaleSchedule.nearest(height, width, num_scales)`` covers exactly, so a picture of it is
+    encoded without being cut. 8 scales: around 64x64; 10: around 96x96; 12: around 128x128.
     """
     found = []
     for final in FINAL_GRIDS:
@@ -142,7 +143,7 @@ def canvas_sizes(num_scales: int) -> tuple[tuple[int, int], ...]:
 
 
 def size_word(item: Item, base: int) -> Size:
-    """ "small", "large", or nothing in between."""
+    """The size class of an item: "small", "large", or the empty string in between."""
     share = item.size / base
     return "small" if share <= 0.31 else "large" if share >= 0.62 else ""
 

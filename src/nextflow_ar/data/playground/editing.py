@@ -1,4 +1,6 @@
-"""Tasks that change a picture: EditCanvas's taxonomy, subjects taken out and placed anew, and changes learnt from examples."""
+"""Tasks that change a picture: EditCanvas's taxonomy, subjects taken out and placed anew, and changes learnt from
+examples.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ _SAY: dict[str, tuple[str, ...]] = {
         'write "{new}" {place}', 'add the word "{new}" {place}', 'put the text "{new}" {place}', '{place}, write "{new}"',
     ),
     "word_replace": (
-        'change the word "{old}" to "{new}"', 'replace "{old}" with "{new}"', 'it should say "{new}"', 'write "{new}" instead',
+        'change the word "{old}" to "{new}"', 'replace "{old}" with "{new}"', 'it should say "{new}"',
+        'write "{new}" instead',
     ),
     "word_remove": ("remove the word", "take away the text", 'erase "{old}"', "delete the writing", "no text"),
     "zoom_in": ("zoom in on {old}", "a close-up of {old}", "show me {old} from nearer", "go closer to {old}"),
@@ -151,7 +154,9 @@ def source(draft: Draft, kind: str) -> Canvas:
 
 
 def _styled(draft: Draft, canvas: Canvas) -> Canvas:
-    """Two in three start in full colour; a line drawing has the natural colours to go back to, so nothing else is shown in it."""
+    """Two in three start in full colour; a line drawing has the natural colours to go back to, so nothing else is
+    shown in it.
+    """
     if draft.rng.random() < 0.67:
         return canvas
     if any(item.colour and NATIVE.get(item.name) != item.colour for item in canvas.items):
@@ -194,11 +199,20 @@ def _subject(draft: Draft, least: int) -> tuple[Canvas, Item]:
     return before, draft.rng.choice(found)
 
 
-_EXTRACT = ("extract {} on a white background", "cut out {} onto white", "only {} on white", "isolate {} on a white background")  # fmt: skip
+_EXTRACT = (
+    "extract {} on a white background", "cut out {} onto white", "only {} on white",
+    "isolate {} on a white background",
+)  # fmt: skip
 _PLACE = (
     "put {} {} on {} background", "place {} {}, {} background", "show {} {} before {} background",
 )  # fmt: skip
-_THREE = ("make it three", "show three of them", "three of these", "draw {} three times", "i want three of {}")
+_THREE = (
+    "make it three",
+    "show three of them",
+    "three of these",
+    "draw {} three times",
+    "i want three of {}",
+)
 
 
 def subject_extract(draft: Draft) -> Episode:
@@ -247,13 +261,33 @@ def subject_three(draft: Draft) -> Episode:
     number = draft.rng.choice((3, 3, 3, 2, 4))
     after = replace(before, items=tuple(maker.items([kind] * number)))
     words = draft.pick(_THREE).format("it", "it").replace("three", NUMBERS[number])
-    return Episode("", (shows(before), draft.person(polite(draft.rng, words)), draws(after)), Truth("quantity"))
+    return Episode(
+        "", (shows(before), draft.person(polite(draft.rng, words)), draws(after)), Truth("quantity")
+    )
 
 
 # --- changes learnt from examples ------------------------------------------------------------------------------------
 
-_RULES = ("background", "mood", "light", "style", "view_rotate", "zoom_out", "add", "replace", "colour", "remove")
-_LIKE_THIS = ("now this one", "do the same here", "and this?", "same change for this picture", "continue", "your turn")
+_RULES = (
+    "background",
+    "mood",
+    "light",
+    "style",
+    "view_rotate",
+    "zoom_out",
+    "add",
+    "replace",
+    "colour",
+    "remove",
+)
+_LIKE_THIS = (
+    "now this one",
+    "do the same here",
+    "and this?",
+    "same change for this picture",
+    "continue",
+    "your turn",
+)
 
 
 def in_context(draft: Draft) -> Episode:

@@ -1,5 +1,5 @@
-"""Changes of a canvas, after EditCanvas's taxonomy (paper section 4): each is a value that can be applied to any canvas that
-it fits, so that an example pair and a new picture can share it.
+"""Changes of a canvas, after EditCanvas's taxonomy (paper section 4): each is a value that can be applied to any
+canvas that it fits, so that an example pair and a new picture can share it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ EDITS: tuple[str, ...] = (*LOCAL, *GLOBAL, *WRITING, *VIEW)
 
 @dataclass(frozen=True)
 class Edit:
-    """One change. ``target``: the thing that it is about, if there is one; ``new``: the thing, item, colour, word, ... that comes,
-    by the kind of edit; ``how``: "left", "larger", "upside down", ...
+    """One change. ``target``: the thing that it is about, if there is one; ``new``: the thing, item, colour, word,
+    ... that comes, by the kind of edit; ``how``: "left", "larger", "upside down", ...
     """
 
     kind: str
@@ -203,7 +203,9 @@ def _word_remove(edit: Edit, canvas: Canvas, maker: Maker) -> Canvas:
 
 
 def _zoomed(canvas: Canvas, factor: float, centre: tuple[float, float]) -> Canvas:
-    """Everything larger by ``factor`` around the middle, ``centre`` (x, y) moved there; what falls off the canvas is gone."""
+    """Everything larger by ``factor`` around the middle, ``centre`` (x, y) moved there; what falls off the canvas is
+    gone.
+    """
     items = []
     for item in canvas.items:
         side = round(item.size * factor / 2) * 2
@@ -357,4 +359,3 @@ _PROPOSE: dict[str, Callable[[Canvas, Maker], Edit]] = {
     "zoom_out": lambda canvas, maker: Edit("zoom_out"),
     "view_rotate": lambda canvas, maker: Edit("view_rotate", how=maker.rng.choice(tuple(_TURNS))),
 }  # fmt: skip
-

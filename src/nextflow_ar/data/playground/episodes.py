@@ -1,4 +1,6 @@
-"""An episode: one example of one task as a person and an assistant would live it, with exact ground truth and without codes."""
+"""An episode: one example of one task as a person and an assistant would live it, with exact ground truth and without
+codes.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +60,10 @@ class Answer:
 class Truth:
     """What is right.
 
-    ``kind``: of the instruction or question, such as "colour" or "counting". ``answers``: the supervised texts that can be
-    scored, in order. ``region``: of the last drawn picture, what may differ from the last shown one; None where no picture is
-    edited. ``combinations``: pairs beside those in the pictures that the splits hold out, such as two clues of a riddle.
+    ``kind``: of the instruction or question, such as "colour" or "counting". ``answers``: the supervised texts that
+    can be scored, in order. ``region``: of the last drawn picture, what may differ from the last shown one; None
+    where no picture is edited. ``combinations``: pairs beside those in the pictures that the splits hold out, such as
+    two clues of a riddle.
     """
 
     kind: str
@@ -99,8 +102,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a task is built from: a generator, a maker of canvases on the episode's canvas, and the episode's number, which
-    balances answers.
+    """What a task is built from: a generator, a maker of canvases on the episode's canvas, and the episode's number,
+    which balances answers.
     """
 
     rng: random.Random

@@ -102,7 +102,7 @@ def _lines(name: str, colour: str | None, size: int, folder: Path | None) -> np.
     return np.clip(small * 1.9, 0, 1)
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=4096)
 def patch(
     name: str, colour: str | None, size: int, turn: int, ink: RGB | None, lines: bool, folder: Path | None
 ) -> np.ndarray:
@@ -146,7 +146,12 @@ def word_mask(text: str, size: int) -> np.ndarray:
     left, top, _, _ = font(size).getbbox(text, stroke_width=_stroke(size))
     picture = Image.new("L", (width, height))
     ImageDraw.Draw(picture).text(
-        (_MARGIN - left, _MARGIN - top), text, fill=255, font=font(size), stroke_width=_stroke(size), stroke_fill=255
+        (_MARGIN - left, _MARGIN - top),
+        text,
+        fill=255,
+        font=font(size),
+        stroke_width=_stroke(size),
+        stroke_fill=255,
     )
     return np.asarray(picture, np.float32) / 255
 

@@ -1,7 +1,8 @@
-"""Sampling of canvases: what stands where, how large, before what, at a chosen difficulty and on a canvas of any size.
+"""Sampling of canvases: what stands where, how large, before what, at a chosen difficulty and on a canvas of any
+size.
 
-``world`` is the easier level: corners on the 8-pixel lattice of the codes, three sizes, plain backgrounds in
-palette colours. ``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
+``world`` is the easier level: corners on the 8-pixel lattice of the codes, three sizes, plain backgrounds in palette
+colours. ``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Reject(Exception):
 class WorldLevel:
     """One setting of the dial. ``lattice``: pixels between possible corners, 0 is any pixel.
 
-    ``small``, ``normal``, ``large``: ranges of sizes in 64ths of the base. ``crowded``: the normal range from three things on.
-    ``gradient``: share of gradients. ``tint``: how far a background may be off the palette.
+    ``small``, ``normal``, ``large``: ranges of sizes in 64ths of the base. ``crowded``: the normal range from three
+    things on. ``gradient``: share of gradients. ``tint``: how far a background may be off the palette.
     """
 
     name: str
@@ -78,7 +79,9 @@ class Maker:
         self.rng, self.level, self.size, self.base = rng, level, size, base_of(size)
 
     def kind(self, pool: str = "any", avoid: Sequence[str] = ()) -> Kind:
-        """A thing and its colour. ``pool``: "any", "sprite", "coloured" (comes in colours), "countable", or a group's name."""
+        """A thing and its colour. ``pool``: "any", "sprite", "coloured" (comes in colours), "countable", or a group's
+        name.
+        """
         rng = self.rng
         if pool == "any":
             pool = "coloured" if rng.random() < 0.3 else "sprite"
@@ -111,9 +114,7 @@ class Maker:
             most = most // 2 // (lv.lattice or 1) * (lv.lattice or 1)
         return min(self.rng.randint(low, high) * self.base // 64, most)
 
-    def spot(
-        self, side: tuple[int, int], taken: Sequence[Box], place: str | None = None
-    ) -> tuple[int, int]:
+    def spot(self, side: tuple[int, int], taken: Sequence[Box], place: str | None = None) -> tuple[int, int]:
         """A free corner (x, y) for a box of (height, width); ``place``: one of the nine places to be in."""
         height, width = side
         if height > self.size[0] or width > self.size[1]:
@@ -160,7 +161,11 @@ class Maker:
         span = self.level.tint
         tint = (0, 0, 0)
         if span:
-            tint = (self.rng.randint(-span, span), self.rng.randint(-span, span), self.rng.randint(-span, span))
+            tint = (
+                self.rng.randint(-span, span),
+                self.rng.randint(-span, span),
+                self.rng.randint(-span, span),
+            )
         return Canvas(*self.size, background, tuple(items), second, tint, relation=relation)
 
     def items(self, kinds: Sequence[Kind], sizes: Sequence[Size] = ()) -> list[Item]:
@@ -235,7 +240,9 @@ class Maker:
         raise Reject
 
     def style(self, canvas: Canvas, style: Style) -> Canvas:
-        """The canvas in a style, told apart in it: no gradient, ink that stands out, nothing whose outline is like another's."""
+        """The canvas in a style, told apart in it: no gradient, ink that stands out, nothing whose outline is like
+        another's.
+        """
         if style == "full":
             return canvas
         if style == "silhouette" and any(item.name in ALIKE_FLAT for item in canvas.items):

@@ -67,7 +67,16 @@ _TEENS = (
     "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
     "eighteen", "nineteen",
 )  # fmt: skip
-_TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+_TENS = {
+    "twenty": 20,
+    "thirty": 30,
+    "forty": 40,
+    "fifty": 50,
+    "sixty": 60,
+    "seventy": 70,
+    "eighty": 80,
+    "ninety": 90,
+}
 
 
 def number_words(number: int) -> str:
@@ -80,7 +89,7 @@ def number_words(number: int) -> str:
 
 
 def read_yes_no(text: str) -> bool | None:
-    """ "yes" or "no", whatever follows it."""
+    """A leading "yes" or "no", whatever follows it."""
     found = re.match(r"\s*(yes|no)\b", text.lower())
     return None if found is None else found[1] == "yes"
 

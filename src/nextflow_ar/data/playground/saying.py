@@ -1,7 +1,9 @@
-"""Words for canvases: the one canonical caption (short or full), and the many ways in which people put the same thing.
+"""Words for canvases: the one canonical caption (short or full), and the many ways in which people put the same
+thing.
 
 Answers are canonical, so that they can be read back exactly (:mod:`reading`). Requests are not: synonyms, free order,
-politeness, any case, slips of the pen. What stands in double quotes is never touched, since it is to be written as it is.
+politeness, any case, slips of the pen. What stands in double quotes is never touched, since it is to be written as it
+is.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from nextflow_ar.data.playground.world import (
 
 
 def phrase(kind: Kind, count: int = 1, size: str = "", *, colour: bool = True) -> str:
-    """ "a small red car", "three dogs", "some corn"."""
+    """A kind in words: "a small red car", "three dogs", "some corn"."""
     name, own = kind
     words = " ".join(w for w in (size, own if colour else None) if w)
     words = words + " " if words else ""
@@ -36,7 +38,7 @@ def phrase(kind: Kind, count: int = 1, size: str = "", *, colour: bool = True) -
 
 
 def the(item: Item | Kind, canvas: Canvas | None = None) -> str:
-    """ "the cat", with its colour where the canvas shows another of its name."""
+    """An item with its article: "the cat", with its colour where the canvas shows another of its name."""
     name, colour = item.kind if isinstance(item, Item) else item
     mixed = canvas is not None and any(i.name == name and i.colour != colour for i in canvas.items)
     return f"the {colour} {name}" if mixed and colour else f"the {name}"
@@ -54,6 +56,7 @@ def _ground(canvas: Canvas) -> str:
 
 
 def looks_words(canvas: Canvas) -> list[str]:
+    """Mood and light in words, where there are any."""
     mood = [MOOD_WORDS[canvas.mood]] if canvas.mood else []
     return mood + ([LIGHT_WORDS[canvas.light]] if canvas.light else [])
 
@@ -225,8 +228,45 @@ def asked_to_draw(rng: random.Random, what: str) -> str:
 
 
 _VERBS = frozenset(
-    "add put insert place remove take delete erase get replace swap turn make change colour paint enlarge scale shrink move "
-    "bring shift rotate write zoom go show step redraw give light wash switch extract cut isolate draw".split()
+    [
+        "add",
+        "put",
+        "insert",
+        "place",
+        "remove",
+        "take",
+        "delete",
+        "erase",
+        "get",
+        "replace",
+        "swap",
+        "turn",
+        "make",
+        "change",
+        "colour",
+        "paint",
+        "enlarge",
+        "scale",
+        "shrink",
+        "move",
+        "bring",
+        "shift",
+        "rotate",
+        "write",
+        "zoom",
+        "go",
+        "show",
+        "step",
+        "redraw",
+        "give",
+        "light",
+        "wash",
+        "switch",
+        "extract",
+        "cut",
+        "isolate",
+        "draw",
+    ]
 )
 
 
@@ -270,9 +310,7 @@ def as_people_write(rng: random.Random, text: str, slips: float = 0.08) -> str:
     pieces = _QUOTED.split(text)
     if slipping:
         places = [
-            (k, match)
-            for k, piece in enumerate(pieces[::2])
-            for match in re.finditer(r"[a-z]{5,}", piece)
+            (k, match) for k, piece in enumerate(pieces[::2]) for match in re.finditer(r"[a-z]{5,}", piece)
         ]
         if places:
             k, match = rng.choice(places)

@@ -1,5 +1,5 @@
-"""Tasks of conversation: chats in which pictures are drawn, asked about and changed, and words alone with now and then a turn
-that asks for a picture, so that beginning an image is a choice.
+"""Tasks of conversation: chats in which pictures are drawn, asked about and changed, and words alone with now and
+then a turn that asks for a picture, so that beginning an image is a choice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("bye", "good bye", "see you", "that is all"), "good bye!"),
     (("do you like to draw?", "is drawing fun?"), "yes, and i like to be asked about pictures too."),
     (("i am bored", "what shall we do?"), "shall i draw something, or ask you a riddle?"),
-    (("which colours do you know?", "name your colours"), "red, orange, yellow, green, blue, purple, black, white, pink and brown."),
+    (
+        ("which colours do you know?", "name your colours"),
+        "red, orange, yellow, green, blue, purple, black, white, pink and brown.",
+    ),
     (("which shapes do you know?", "name some shapes"), "circles, squares, triangles, crosses and rings."),
     (("are you a person?", "are you human?"), "no, i am a program."),
     (("good night", "i am going to bed"), "good night, sleep well!"),
@@ -92,7 +95,13 @@ def _knowledge(draft: Draft) -> Exchange:
 
 def _membership(draft: Draft) -> Exchange:
     rng = draft.rng
-    called = {"animal": "an animal", "food": "food", "plant": "a plant", "vehicle": "a vehicle", "shape": "a shape"}
+    called = {
+        "animal": "an animal",
+        "food": "food",
+        "plant": "a plant",
+        "vehicle": "a vehicle",
+        "shape": "a shape",
+    }
     group, yes = rng.choice(tuple(called)), rng.random() < 0.5
     others = [name for g in called if g != group for name in GROUPS[g] if {g, group} != {"food", "plant"}]
     name = rng.choice(GROUPS[group] if yes else others)
@@ -105,7 +114,9 @@ def _membership(draft: Draft) -> Exchange:
 def _imagined(draft: Draft) -> Exchange:
     rng = draft.rng
     first, second = rng.sample([n.name for n in SPRITES if n.name not in UNCOUNTED], 2)
-    relation, back = rng.choice((("left of", "right of"), ("above", "below"), ("right of", "left of"), ("below", "above")))
+    relation, back = rng.choice(
+        (("left of", "right of"), ("above", "below"), ("right of", "left of"), ("below", "above"))
+    )
     text = f"imagine {article(first)} {relation} {article(second)}. what is {back} the {first}?"
     return text, Answer(article(second), "name")
 
@@ -158,7 +169,9 @@ _CHAT_EDITS = ("add", "remove", "replace", "colour", "size", "move", "background
 
 
 def chat(draft: Draft) -> Episode:
-    """Three to six turns: something is drawn (or shown), then asked about, changed, and talked over. At most three pictures."""
+    """Three to six turns: something is drawn (or shown), then asked about, changed, and talked over. At most three
+    pictures.
+    """
     rng, maker = draft.rng, draft.maker
     turns = 3 + draft.index % 4
     answers: list[Answer] = []
@@ -195,5 +208,3 @@ def _some_edit(draft: Draft, canvas: Canvas):
         except Reject:
             continue
     raise Reject
-
-

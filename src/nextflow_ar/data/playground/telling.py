@@ -85,14 +85,20 @@ def _plot(draft: Draft, count: int) -> list[tuple[str, Canvas]]:
 
 
 _STORY = (
-    "tell me a story about {hero} in {n} pictures", "a story with {hero}, {n} pictures please", "make a picture story of {hero}, {n} pictures",
+    "tell me a story about {hero} in {n} pictures", "a story with {hero}, {n} pictures please",
+    "make a picture story of {hero}, {n} pictures",
     "i want a story about {hero}. {n} pictures",
 )  # fmt: skip
-_SCRIPT = ("draw this story, one picture per sentence: {plot}", "illustrate every sentence: {plot}", "a picture for each: {plot}")  # fmt: skip
+_SCRIPT = (
+    "draw this story, one picture per sentence: {plot}", "illustrate every sentence: {plot}",
+    "a picture for each: {plot}",
+)  # fmt: skip
 
 
 def story(draft: Draft) -> Episode:
-    """Two to five pictures with sentences between them; the assistant makes the story up, or illustrates one that is given."""
+    """Two to five pictures with sentences between them; the assistant makes the story up, or illustrates one that is
+    given.
+    """
     count = 2 + draft.index % 4
     told = _plot(draft, count)
     hero = phrase(told[0][1].items[0].kind)
@@ -121,7 +127,8 @@ _RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("build a train", ("hammer", "bell", "clock")),
 }
 _HOW_TO = (
-    "how do i {title} with {parts}? show every step", "{title} with {parts}, step by step please", "show me how to {title} with {parts}",
+    "how do i {title} with {parts}? show every step", "{title} with {parts}, step by step please",
+    "show me how to {title} with {parts}",
     "steps to {title} with {parts}, in pictures",
 )  # fmt: skip
 
@@ -165,7 +172,9 @@ MOTIONS: dict[str, str] = {
     "shrink": "shrinks", "turn": "turns",
 }  # fmt: skip
 _STEPS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
-_MOVING = re.compile(r"^(?:an?|some) (?:(?P<colour>\w+) )?(?P<name>\w+) (?P<motion>moves \w+|grows|shrinks|turns)$")
+_MOVING = re.compile(
+    r"^(?:an?|some) (?:(?P<colour>\w+) )?(?P<name>\w+) (?P<motion>moves \w+|grows|shrinks|turns)$"
+)
 
 
 @dataclass(frozen=True)
@@ -198,14 +207,14 @@ class Moving:
 
 def _moving(draft: Draft, kind: Kind, frames: int, motion: str) -> Moving:
     maker, rng = draft.maker, draft.rng
-    unit = maker.base // 64
-    side = maker.length(crowd=3) if motion != "shrink" else min(44 * maker.base // 64, *maker.size)
+    base = maker.base
+    side = maker.length(crowd=3) if motion != "shrink" else min(44 * base // 64, *maker.size)
     if motion in _STEPS:
-        step = 8 * unit if maker.level.lattice else rng.randint(5 * unit, 12 * unit)
+        step = maker.level.lattice or rng.randint(5 * base // 64, 12 * base // 64)
     else:
-        step = {"grow": 6, "shrink": 6, "turn": 0}[motion] * unit
+        step = {"grow": 3, "shrink": 3, "turn": 0}[motion] * base // 64 * 2
     if motion == "grow":
-        side = 20 * maker.base // 64
+        side = 20 * base // 64
     x, y = maker.spot((side, side), [])
     moving = Moving(Item(*kind, x, y, side), motion, step)
     ends = (moving.at(0), moving.at(frames - 1))
@@ -218,7 +227,7 @@ def _moving(draft: Draft, kind: Kind, frames: int, motion: str) -> Moving:
 def _film(draft: Draft, frames: int) -> tuple[list[Moving], list[Canvas]]:
     """What moves, and the frames; nothing meets anything else on its way."""
     maker, rng = draft.maker, draft.rng
-    kinds = maker.distinct(1 if rng.random() < 0.6 else 2)
+    kinds = maker.distinct(1 if rng.random() < 0.6 else 2, "countable")
     movers: list[Moving] = []
     for kind in kinds:
         motion = rng.choice(tuple(MOTIONS))
@@ -234,7 +243,7 @@ def _film(draft: Draft, frames: int) -> tuple[list[Moving], list[Canvas]]:
             raise Reject
     still = []
     if len(movers) == 1 and rng.random() < 0.4:
-        still = [maker.item(maker.kind(avoid=[kinds[0][0]]), maker.length(crowd=3))]
+        still = [maker.item(maker.kind("countable", [kinds[0][0]]), maker.length(crowd=3))]
     shots = [[*(mover.at(k) for mover in movers), *still] for k in range(frames)]
     swept = [_union([mover.at(k) for k in range(frames)]) for mover in movers] + [item.box for item in still]
     if any(not apart(a, b) for k, a in enumerate(swept) for b in swept[k + 1 :]):
@@ -253,7 +262,7 @@ def _union(items: Sequence[Item]) -> tuple[int, int, int, int]:
 
 
 def motion_words(movers: Sequence[Moving]) -> str:
-    """ "a dog moves right and a red car turns"."""
+    """What moves, in words: "a dog moves right and a red car turns"."""
     ordered = sorted(movers, key=lambda mover: mover.item.name)
     return " and ".join(f"{phrase(mover.item.kind)} {MOTIONS[mover.motion]}" for mover in ordered)
 
@@ -273,15 +282,31 @@ _VIDEO = (
     "a video in which {what}, {n} frames", "make a short film: {what}. {n} frames", "{n} frames in which {what}",
     "animate this in {n} frames: {what}",
 )  # fmt: skip
-_NEXT = ("what comes next?", "draw the next frame", "continue the video", "the next picture, please", "how does it go on?")
-_HAPPENS = ("what happens in this video?", "what moves, and how?", "describe the motion", "what is going on here?")
+_NEXT = (
+    "what comes next?",
+    "draw the next frame",
+    "continue the video",
+    "the next picture, please",
+    "how does it go on?",
+)
+_HAPPENS = (
+    "what happens in this video?",
+    "what moves, and how?",
+    "describe the motion",
+    "what is going on here?",
+)
 
 
 def video_draw(draft: Draft) -> Episode:
     """Three to five frames of things that move, from words."""
     frames = 3 + draft.index % 3
     movers, shots = _film(draft, frames)
-    request = draft.pick(_VIDEO).format(what=motion_words(movers), n=NUMBERS[frames])
+    what = motion_words(movers)
+    for item in shots[0].items[len(movers) :]:
+        what += f" beside {phrase(item.kind)}"
+    if draft.rng.random() < 0.75:
+        what += f" before {article(shots[0].background)} background"
+    request = draft.pick(_VIDEO).format(what=what, n=NUMBERS[frames])
     return Episode("", (draft.person(request), *(draws(shot) for shot in shots)), Truth("video"))
 
 

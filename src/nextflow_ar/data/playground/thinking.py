@@ -24,7 +24,12 @@ def _is(clue: str, kind: Kind) -> str:
 
 
 def _thought(
-    draft: Draft, request: str, steps: list[str], canvas: Canvas, kind: str, pairs: Sequence[tuple[str, str]] = ()
+    draft: Draft,
+    request: str,
+    steps: list[str],
+    canvas: Canvas,
+    kind: str,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> Episode:
     plan = full_caption(canvas)
     thought = ". ".join([*steps, f"plan: {plan}"])
@@ -77,7 +82,10 @@ def _coloured_riddle(draft: Draft) -> Episode:
     return _thought(draft, asked_to_draw(rng, words), steps, canvas, "riddle", [(clue, tint)])
 
 
-_NEEDED = ("{}. draw what i need", "{}. what do i need? draw it", "{}. show me what would help", "{}. can you draw what helps?")  # fmt: skip
+_NEEDED = (
+    "{}. draw what i need", "{}. what do i need? draw it", "{}. show me what would help",
+    "{}. can you draw what helps?",
+)  # fmt: skip
 
 
 def wish(draft: Draft) -> Episode:

@@ -1,4 +1,5 @@
-"""The wide world: seventy-five sprites and five shapes with what is known of each, styles, moods, lights and words to write.
+"""The wide world: seventy-five sprites and five shapes with what is known of each, styles, moods, lights and words to
+write.
 
 It stands beside :mod:`words`, whose order older levels' seeds depend on; its first 56 nouns are those.
 """
@@ -82,7 +83,8 @@ ALIKE_TURNED: tuple[str, ...] = ("circle", "square", "cross", "ring", "basketbal
 
 ALIKE_FLAT: tuple[str, ...] = (
     "basketball", "circle", "sun", "donut", "clock", "frog", "pig", "ladybug", "book", "square", "door", "gift", "burger",
-    "apple", "watermelon", "drum", "dog", "rainbow", "strawberry", "house", "camera", "bus", "pizza", "triangle", "tent", "ring",
+    "apple", "watermelon", "drum", "dog", "rainbow", "strawberry", "house", "camera", "bus", "pizza", "triangle",
+    "tent", "ring",
 )  # fmt: skip
 """Things that a silhouette does not tell apart: no picture to be read shows them flat."""
 
@@ -136,8 +138,8 @@ WRITTEN: tuple[str, ...] = (
 
 
 def colours_of(name: str) -> tuple[str, ...]:
-    """Colours that a thing can have: every one for a shape, its native one and those unlike it for a sprite that comes in
-    colours, none for the others.
+    """Colours that a thing can have: every one for a shape, its native one and those unlike it for a sprite that
+    comes in colours, none for the others.
     """
     if name in SHAPES:
         return COLOUR_NAMES
