@@ -1,17 +1,20 @@
-"""Playground scenes as documents: what each task puts in front of the model."""
+"""Playground scenes and episodes as documents: what each task puts in front of the model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from nextflow_ar.data.playground.captions import caption, plan, prompt
+from nextflow_ar.data.playground.episodes import Episode, Said
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.data.playground.scenes import Scene, is_held_out
 from nextflow_ar.data.playground.words import COLOURS, NOUNS, SHAPES, plural
-from nextflow_ar.types import Codes, Document
+from nextflow_ar.sequence.vocab import TURN_END, TURN_START
+from nextflow_ar.types import Codes, Document, Image, Mark, Segment, Text
 
 TaskName = Literal["text_to_image", "think_to_image", "image_to_text", "image_and_text", "plan"]
 """Drawing from words; the same with a plan written first; describing a picture; both at once: an image without
@@ -72,3 +75,48 @@ def caption_corpus(mixture: SceneMixture, count: int) -> list[str]:
         scene = mixture.scene(index)
         out += [prompt(scene, mixture.sampler(index).rng(index, 1)), caption(scene), plan(scene)]
     return out
+
+
+def to_document(
+    episode: Episode, codes: Sequence[Codes], *, dialogue: bool = True, scales: int | None = None
+) -> Document:
+    """The document of an episode of the wide world, whose pictures' codes are given in order.
+
+    ``dialogue``: with chat marks around every turn, as :func:`turns` lays them out. ``scales``: of a picture that ends the
+    document, lay out the first so many scales only (nothing follows it then, not even the mark that ends the turn).
+    Raises ValueError when there are not as many codes as pictures.
+    """
+    if len(codes) != len(episode.pictures):
+        raise ValueError(
+            f"this episode of {episode.task} has {len(episode.pictures)} pictures, got {len(codes)} codes"
+        )
+    left = iter(codes)
+    parts: list[tuple[str, Text | Image]] = []
+    for number, part in enumerate(episode.parts, start=1):
+        if isinstance(part, Said):
+            parts.append((part.role, Text(part.text, part.supervised)))
+        else:
+            laid = scales if number == len(episode.parts) else None
+            parts.append((part.role, Image(next(left), part.supervised, laid)))
+    segments = turns(parts) if dialogue else tuple(segment for _, segment in parts)
+    unfinished = scales is not None and isinstance(parts[-1][1], Image)
+    return Document(segments[:-1] if dialogue and unfinished else segments)
+
+
+def turns(parts: Iterable[tuple[str, Text | Image]]) -> tuple[Segment, ...]:
+    """(role, segment) pairs as a conversation: every turn stands as ``<|im_start|>role``, its segments, ``<|im_end|>``
+    (Qwen's
+    form); a turn that holds a response learns to end with that mark.
+    """
+    segments: list[Segment] = []
+    previous, learned = None, False
+    for role, segment in parts:
+        if role != previous:
+            if previous is not None:
+                segments += [Mark(TURN_END, supervised=learned), Text("\n")]
+            segments += [Mark(TURN_START), Text(role + "\n")]
+            previous, learned = role, False
+        learned = learned or segment.supervised
+        segments.append(segment)
+    segments.append(Mark(TURN_END, supervised=learned))
+    return tuple(segments)

@@ -15,6 +15,7 @@ from nextflow_ar.generation.engine import Engine, ImageRequest, TextRequest
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import Bundle, load_bundle
 from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT
 from nextflow_ar.storage import find_folder
 from nextflow_ar.tokenizer.pictures import fit_picture, to_rgb
 from nextflow_ar.types import Codes, Document, Event, Image, ImageReady, Text, TextDelta
@@ -132,7 +133,8 @@ class NextFlowPipeline:
 
     def think(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
         """The requests with a plan in words behind each prompt, written by the model (chain of thought)."""
-        asked = [TextRequest(r.document, THOUGHT_TOKENS, r.seed, THOUGHT_SETTINGS) for r in requests]
+        ends = (END_OF_TEXT, BOI)  # a thought ends where the image begins
+        asked = [TextRequest(r.document, THOUGHT_TOKENS, r.seed, THOUGHT_SETTINGS, ends) for r in requests]
         thoughts = [""] * len(requests)
         for event in self.engine.texts(asked):
             if isinstance(event, TextDelta):

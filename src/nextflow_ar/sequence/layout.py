@@ -188,10 +188,10 @@ class _Builder:
             if isinstance(segment, Text):
                 ids = self.vocab.encode(segment.text)
                 if segment.supervised:
-                    # In a dialogue the mark that ends the turn is what the response learns to end with.
+                    # What a response learns to end with is what follows in it: an image, or the mark that ends the turn.
                     after = document.segments[i + 1] if i < last else None
-                    marked = isinstance(after, Mark) and after.supervised
-                    self.supervised_text(ids, None if marked else self.vocab.end)
+                    goes_on = isinstance(after, Image | Mark) and after.supervised
+                    self.supervised_text(ids, None if goes_on else self.vocab.end)
                 else:
                     self.text(ids)
             elif isinstance(segment, Mark):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nextflow_ar.data.playground.words import NOUNS, SHAPES
+from nextflow_ar.data.playground.words import SHAPES
+from nextflow_ar.data.playground.world import SPRITES
 
 FONT_PACKAGE = "fonts-noto-color-emoji"
 _FONT_FILE = "NotoColorEmoji.ttf"
@@ -43,8 +44,8 @@ def find_font() -> Path | None:
 
 
 @lru_cache(maxsize=512)
-def _source(name: str, folder: Path | None) -> Image.Image:
-    """The sprite at its native size, RGBA, cropped to its visible part."""
+def source(name: str, folder: Path | None) -> Image.Image:
+    """The sprite at its native size, RGBA, cropped to its visible part. Raises as :func:`sprite` does."""
     if folder is not None:
         with Image.open(folder / f"{name}.png") as file:
             picture = file.convert("RGBA")
@@ -55,7 +56,7 @@ def _source(name: str, folder: Path | None) -> Image.Image:
                 f"sprites need the emoji font: install the package {FONT_PACKAGE}, or name a folder of PNG sprites; "
                 "shapes work without it"
             )
-        glyph = next((noun.glyph for noun in NOUNS if noun.name == name), None)
+        glyph = next((noun.glyph for noun in SPRITES if noun.name == name), None)
         if glyph is None:
             raise ValueError(f"no sprite is called {name!r}")
         picture = Image.new("RGBA", (160, 160))
@@ -65,7 +66,8 @@ def _source(name: str, folder: Path | None) -> Image.Image:
     return picture.crop(box) if box else picture
 
 
-def _draw_shape(name: str, side: int, colour: tuple[int, int, int]) -> Image.Image:
+def draw_shape(name: str, side: int, colour: tuple[int, int, int]) -> Image.Image:
+    """A shape that fills a box of ``side`` pixels, RGBA."""
     n = side * _OVERSAMPLE
     picture = Image.new("RGBA", (n, n), (*colour, 0))
     draw = ImageDraw.Draw(picture)
@@ -104,9 +106,9 @@ def sprite(
     """
     inner = size - 2 * max(1, size // 16)
     if name in SHAPES:
-        picture = _draw_shape(name, inner, colour or (128, 128, 128))
+        picture = draw_shape(name, inner, colour or (128, 128, 128))
     else:
-        picture = _source(name, folder)
+        picture = source(name, folder)
         scale = inner / max(picture.size)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         picture = picture.convert("RGBa").resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")

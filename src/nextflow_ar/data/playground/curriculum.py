@@ -1,0 +1,146 @@
+"""All tasks of the wide world by name, and the one way to get an episode of one: a pure function of its arguments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from nextflow_ar.data.playground import asking, drawing, editing, talking, telling, thinking
+from nextflow_ar.data.playground.canvases import canvas_sizes, combinations, fits, held_out
+from nextflow_ar.data.playground.edits import EDITS
+from nextflow_ar.data.playground.episodes import Draft, Episode
+from nextflow_ar.data.playground.maker import Maker, Reject, world_level
+from nextflow_ar.data.playground.scenes import Split
+
+Builder = Callable[[Draft], Episode]
+
+GROUPED: dict[str, dict[str, Builder]] = {
+    "draw": {
+        "draw_scene": drawing.draw_scene,
+        "draw_sizes": drawing.draw_sizes,
+        "draw_places": drawing.draw_places,
+        "draw_word": drawing.draw_word,
+        "draw_style": drawing.draw_style,
+        "draw_mood": drawing.draw_mood,
+    },
+    "caption": {"caption_short": asking.caption_short, "caption_full": asking.caption_full},
+    "ask": {
+        "ask_yes_no": asking.ask_yes_no,
+        "ask_count": asking.ask_count,
+        "ask_colour": asking.ask_colour,
+        "ask_place": asking.ask_place,
+        "ask_choice": asking.ask_choice,
+    },
+    "edit": {f"edit_{kind}": editing.edit_task(kind) for kind in EDITS},
+    "subject": {
+        "subject_extract": editing.subject_extract,
+        "subject_place": editing.subject_place,
+        "subject_three": editing.subject_three,
+    },
+    "interleaved": {"story": telling.story, "recipe": telling.recipe},
+    "video": {
+        "video_draw": telling.video_draw,
+        "video_next": telling.video_next,
+        "video_caption": telling.video_caption,
+    },
+    "think": {
+        "riddle": thinking.riddle,
+        "wish": thinking.wish,
+        "sum_drawn": thinking.sum_drawn,
+        "odd_one": thinking.odd_one,
+    },
+    "in_context": {"in_context": editing.in_context},
+    "chat": {"chat": talking.chat, "plain": talking.plain},
+}
+"""Capability -> its tasks."""
+
+BUILDERS: dict[str, Builder] = {name: build for tasks in GROUPED.values() for name, build in tasks.items()}
+TASK_NAMES: tuple[str, ...] = tuple(BUILDERS)
+
+UNSPLIT: tuple[str, ...] = ("wish", "plain")
+"""Tasks in which a test episode cannot always show a held-out combination."""
+
+_TRIES = 4000
+_TEST_TRIES = 120  # of one pair in eight, so that none is found once in ten million
+
+
+def episode(
+    task: str,
+    index: int,
+    seed: int,
+    split: Split = "train",
+    canvas: tuple[int, int] = (64, 64),
+    level: str = "world",
+) -> Episode:
+    """Episode ``index`` of a task: the same arguments give the same episode, whatever was asked before.
+
+    ``split``: "train" never shows a held-out combination in any picture nor joins held-out clues; "test" does at
+    least once where the task can; "any" ignores it. ``canvas``: (height, width) in pixels. ``level``: "world" or
+    "wide". Raises ValueError for an unknown task or level, RuntimeError when nothing fits such a canvas.
+    """
+    if task not in BUILDERS:
+        raise ValueError(f"unknown playground task {task!r}: one of {', '.join(TASK_NAMES)}")
+    rng = random.Random(f"nextflow-ar {task} {seed} {index} {split} {canvas[0]}x{canvas[1]} {level}")
+    draft = Draft(rng, Maker(rng, world_level(level), canvas), index, split)
+    spare: Episode | None = None
+    proposed = 0
+    for _ in range(_TRIES):
+        try:
+            found = BUILDERS[task](draft).named(task)
+        except Reject:
+            continue
+        if not all(fits(part.canvas) for part in found.pictures):
+            continue
+        pairs = held_out_of(found)
+        if split == "any" or (pairs == 0) == (split == "train"):
+            return found
+        spare = spare or (found if split == "test" else None)
+        proposed += 1
+        if spare is not None and proposed >= _TEST_TRIES:
+            return spare
+    if spare is not None:
+        return spare
+    raise RuntimeError(f"no episode of {task} fits a canvas of {canvas[1]}x{canvas[0]}")
+
+
+def held_out_of(found: Episode) -> int:
+    """How many held-out combinations an episode has, in its pictures and between its clues."""
+    pairs = frozenset(found.truth.combinations).union(*(combinations(p.canvas) for p in found.pictures))
+    return held_out(pairs)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A stream of episodes: tasks by weight, canvases by level of scales. ``square``: share of square canvases."""
+
+    tasks: dict[str, float]
+    seed: int
+    split: Split = "train"
+    scales: int = 8
+    square: float = 0.5
+    level: str = "world"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tasks if name not in BUILDERS]
+        if unknown:
+            raise ValueError(f"unknown playground task {unknown[0]!r}: one of {', '.join(TASK_NAMES)}")
+        if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
+            raise ValueError("tasks needs at least one task with a weight above 0")
+        world_level(self.level)
+
+    def episode(self, index: int) -> Episode:
+        """Episode ``index`` of the stream."""
+        rng = random.Random(f"nextflow-ar mix {self.seed} {index}")
+        task = rng.choices(tuple(self.tasks), tuple(self.tasks.values()))[0]
+        sizes = canvas_sizes(self.scales)
+        canvas = sizes[0] if rng.random() < self.square else rng.choice(sizes)
+        return episode(task, index, self.seed, self.split, canvas, self.level)
+
+
+def corpus(tasks: Sequence[str], count: int, seed: int, level: str = "world") -> Iterator[str]:
+    """Texts of ``count`` training episodes of each task, to train a text tokenizer on."""
+    for task in tasks:
+        for index in range(count):
+            for part in episode(task, index, seed, "train", level=level).texts:
+                yield part.text
