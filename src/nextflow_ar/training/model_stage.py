@@ -115,6 +115,8 @@ class ModelTrainer:
         self.step = self.documents = self.tokens = 0
         if (state := self.run.load()) is not None:
             self._restore(state)
+        if self.world.rank == 0:
+            self.run.rewind(self.step)
         if recipe.compile:
             self.model.compile_backbone()
 

@@ -79,6 +79,18 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"{self.path}: metrics cannot be written: {error.strerror}") from None
 
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after ``step``, and lines that were cut: a run goes on from there."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                    kept.append(line)
+        write_atomic(path, b"".join(kept))
+
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint atomically; the old one survives a full disk."""
         buffer = io.BytesIO()
