@@ -124,8 +124,6 @@ def test_processes_share_the_rows_of_one_stream(bundle: Bundle, folders: tuple[P
 
 def test_weights_are_shares_of_the_documents(bundle: Bundle, folders: tuple[Path, Path]) -> None:
     stream = loader(bundle, source_of(*folders))
-    for folder in stream.folders:
-        folder.accepted = 1  # places alone are drawn here: nothing is laid out
     chosen = Counter(stream._draw()[1].folder for _ in range(1000))
     assert 0.70 < chosen[1] / 1000 < 0.80  # weights 1 and 3
 

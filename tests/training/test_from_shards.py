@@ -103,10 +103,11 @@ def test_a_step_in_parts_is_the_same_step(make: Make) -> None:
         make("c", sources=sources, accumulate=2),
         make("d", sources=sources, checkpointing=True),
     )
+    told: list[float] = []
     for trainer in (whole, parts, again):
         trainer._update = lambda: 0.0  # type: ignore[method-assign]  # keeps the gradients
-        found = trainer.advance()
-        assert found["loss"] == pytest.approx(4.0, abs=3.0)
+        told.append(trainer.advance()["loss"])
+    assert told[1:] == pytest.approx([told[0]] * 2, rel=1e-3)
     for name, a in whole.model.named_parameters():
         assert a.grad is not None
         for other in (parts, again):

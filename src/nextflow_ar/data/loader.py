@@ -148,13 +148,8 @@ class _Folder:
         return self._read[epoch, group]
 
     def next(self) -> Place:
-        """The place of the next document. Raises StorageError when a whole pass had none that can be used."""
-        while True:
-            if self.epoch and not self.accepted:
-                raise StorageError(
-                    f"{self.settings.folder}: no document of it fits a row ({self.skipped} are too long): "
-                    "raise the packing's budget"
-                )
+        """The place of the next document. Raises StorageError where there is none."""
+        for _ in range(2 * self.groups):
             _, order = self._group(self.epoch, self.group)
             place = Place(self.number, self.epoch, self.group, self.offset)
             found = self.offset < len(order)
@@ -165,6 +160,7 @@ class _Folder:
                 self.epoch, self.group = self.epoch + 1, 0
             if found:
                 return place
+        raise StorageError(f"{self.settings.folder}: the extraction holds no document")
 
     def parts(self, place: Place) -> list[dict[str, Any]]:
         """The record at a place."""

@@ -63,7 +63,10 @@ class NextFlowModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Compute the layers' activations again in the backward pass instead of keeping them (training)."""
-        self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.24 renamed the method
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.backbone, name, None) or self.backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def embed_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         """Embeddings of text places; zero where codes are fed (token -1)."""

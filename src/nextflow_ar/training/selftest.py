@@ -75,7 +75,7 @@ def check_generation(
     """
     schedule = ScaleSchedule.square(min(tokenizer.config.num_scales, _MOST_SCALES))
     height, width = schedule.image_size(tokenizer.config.downsample)
-    picture = torch.from_numpy(dead_leaves((0,), height, width)).to(tokenizer.device)[None]
+    picture = torch.tensor(dead_leaves((0,), height, width), device=tokenizer.device)[None]
     pixels = picture.permute(0, 3, 1, 2).float() / 127.5 - 1
     codes = Codes.plain(schedule, tokenizer.quantize(pixels, schedule).target[0].cpu())
     document = Document((Text(_PROMPT), Image(codes, supervised=True), Text(_ANSWER, supervised=True)))
