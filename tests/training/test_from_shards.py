@@ -113,7 +113,7 @@ def test_a_step_in_parts_is_the_same_step(make: Make) -> None:
         for other in (parts, again):
             b = dict(other.model.named_parameters())[name].grad
             assert b is not None
-            assert float((a.grad - b).norm()) <= 0.02 * float(a.grad.norm()) + 1e-6, name
+            assert float((a.grad - b).norm()) <= 0.05 * float(a.grad.norm()) + 1e-6, name
     assert (
         again.model.backbone.is_gradient_checkpointing and not whole.model.backbone.is_gradient_checkpointing
     )
@@ -139,7 +139,7 @@ def test_two_processes_do_what_one_does(make: Make) -> None:
     ):
         assert a.grad is not None and b.grad is not None and c.grad is not None
         mean = (b.grad + c.grad) / 2
-        assert float((a.grad - mean).norm()) <= 0.02 * float(a.grad.norm()) + 1e-6, name
+        assert float((a.grad - mean).norm()) <= 0.05 * float(a.grad.norm()) + 1e-6, name
 
 
 def test_rows_of_a_batch_as_a_batch(make: Make) -> None:

@@ -250,6 +250,11 @@ class ShardLoader:
                         folder.settings.folder,
                         length,
                     )
+                if folder.epoch and not folder.accepted:
+                    raise StorageError(
+                        f"{folder.settings.folder}: no document of it fits a row ({folder.skipped} are too long): "
+                        "raise the packing's budget"
+                    )
                 continue
             folder.accepted += 1
             self._pending[number] = found
