@@ -53,6 +53,11 @@ def test_overrides() -> None:
     changed = override(values, ["a.b=2", "c=[1, 2]", "d.e=1e-3", "f=text", "g=null"])
     assert changed == {"a": {"b": 2}, "c": [1, 2], "d": {"e": 1e-3}, "f": "text", "g": None}
     assert values == {"a": {"b": 1}, "c": "x"}
+    listed = {"a": [{"b": 1}, {"b": 2}]}
+    assert override(listed, ["a.1.b=5", "a.0=3"]) == {"a": [3, {"b": 5}]}
+    for wrong in ("a.2.b=1", "a.x=1"):
+        with pytest.raises(ConfigError, match="is no entry of a list of 2"):
+            override(listed, [wrong])
     with pytest.raises(ConfigError, match="--set takes KEY=VALUE"):
         override(values, ["a.b"])
     with pytest.raises(ConfigError, match="'c' is a value, not a group of keys"):

@@ -187,7 +187,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """``values`` with ``a.b=c`` assignments applied (c is read as YAML). Raises ConfigError on a bad assignment."""
+    """``values`` with ``a.b=c`` assignments applied (c is read as YAML; of a list, ``a.0.b`` is the first entry's).
+
+    Raises ConfigError on a bad assignment.
+    """
     out = json.loads(json.dumps(values))
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -196,15 +199,27 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         node = out
         *parents, last = key.split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
+            node = _entry(node, parent, assignment) if isinstance(node, list) else node.setdefault(parent, {})
+            if not isinstance(node, (dict, list)):
                 raise ConfigError(f"--set {assignment}: '{parent}' is a value, not a group of keys")
         value = yaml.safe_load(text)
         if isinstance(value, str):
             with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
                 value = float(value)
-        node[last] = value
+        if isinstance(node, list):
+            _entry(node, last, assignment)
+            node[int(last)] = value
+        else:
+            node[last] = value
     return out
+
+
+def _entry(values: list[Any], index: str, assignment: str) -> Any:
+    if not index.isdigit() or int(index) >= len(values):
+        raise ConfigError(
+            f"--set {assignment}: '{index}' is no entry of a list of {len(values)} (the first is 0)"
+        )
+    return values[int(index)]
 
 
 def load_json(kind: type[T], path: Path) -> T:

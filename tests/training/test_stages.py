@@ -183,7 +183,8 @@ def test_plans_alone_are_words_only(tokenizer_folder: Path, tmp_path: Path) -> N
     batch = training.batch(0)
     assert batch.images == () and bool((batch.scales < 0).all())
     found = training.advance()
-    assert set(found) == {"loss", "text", "text_right", "norm"} and np.isfinite(found["loss"])
+    assert set(found) == {"loss", "text", "text_right", "plan_loss", "plan_right", "norm"}
+    assert np.isfinite(found["loss"])
 
 
 def test_the_averages_are_what_is_exported(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -347,14 +347,18 @@ def export(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a sampling default: guidance=3, think=true.")
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="Folder of an adapter trained on this model: merge it in."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint folder anew, with another model card or other sampling defaults."""
+    """Write a checkpoint folder anew: with another model card, other sampling defaults, or an adapter merged in."""
     from nextflow_ar.app.stages import export_bundle
 
     if card is not None and not card.is_file():
         raise UsageError(f"{card}: no such file")
-    export_bundle(model, out, card.read_text() if card is not None else None, changes or [])
+    export_bundle(model, out, card.read_text() if card is not None else None, changes or [], adapter)
     typer.echo(json.dumps({"out": str(out)}) if as_json else str(out))
 
 

@@ -96,14 +96,22 @@ def initialise_model(
     save_bundle(out, bundle.model, tokenizer, bundle.vocab.tokenizer, {}, card)
 
 
-def export_bundle(model: str, out: Path, card: str | None, changes: list[str]) -> None:
-    """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. Raises ConfigError, StorageError."""
+def export_bundle(
+    model: str, out: Path, card: str | None, changes: list[str], adapter: Path | None = None
+) -> None:
+    """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. ``adapter``: folder of one, trained
+    on these weights, to merge in. Raises ConfigError, StorageError.
+    """
     from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
     from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
     from nextflow_ar.storage import read_checked
 
     folder = resolve_model(model)
     bundle = load_bundle(folder)
+    if adapter is not None:
+        from nextflow_ar.training.adapters import merge_adapter
+
+        merge_adapter(bundle, folder, adapter)
     generation = override(bundle.generation, changes)
     unknown = sorted(set(generation) - {*SamplingSettings.__dataclass_fields__, "think"})
     if unknown:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -196,6 +196,30 @@ class CodeShards:
         self.files = sorted(folder.glob("*.parquet"))
         if not self.files:
             raise StorageError(f"{folder}: the extraction holds no shard yet")
+
+    def table(self, paths: Sequence[Path]) -> Any:
+        """The records of some shards as one Arrow table. Raises StorageError for a damaged one."""
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+        pq, tables = _parquet(), []
+        for path in paths:
+            try:
+                tables.append(pq.read_table(path))
+            except (OSError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())[:100]
+                raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
+        return pa.concat_tables(tables)
+
+    def texts(self, count: int) -> list[str]:
+        """Texts of the first ``count`` documents, to train a text tokenizer on."""
+        out: list[str] = []
+        for path in self.files:
+            records = self.table([path]).to_pylist()[:count]
+            out += [part["text"] for r in records for part in r["parts"] if part["text"] is not None]
+            count -= len(records)
+            if count <= 0:
+                break
+        return out
 
     def documents(self, start: int = 0, *, dialogue: bool = False) -> Iterator[tuple[int, Document]]:
         """(number of the source's row, document) from row ``start`` on. ``dialogue``: with chat marks around every turn."""

@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.layout import IGNORED, Sample
 
 
@@ -18,6 +19,34 @@ def visible_pairs(blocks: Int[Tensor, " l"]) -> int:
     _, sizes = torch.unique_consecutive(blocks, return_counts=True)
     ends = sizes.cumsum(0)
     return int((sizes * ends).sum())
+
+
+def batch_pairs(batch: Batch) -> int:
+    """Visible (query, key) pairs of all documents of a batch, padding left out."""
+    real = batch.documents >= 0
+    rows = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
+    columns = torch.stack([rows[real], batch.documents[real], batch.blocks[real]])
+    count = columns.shape[1]
+    if not count:
+        return 0
+    changed = torch.ones(3, count, dtype=torch.bool, device=real.device)
+    changed[:, 1:] = columns[:, 1:] != columns[:, :-1]
+    document, index = changed[0] | changed[1], torch.arange(count, device=real.device)
+    begins = torch.where(document, index, 0).cummax(0).values  # of each place's document
+    starts = (document | changed[2]).nonzero()[:, 0]
+    ends = torch.cat([starts[1:], starts.new_tensor([count])])
+    return int(((ends - starts) * (ends - begins[starts])).sum())
+
+
+def batch_flops(batch: Batch, config: ModelConfig) -> int:
+    """FLOPs of training on a batch, as :func:`sample_flops` counts them: what padding costs is not in it."""
+    predicted = int((batch.targets != IGNORED).sum())
+    once = (
+        int((batch.documents >= 0).sum()) * token_flops(config)
+        + batch_pairs(batch) * pair_flops(config)
+        + predicted * 2 * config.hidden * config.vocab
+    )
+    return 3 * once
 
 
 def token_flops(config: ModelConfig) -> int:

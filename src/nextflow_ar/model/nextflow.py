@@ -61,6 +61,13 @@ class NextFlowModel(nn.Module):
         """Compile the transformer (training); embeddings and loss stay eager."""
         self.runner = torch.compile(self.backbone.run, dynamic=False)
 
+    def checkpoint_activations(self) -> None:
+        """Compute the layers' activations again in the backward pass instead of keeping them (training)."""
+        # transformers 5.24 renamed the method
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.backbone, name, None) or self.backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     def embed_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         """Embeddings of text places; zero where codes are fed (token -1)."""
         return self.backbone.embed_tokens(tokens.clamp_min(0)) * (tokens >= 0)[..., None]
@@ -131,10 +138,9 @@ class NextFlowModel(nn.Module):
         targets = batch.targets.flatten()[places]
         weights = batch.weights.flatten()[places]
         picked = hidden.flatten(0, 1)[places]
-        compute = (
-            torch.get_autocast_dtype(picked.device.type) if torch.is_autocast_enabled("cpu") else picked.dtype
-        )
-        with torch.autocast(picked.device.type, enabled=False):
+        kind = picked.device.type
+        compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else picked.dtype
+        with torch.autocast(kind, enabled=False):
             total, losses, best = chunked_linear_cross_entropy(
                 picked.to(compute), self.head.weight, targets, weights
             )

@@ -50,6 +50,19 @@ class Batch:
         """(B, L)."""
         return self.tokens.shape[0], self.tokens.shape[1]
 
+    def part(self, start: int, step: int) -> Batch:
+        """Rows ``start``, ``start + step``, ... as a batch of their own."""
+        columns = {name: getattr(self, name)[start::step] for name in _PAD}
+        groups = []
+        for g in self.images:
+            on = g.rows % step == start
+            if not bool(on.any()):
+                continue
+            closing = None if g.closing is None else g.closing[on]
+            rows = g.rows[on] // step
+            groups.append(replace(g, codes=g.codes[on], rows=rows, starts=g.starts[on], closing=closing))
+        return Batch(**columns, positions=self.positions[:, start::step], images=tuple(groups))
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
         columns = {

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from torch import Tensor
 
-from nextflow_ar.config import ModelConfig
-from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
-from nextflow_ar.data.tasks import WORD_CLASSES, TaskName, caption_corpus, document, plan_document
+from nextflow_ar.config import ConfigError, from_dict, to_dict
+from nextflow_ar.data.loader import ShardLoader
+from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
+from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
-from nextflow_ar.sequence.layout import TEXT_SCALE, LayoutOptions, build
+from nextflow_ar.sequence.layout import LayoutOptions
 from nextflow_ar.sequence.vocab import (
     PreTrainedTokenizerFast,
     Vocabulary,
@@ -30,10 +30,17 @@ from nextflow_ar.sequence.vocab import (
 from nextflow_ar.storage import write_folder
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
+from nextflow_ar.training import adapters
 from nextflow_ar.training.memory import keep_freed_memory
-from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
+from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
+from nextflow_ar.training.optim import StageOptimizer
+from nextflow_ar.training.parallel import World
+from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
-from nextflow_ar.types import Codes, Document
+from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
+from nextflow_ar.training.selftest import check_agreement, check_data, self_test
+from nextflow_ar.training.trainable import choose
+from nextflow_ar.types import Document
 
 Preview = Callable[[Bundle, int], list[np.ndarray]]
 """Draws rows of pictures for a sample sheet; given by the application, since training knows no sampling."""
@@ -45,70 +52,24 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "top_p": 0.95,
     "think": False,
 }
+MAY_CHANGE = (
+    "out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing", "peak",
+    "tensorboard",
+)  # fmt: skip
+"""Keys that a resumed run may have otherwise than before."""
+_CORPUS = 4000
+_LOOK = 64
+"""Documents of every source that the self-test looks at."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Part of every step's batch: ``rows`` documents of one task, padded to ``length`` tokens (more where one is longer).
-
-    ``scales``: drawings are laid out up to this scale only (null: whole). The coarse scales decide what is drawn where;
-    prefixes show many more of them in the same time. ``swap``: share of the colours and of the names in a response that
-    are fed as another colour or name, targets unchanged, so that the next word has to follow from the picture or the
-    prompt, not from the word before it. Not for responses that a picture follows: it would stop following its plan.
+@dataclass(frozen=True, eq=False)
+class Material:
+    """One source's part of a step: batches to be computed one after the other, and for every row of each, the tasks of its
+    documents.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    task: TaskName
-    rows: int
-    length: int
-    data: MixtureConfig
-    scales: int | None = None
-    swap: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.swap and self.task in ("text_to_image", "think_to_image"):
-            raise ValueError(f"swap is for responses in words, not for {self.task}")
-        if not 0 <= self.swap <= 1:
-            raise ValueError(f"swap is a share from 0 to 1, got {self.swap}")
-
-
-@dataclass(frozen=True)
-class CorrectionConfig:
-    """Self-correction of input codes: ``share`` of the cells from step ``start`` on, reached over ``ramp`` steps."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    share: float
-    top_k: int
-    temperature: float
-    start: int
-    ramp: int
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """Recipe of one training stage of the transformer. ``start``: a checkpoint folder to go on from, or null.
-
-    ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    kind: str
-    out: Path
-    seed: int
-    image_tokenizer: Path
-    text_entries: int
-    start: Path | None
-    steps: int
-    alpha: float
-    text_weight: float
-    ema: float
-    compile: bool
-    sheet_seconds: float
-    save_seconds: float
-    optimizer: OptimizerConfig
-    correction: CorrectionConfig
-    sources: tuple[Source, ...]
-    model: ModelConfig
+    batches: tuple[Batch, ...]
+    tasks: tuple[tuple[tuple[str, ...], ...], ...]
 
 
 class ModelTrainer:
@@ -116,64 +77,128 @@ class ModelTrainer:
 
     def __init__(self, recipe: ModelRecipe, values: dict[str, Any]) -> None:
         keep_freed_memory()
+        self.world = World.join()
+        recipe.check(self.world.size)
         self.recipe = recipe
-        free = ("out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction")
-        self.run = RunFolder(recipe.out, values, free)
-        self.image_tokenizer = ImageTokenizer.from_pretrained(recipe.image_tokenizer)
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.run = RunFolder(recipe.out, values, MAY_CHANGE, known=_with_defaults)
+        self.image_tokenizer = ImageTokenizer.from_pretrained(recipe.image_tokenizer, self.device)
         self.schedule = ScaleSchedule.square(self.image_tokenizer.config.num_scales)
-        self.mixtures = [SceneMixture(source.data) for source in recipe.sources]
+        self.scenes = {
+            i: SceneBatches(source, self.image_tokenizer)
+            for i, source in enumerate(recipe.sources)
+            if isinstance(source, Source)
+        }
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.model = NextFlowModel(recipe.model)
-        if recipe.start is not None:
-            bundle = load_bundle(recipe.start)
-            self.model.load_state_dict(bundle.model.state_dict())
-            self.text_tokenizer = bundle.vocab.tokenizer
-        else:
-            self.model.initialise(self.generator)
-            self.model.scale_inputs.start_from(self.image_tokenizer.quantizer.codebook)
-            self.text_tokenizer = self._text_tokenizer()
-        self.vocab = Vocabulary(self.text_tokenizer, recipe.model.text_vocab, recipe.model.codes)
+        self.model, self.text_tokenizer = self._start()
+        self.config = self.model.config
+        self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
+        check_agreement(self.model, self.image_tokenizer, self.vocab)
         self.word_classes = word_classes(self.vocab)
         self.layout = LayoutOptions(
-            recipe.model.rope_range, recipe.alpha, recipe.text_weight, recipe.model.context_images
+            self.config.rope_range, recipe.alpha, recipe.text_weight, self.config.context_images
         )
-        self.averages = {k: p.detach().clone() for k, p in self.model.named_parameters()}
-        self.optimizer = StageOptimizer(self.model.named_parameters(), recipe.optimizer)
-        self.step = 0
+        self.loaders = {
+            i: ShardLoader(source, self.image_tokenizer, self.vocab, self.layout, self.config)
+            for i, source in enumerate(recipe.sources)
+            if isinstance(source, ShardSource)
+        }
+        if recipe.lora is not None:
+            adapters.add_adapters(self.model, recipe.lora, self.generator)
+        self.model = self.model.to(self.device)
+        self.trainable = choose(self.model, self.vocab, recipe)
+        if recipe.checkpointing:
+            self.model.checkpoint_activations()
+        named = [(k, p) for k, p in self.model.named_parameters() if p.requires_grad]
+        self.averages = {k: p.detach().clone() for k, p in named}
+        self.optimizer = StageOptimizer(named, recipe.optimizer, self.trainable.rows)
+        self.speed = Speedometer(None, self.world.size)
+        self.step = self.documents = self.tokens = 0
         if (state := self.run.load()) is not None:
             self._restore(state)
+        if self.world.rank == 0:
+            self.run.rewind(self.step)
         if recipe.compile:
             self.model.compile_backbone()
 
+    @property
+    def mixtures(self) -> list[SceneMixture]:
+        """The playground sources' scenes."""
+        return [scenes.mixture for scenes in self.scenes.values()]
+
+    def _start(self) -> tuple[NextFlowModel, PreTrainedTokenizerFast]:
+        """The untrained or started model, and the text tokenizer that goes with it."""
+        recipe = self.recipe
+        if recipe.start is not None:
+            bundle = load_bundle(recipe.start)
+            if recipe.model is not None and bundle.model.config != recipe.model:
+                ours, theirs = to_dict(recipe.model), to_dict(bundle.model.config)
+                differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
+                # What is fed to the closing block is no weight: a stage may change it.
+                if any(ours[k] != theirs[k] for k in ours if k not in _NO_WEIGHT):
+                    raise ConfigError(
+                        f"{recipe.start}: its architecture is not the recipe's (differs in {differ})"
+                    )
+            model = NextFlowModel(recipe.model or bundle.model.config)
+            model.load_state_dict(bundle.model.state_dict())
+            return model, bundle.vocab.tokenizer
+        assert recipe.model is not None
+        model = NextFlowModel(recipe.model)
+        model.initialise(self.generator)
+        codebook = self.image_tokenizer.quantizer.codebook
+        if (
+            codebook.shape == model.scale_inputs.code_embed.weight.shape
+        ):  # the self-test tells where it is not
+            model.scale_inputs.start_from(codebook.cpu())
+        return model, self._text_tokenizer()
+
     def _text_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The run's own text tokenizer, trained on what the sources say; the first process makes it."""
         folder = self.recipe.out / "text_tokenizer"
-        if folder.is_dir():
-            return load_text_tokenizer(folder)
-        corpus = [text for mixture in self.mixtures for text in caption_corpus(mixture, 4000)]
+        if self.world.rank == 0 and not folder.is_dir():
+            self._train_text_tokenizer(folder)
+        self.world.add(torch.zeros(1, device=self.device))  # all wait for it
+        return load_text_tokenizer(folder)
+
+    def _train_text_tokenizer(self, folder: Path) -> None:
+        corpus = [text for scenes in self.scenes.values() for text in scenes.texts(_CORPUS)]
+        for source in self.recipe.sources:
+            if isinstance(source, ShardSource):
+                corpus += shard_texts(source, self.image_tokenizer, _CORPUS)
         tokenizer = train_text_tokenizer(corpus, self.recipe.text_entries)
 
         def fill(target: Path) -> None:
             tokenizer.save_pretrained(target)
 
         write_folder(folder, fill)
-        return tokenizer
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.averages = state["averages"]
+        self.model.load_state_dict(state["model"], strict=self.recipe.lora is None)
+        self.averages = {k: v.to(self.device) for k, v in state["averages"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
+        self.documents, self.tokens = state.get("seen", (0, 0))
+        for number, loader in self.loaders.items():
+            loader.restore(state["loaders"][str(number)])
 
     def save(self) -> None:
-        """Checkpoint everything that a bit-exact resume needs (batches follow from the step)."""
+        """Checkpoint everything that a bit-exact resume needs (playground batches follow from the step)."""
+        if self.world.rank:
+            return
+        model = self.model.state_dict()
+        if self.recipe.lora is not None:  # the rest is in the folder that the run starts from
+            model = {k: v for k, v in model.items() if k in self.averages}
         self.run.save(
             {
-                "model": self.model.state_dict(),
+                "model": model,
                 "averages": self.averages,
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.generator.get_state(),
                 "step": self.step,
+                "seen": (self.documents, self.tokens),
+                "loaders": {str(number): loader.state() for number, loader in self.loaders.items()},
             }
         )
 
@@ -184,43 +209,46 @@ class ModelTrainer:
         share = c.share * reached
         return SelfCorrection(share, c.top_k, c.temperature) if share > 0 else None
 
-    @torch.no_grad()
     def batch(self, number: int) -> Batch:
-        """This step's batch of source ``number``: scenes, codes, documents, sequences."""
-        source, mixture = self.recipe.sources[number], self.mixtures[number]
-        numbers = range(self.step * source.rows, (self.step + 1) * source.rows)
-        if source.task == "plan":
-            documents = [plan_document(mixture, i) for i in numbers]
-        else:
-            documents = self._drawn(source, mixture, numbers)
-        samples = [build(d, self.vocab, self.layout) for d in documents]
-        longest = max(len(sample) for sample in samples)
-        # A rare long text must not end a run; steps of 32 keep the number of compiled shapes small.
-        batch = collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
-        return swap_words(batch, source.swap, self.word_classes, self.generator)
+        """This step's batch of source ``number``; a source of shards moves on by it."""
+        (batch,) = self.material(number, 1).batches
+        return batch
 
-    def _drawn(self, source: Source, mixture: SceneMixture, numbers: range) -> list[Document]:
-        scenes, pictures = mixture.pictures(numbers.start, len(numbers))
-        with torch.autocast("cpu", torch.bfloat16):
-            codes = self.image_tokenizer.quantizer.quantize(
-                self.image_tokenizer.embed(_pixels(pictures)),
-                self.schedule,
-                correction=self.correction(),
-                generator=self.generator,
-            )
-        pairs = [Codes(self.schedule, codes.target[i], codes.input[i]) for i in range(len(scenes))]
-        return [
-            document(source.task, scene, pair, mixture, i, source.scales)
-            for i, scene, pair in zip(numbers, scenes, pairs, strict=True)
-        ]
+    def material(self, number: int, parts: int) -> Material:
+        """This step's rows of source ``number`` that are this process's, in so many batches."""
+        source, world = self.recipe.sources[number], self.world
+        if isinstance(source, ShardSource):
+            rows = self.loaders[number].rows(world.rank, world.size)
+            split = [rows[i::parts] for i in range(parts)]
+            samples = [[row.sample for row in some] for some in split]
+            widths = [source.packing.width(max(map(len, some))) for some in samples]
+            batches = tuple(collate(some, width) for some, width in zip(samples, widths, strict=True))
+            return Material(batches, tuple(tuple(row.tasks for row in some) for some in split))
+        batch = self.scenes[number].batch(
+            self.step, self.vocab, self.layout, self.word_classes, self.correction(), self.generator
+        )
+        if parts * world.size == 1:
+            return Material((batch,), (((source.task,),) * source.rows,))
+        step = parts * world.size
+        batches = tuple(batch.part(world.rank + i * world.size, step) for i in range(parts))
+        return Material(batches, (((source.task,),) * (source.rows // step),) * parts)
 
     def advance(self) -> dict[str, float]:
-        """One step over all sources; returns loss, per-scale and text losses, captions' token accuracy."""
-        batches = [self.batch(i) for i in range(len(self.recipe.sources))]
-        weight = sum(float(b.weights.sum()) for b in batches)
-        losses, scales, right = [], [], []
-        for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+        """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm."""
+        begun, flops, seen, documents = time.perf_counter(), 0, 0, 0
+        material = [self.material(i, self.recipe.accumulate) for i in range(len(self.recipe.sources))]
+        parts = [(b, t) for m in material for b, t in zip(m.batches, m.tasks, strict=True)]
+        weight = sum(float(batch.weights.sum()) for batch, _ in parts)
+        if self.world.size > 1:
+            # Gradients are averaged over processes, the loss is one over all of their tokens.
+            weight = float(self.world.add(torch.tensor(weight, device=self.device))) / self.world.size
+        meter = LossMeter()
+        for batch, tasks in parts:
+            flops += batch_flops(batch, self.config)
+            seen += int((batch.documents >= 0).sum())
+            documents += sum(map(len, tasks))
+            batch = batch.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16):
                 report = self.model.losses(batch)
             total = report.total / weight
             if not torch.isfinite(total):
@@ -228,102 +256,132 @@ class ModelTrainer:
                     f"the loss is not finite at step {self.step}: the last checkpoint is kept"
                 )
             total.backward()
-            losses.append(report.losses)
-            scales.append(report.scales)
-            right.append(report.right)
-        norm = self.optimizer.step(self.recipe.optimizer.factor(self.step, self.recipe.steps))
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for average, parameter in zip(self.averages.values(), self.model.parameters(), strict=True):
-                average.lerp_(parameter, 1 - decay)
+            meter.add(batch, tasks, report)
+        norm = self._update()
         self.step += 1
-        return _by_scale(torch.cat(losses), torch.cat(scales), torch.cat(right)) | {"norm": norm}
+        self.documents += documents * self.world.size
+        self.tokens += seen * self.world.size
+        self.speed.add(time.perf_counter() - begun, flops, seen, documents)
+        return meter.values() | {"norm": norm}
+
+    def _update(self) -> float:
+        recipe = self.recipe
+        self.world.average_gradients(self.model.parameters())
+        idle = self.trainable.idle(self.step, self.optimizer.names)
+        norm = self.optimizer.step(recipe.optimizer.factor(self.step, recipe.steps), idle)
+        decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        with torch.no_grad():
+            for average, parameter in zip(self.averages.values(), trained, strict=True):
+                average.lerp_(parameter, 1 - decay)
+        return norm
 
     def bundle(self) -> Bundle:
-        """The averaged weights as a model ready to draw (shares nothing with the one in training)."""
-        model = NextFlowModel(self.recipe.model)
-        model.load_state_dict(self.model.state_dict())
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.averages[name])
+        """The averaged weights as a model ready to draw (shares nothing with the one in training), adapters merged."""
+        weights: dict[str, Tensor] = dict(self.model.state_dict()) | self.averages
+        model = NextFlowModel(self.config)
+        model.load_state_dict(
+            {k.replace(".base_layer.", "."): v for k, v in weights.items() if "lora_" not in k}
+        )
+        if self.recipe.lora is not None:
+            scaling = self.recipe.lora.alpha / self.recipe.lora.rank
+            adapters.merge_into(model, adapters.adapter_weights(self.averages), scaling)
         return Bundle(
-            model.eval().requires_grad_(False), self.image_tokenizer, self.vocab, dict(GENERATION_DEFAULTS)
+            model.to(self.device).eval().requires_grad_(False),
+            self.image_tokenizer,
+            self.vocab,
+            dict(GENERATION_DEFAULTS),
         )
 
     def export(self, folder: Path, card: str) -> Path:
-        """Write the averaged weights as a checkpoint folder."""
+        """Write the averaged weights as a checkpoint folder; of adapters, themselves, as ``adapter`` beside it, too."""
+        if self.recipe.lora is not None and self.recipe.start is not None:
+            adapters.save_adapter(
+                folder.parent / "adapter", self.averages, self.recipe.lora, self.recipe.start
+            )
         bundle = self.bundle()
         save_bundle(folder, bundle.model, self.image_tokenizer, self.text_tokenizer, bundle.generation, card)
         return folder
 
+    def documents_ahead(self) -> Iterator[Document]:
+        """The first documents of every source from here on; nothing moves."""
+        for number in range(len(self.recipe.sources)):
+            yield from (self.loaders.get(number) or self.scenes[number]).peek(_LOOK)
+
+    def self_test(self) -> None:
+        """What is checked before the first step. Raises SelfTestError, one line; logs what the data does not teach."""
+        self_test(self.model, self.image_tokenizer, self.vocab, self.layout)
+        check_data(self.documents_ahead())
+
     def fit(self, preview: Preview | None = None) -> Path:
         """Train to the recipe's last step; returns the finished checkpoint folder."""
-        recipe = self.recipe
+        recipe, first = self.recipe, self.world.rank == 0
+        if self.step < recipe.steps:
+            self.self_test()
+        self.speed = Speedometer(peak_of(recipe.peak, self.device), self.world.size)
+        board = Board(recipe.out) if recipe.tensorboard and first else None
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
-        rows = sum(source.rows for source in recipe.sources)
-        started, first = time.time(), self.step
         with progress_bar("transformer", recipe.steps, self.step) as update, stop_request() as stop:
             while self.step < recipe.steps:
                 found = self.advance()
                 last = self.step == recipe.steps
-                if self.step % 20 == 0 or last:
-                    speed = rows * (self.step - first) / (time.time() - started)
-                    self.run.log(
-                        step=self.step, images=self.step * rows, images_per_s=round(speed, 1), **found
-                    )
-                    update(
-                        self.step,
-                        f"loss {found['loss']:.3f} text {found.get('text', 0.0):.3f} {speed:.0f} img/s",
-                    )
-                if preview is not None and (sheet() or last):
+                if (self.step % 20 == 0 or last) and first:
+                    update(self.step, self._report(found, board))
+                if preview is not None and first and (sheet() or last):
                     self.run.sheet(f"sheet_{self.step:06d}", preview(self.bundle(), self.step))
                 if save() or last or stop():
                     self.save()
                 if stop() and not last:
                     raise KeyboardInterrupt
-        return self.export(recipe.out / "final", f"# {recipe.out.name}\n\nTrained for {self.step} steps.\n")
+        if board is not None:
+            board.close()
+        if first:
+            card = f"# {recipe.out.name}\n\nTrained for {self.step} steps.\n"
+            self.export(recipe.out / "final", card)
+        self.world.leave()
+        return recipe.out / "final"
+
+    def _report(self, found: dict[str, float], board: Board | None) -> str:
+        """Write a line of metrics; returns the progress bar's note."""
+        speed = self.speed.read()
+        counts = {"documents": self.documents, "tokens": self.tokens}
+        if self.loaders:
+            counts["skipped"] = sum(loader.skipped for loader in self.loaders.values())
+        self.run.log(step=self.step, **counts, **speed, **found)
+        if board is not None:
+            board.log(self.step, counts | speed | found)
+        return f"loss {found['loss']:.3f} text {found.get('text', 0.0):.3f} {speed['tokens_per_s']:.0f} tok/s"
 
 
-def word_classes(vocab: Vocabulary) -> list[Tensor]:
-    """Ids of the words of every class of WORD_CLASSES that are one token within a sentence; classes of one are left out."""
-    classes = [[ids[0] for w in words if len(ids := vocab.encode(" " + w)) == 1] for words in WORD_CLASSES]
-    return [torch.tensor(ids) for ids in classes if len(ids) > 1]
+_NO_WEIGHT = ("closing_input", "scale_input", "rope_range", "rope_theta", "rope", "max_positions", "rms_eps")
+"""Keys of the architecture that no weight's shape follows from: a stage may differ in them from what it starts from."""
 
 
-def swap_words(batch: Batch, share: float, classes: list[Tensor], generator: torch.Generator) -> Batch:
-    """The batch with ``share`` of each class's words in its responses fed as another word of the class.
+def shard_texts(source: ShardSource, tokenizer: ImageTokenizer, count: int) -> list[str]:
+    """Texts of the first rows of every extraction of a source, to train a text tokenizer on."""
+    from nextflow_ar.data.extraction import CodeShards
 
-    A response word is one that the place before it learns to predict. Targets, weights and images stay.
-    """
-    if share <= 0:
-        return batch
-    told = torch.zeros_like(batch.tokens, dtype=torch.bool)
-    told[:, 1:] = (batch.targets[:, :-1] == batch.tokens[:, 1:]) & (batch.scales[:, 1:] == TEXT_SCALE)
-    tokens = batch.tokens.clone()
-    for ids in classes:
-        chosen = told & torch.isin(batch.tokens, ids)
-        chosen &= torch.rand(tokens.shape, generator=generator) < share
-        tokens[chosen] = ids[torch.randint(len(ids), (int(chosen.sum()),), generator=generator)]
-    return replace(batch, tokens=tokens)
+    return [t for f in source.folders for t in CodeShards(f.folder, tokenizer).texts(count)]
 
 
-def _pixels(pictures: np.ndarray) -> Tensor:
-    from nextflow_ar.tokenizer.pixels import to_unit
-
-    return to_unit(torch.from_numpy(pictures)).contiguous(memory_format=torch.channels_last)
-
-
-def _by_scale(losses: Tensor, scales: Tensor, right: Tensor) -> dict[str, float]:
-    image = scales >= 0
-    out = {"loss": float(losses[image].mean()) if bool(image.any()) else float(losses.mean())}
-    for scale in scales.unique().tolist():
-        on = scales == scale
-        out["text" if scale < 0 else f"scale_{scale + 1}"] = float(losses[on].mean())
-        if scale < 0:
-            out["text_right"] = float(right[on].float().mean())
-    return out
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe of an earlier version with the keys that came later."""
+    return to_dict(from_dict(ModelRecipe, values))
 
 
 def train_model(recipe: ModelRecipe, recipe_values: dict[str, Any], preview: Preview | None = None) -> Path:
     """Run one stage, resuming from its folder; returns the finished checkpoint folder."""
     return ModelTrainer(recipe, recipe_values).fit(preview)
+
+
+__all__ = [
+    "CorrectionConfig",
+    "Material",
+    "ModelRecipe",
+    "ModelTrainer",
+    "Preview",
+    "Source",
+    "swap_words",
+    "train_model",
+    "word_classes",
+]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
-_NOT_HIDDEN = ("embed", "head", "lm_head")
+_NOT_HIDDEN = ("embed", "head", "lm_head", "lora_")
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,32 @@ class OptimizerConfig:
 
 
 class StageOptimizer:
-    """Muon and AdamW over one model's trainable parameters; :meth:`step` takes the schedule's factor (1 = peak)."""
+    """Muon and AdamW over one model's trainable parameters; :meth:`step` takes the schedule's factor (1 = peak).
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+    ``rows``: name of a table -> the rows of it that train. They are trained as a table of their own and written back, so
+    that neither gradient, weight decay nor moments ever touch the other rows, which stay bit for bit.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.config = config
+        self._rows: list[tuple[nn.Parameter, Tensor, nn.Parameter]] = []
+        self._named: dict[str, nn.Parameter] = {}
         hidden: list[nn.Parameter] = []
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for name, parameter in named:
             if not parameter.requires_grad:
                 continue
+            if rows is not None and name in rows:
+                index = rows[name].to(parameter.device)
+                whole, parameter = parameter, nn.Parameter(parameter.detach()[index].clone())
+                self._rows.append((whole, index, parameter))
+            self._named[name] = parameter
             if parameter.ndim < 2:
                 plain.append(parameter)
             elif config.muon_lr == 0 or any(word in name for word in _NOT_HIDDEN):
@@ -83,8 +99,24 @@ class StageOptimizer:
             )
             self.peaks.append(config.muon_lr)
 
-    def step(self, factor: float) -> float:
-        """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping."""
+    @property
+    def names(self) -> list[str]:
+        """Names of all that trains."""
+        return list(self._named)
+
+    def step(self, factor: float, idle: Container[str] = ()) -> float:
+        """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping.
+
+        Parameters named in ``idle`` are left alone, moments and decay included.
+        """
+        for whole, index, part in self._rows:
+            with torch.no_grad():
+                part.copy_(whole[index])  # the table may have been loaded since
+            part.grad = None if whole.grad is None else whole.grad[index]
+            whole.grad = None
+        for name, parameter in self._named.items():
+            if name in idle:
+                parameter.grad = None
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         for parameter, matrix in self._matrices:
             matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
@@ -94,6 +126,9 @@ class StageOptimizer:
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for whole, index, part in self._rows:
+                whole[index] = part
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
@@ -35,10 +36,17 @@ class RunFolder:
     """Where one training writes.
 
     Raises StorageError when the folder is not writable, or holds a run of another recipe (a resume must continue what
-    was started; only the keys named in ``may_change`` may differ).
+    was started; only the keys named in ``may_change`` may differ). ``known``: brings the recipe of an earlier version to
+    the present keys; where it fails, the recipes are compared as they are.
     """
 
-    def __init__(self, path: Path, recipe: dict[str, Any], may_change: tuple[str, ...] = ("out",)) -> None:
+    def __init__(
+        self,
+        path: Path,
+        recipe: dict[str, Any],
+        may_change: tuple[str, ...] = ("out",),
+        known: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values,
+    ) -> None:
         self.path = path
         resolved = path / "recipe.yaml"
         text = yaml.safe_dump(recipe, sort_keys=False)
@@ -48,6 +56,8 @@ class RunFolder:
             )
         if (path / _CHECKPOINT).is_file():
             old = yaml.safe_load(resolved.read_text())
+            with contextlib.suppress(ValueError):
+                old = known(old)
             changed = [k for k in {*old, *recipe} - set(may_change) if old.get(k) != recipe.get(k)]
             if changed:
                 raise StorageError(
@@ -55,6 +65,8 @@ class RunFolder:
                     "name another folder with --set out=FOLDER, or remove it"
                 )
         write_atomic(resolved, text.encode())
+        for left in path.glob(f".{_CHECKPOINT}.*.tmp"):  # by a run that was killed while it saved
+            left.unlink(missing_ok=True)
         self._started = time.time()
 
     def log(self, **values: Any) -> None:
@@ -66,6 +78,18 @@ class RunFolder:
                 file.write(line + "\n")
         except OSError as error:
             raise StorageError(f"{self.path}: metrics cannot be written: {error.strerror}") from None
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after ``step``, and lines that were cut: a run goes on from there."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                    kept.append(line)
+        write_atomic(path, b"".join(kept))
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint atomically; the old one survives a full disk."""

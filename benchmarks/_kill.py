@@ -1,0 +1,194 @@
+"""A tiny training from shards, killed (SIGKILL) at random moments and in mid-save, must end with the weights of one that
+never stopped, bit for bit.
+
+    python benchmarks/_kill.py --kills 50
+
+Prints one JSON line; exit status 1 when a weight differs or a killed run cannot go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from nextflow_ar.config import from_dict, to_dict
+from nextflow_ar.data.extraction import ExtractionConfig, extract
+from nextflow_ar.data.sources import open_source
+from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training.model_stage import ModelRecipe, train_model
+
+BASE = Path(__file__).parent.parent / "tests" / "golden" / "bundle"
+
+
+def child(work: Callable[[], int], log: Path) -> int:
+    """Run ``work`` in a process of its own; returns its id. Forked, so that the imports are paid for once."""
+    pid = os.fork()
+    if pid:
+        return pid
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    status = 1
+    try:
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(pid: int, wait: bool = False) -> int | None:
+    """Exit status of a child (negative: killed by that signal), or None while it runs."""
+    found, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def prepare(folder: Path) -> int:
+    """Twelve textures with captions as shards of the committed tiny tokenizer."""
+    torch.set_num_threads(1)
+    rows = [{"image": f"{i}.png", "caption": f"leaves number {i}"} for i in range(12)]
+    for i in range(12):
+        Image.fromarray(dead_leaves((i,), 48, 48 if i % 2 else 96)).save(folder / f"{i}.png")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = ExtractionConfig(num_scales=4, rows=3, tokens=0.5)
+    extract(
+        open_source(folder / "rows.jsonl"), ImageTokenizer.from_pretrained(BASE), folder / "shards", config
+    )
+    return 0
+
+
+def recipe(folder: Path, name: str, steps: int) -> dict[str, Any]:
+    """A training into ``folder``/``name``, with a checkpoint after every step."""
+    folders = [{"folder": str(folder / "shards"), "invert": 0.5, "condition_dropout": 0.1}]
+    return {
+        "kind": "model", "out": str(folder / name), "seed": 1, "image_tokenizer": str(BASE), "text_entries": 300,
+        "start": str(BASE), "steps": steps, "alpha": 0.9, "text_weight": 1.0, "ema": 0.9, "compile": False,
+        "sheet_seconds": 1e9, "save_seconds": 0.0, "model": None,
+        "optimizer": {
+            "lr": 3e-3, "muon_lr": 3e-3, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.98, "warmup": 3,
+            "schedule": "cosine", "decay": 0.0, "final": 0.1, "clip": 1.0,
+        },
+        "correction": {"share": 0.0, "top_k": 1, "temperature": 1.0, "start": 0, "ramp": 1},
+        "sources": [{
+            "kind": "shards", "rows": 2, "folders": folders,
+            "packing": {"mode": "length", "budget": 200, "open_rows": 4},
+        }],
+    }  # fmt: skip
+
+
+def train(folder: Path, name: str, steps: int) -> int:
+    """Start or go on with a run; returns the process."""
+    values = recipe(folder, name, steps)
+
+    def work() -> int:
+        torch.set_num_threads(1)
+        stage = from_dict(ModelRecipe, values)
+        train_model(stage, to_dict(stage))
+        return 0
+
+    return child(work, folder / "log.txt")
+
+
+def saving(folder: Path) -> bool:
+    """Whether a checkpoint is being written right now."""
+    try:
+        return any(entry.name.startswith(".checkpoint.pt.") for entry in os.scandir(folder))
+    except FileNotFoundError:
+        return False
+
+
+def kill_once(
+    pid: int, folder: Path, rng: random.Random, longest: float, in_save: bool
+) -> tuple[int | None, bool]:
+    """Kill a run after a random time, or in the middle of a random save. Returns its exit status if it had ended by itself,
+    and whether a save was cut.
+    """
+    deadline, sightings, before = time.time() + rng.uniform(0, longest), rng.randint(1, 4), False
+    while True:
+        status = ended(pid)
+        if status is not None:
+            return status, False
+        now = saving(folder)
+        sightings -= now and not before
+        before = now
+        if (in_save and sightings <= 0 and now) or (not in_save and time.time() > deadline):
+            os.kill(pid, signal.SIGKILL)
+            ended(pid, wait=True)
+            return None, saving(folder)
+        time.sleep(0.0002)
+
+
+def equal(one: Path, two: Path) -> bool:
+    """Whether two runs ended with the same weights, averages and moments, and the same exported file."""
+    files = [(folder / "final" / "model.safetensors").read_bytes() for folder in (one, two)]
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two)]
+    return files[0] == files[1] and same(states[0], states[1])
+
+
+def same(a: object, b: object) -> bool:
+    """Equality of nested values, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def main() -> int:
+    """Kill and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if ended(child(lambda: prepare(folder), folder / "log.txt"), wait=True):
+            raise SystemExit((folder / "log.txt").read_text())
+        began = time.time()
+        if ended(train(folder, "whole", options.steps), wait=True):
+            raise SystemExit((folder / "log.txt").read_text())
+        longest, kills, cut, runs, identical = time.time() - began, 0, 0, 0, 0
+        name = "killed-0"
+        while True:
+            pid = train(folder, name, options.steps)
+            if kills < options.kills:
+                status, in_save = kill_once(pid, folder / name, rng, longest, in_save=kills % 2 == 1)
+            else:
+                status, in_save = ended(pid, wait=True), False
+            if status is None:
+                kills, cut = kills + 1, cut + in_save
+                continue
+            if status:
+                raise SystemExit(f"a killed run does not go on: {(folder / 'log.txt').read_text()[-500:]}")
+            runs += 1
+            identical += equal(folder / "whole", folder / name)
+            if kills >= options.kills:
+                break
+            name = f"killed-{runs}"
+    told = {"kills": kills, "in_mid_save": cut, "runs": runs, "identical": identical, "steps": options.steps}
+    print(json.dumps(told))
+    return 0 if identical == runs else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

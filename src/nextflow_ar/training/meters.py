@@ -1,0 +1,142 @@
+"""What a step is measured by: losses and accuracies by scale and by task, and how fast it went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nextflow_ar.config import ConfigError
+from nextflow_ar.model.nextflow import LossReport
+from nextflow_ar.sequence.batch import Batch
+from nextflow_ar.sequence.layout import IGNORED
+
+Tasks = Sequence[Sequence[str]]
+"""For every row of a batch, the tasks of its documents, in order."""
+
+
+class LossMeter:
+    """Collects the reports of one step's batches."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._scales: list[Tensor] = []
+        self._right: list[Tensor] = []
+        self._tasks: list[Tensor] = []
+        self._names: list[str] = []
+
+    def add(self, batch: Batch, tasks: Tasks, report: LossReport) -> None:
+        """Take in one batch's report. ``tasks``: of its rows."""
+        self._names += [n for n in dict.fromkeys(n for row in tasks for n in row) if n not in self._names]
+        table = torch.zeros(len(tasks), max(len(row) for row in tasks), dtype=torch.long)
+        for i, row in enumerate(tasks):
+            table[i, : len(row)] = torch.tensor([self._names.index(name) for name in row])
+        places = (batch.targets != IGNORED).nonzero()
+        documents = batch.documents[places[:, 0], places[:, 1]]
+        self._tasks.append(table.to(documents.device)[places[:, 0], documents])
+        self._losses.append(report.losses)
+        self._scales.append(report.scales)
+        self._right.append(report.right)
+
+    def values(self) -> dict[str, float]:
+        """``loss``: mean over image tokens (over all, where there are none). ``scale_K``, ``text``: mean loss of scale K's
+        tokens, of text tokens; with ``_right``, the share whose best entry is the target. ``TASK_loss`` and ``TASK_right``:
+        the same of all that a task teaches.
+        """
+        losses, scales = torch.cat(self._losses).cpu(), torch.cat(self._scales).cpu()
+        right, tasks = torch.cat(self._right).float().cpu(), torch.cat(self._tasks).cpu()
+        image = scales >= 0
+        out = {"loss": float(losses[image].mean()) if bool(image.any()) else float(losses.mean())}
+        for scale in scales.unique().tolist():
+            on, name = scales == scale, "text" if scale < 0 else f"scale_{scale + 1}"
+            out[name] = float(losses[on].mean())
+            out[f"{name}_right"] = float(right[on].mean())
+        for number, name in enumerate(self._names):
+            on = tasks == number
+            if bool(on.any()):
+                out[f"{name}_loss"] = float(losses[on].mean())
+                out[f"{name}_right"] = float(right[on].mean())
+        return out
+
+
+class Speedometer:
+    """Work per second since it was last read; only the time inside steps counts, not that of sheets and checkpoints.
+
+    ``peak``: TFLOP/s of one device, or None. ``processes``: how many do what this one does.
+    """
+
+    def __init__(self, peak: float | None, processes: int = 1) -> None:
+        self.peak, self.processes = peak, processes
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds, self._flops, self._tokens, self._documents = 0.0, 0, 0, 0
+
+    def add(self, seconds: float, flops: int, tokens: int, documents: int) -> None:
+        """Work of one step of this process. ``flops``: of the model, forward and backward, padding left out."""
+        self._seconds += seconds
+        self._flops += flops
+        self._tokens += tokens
+        self._documents += documents
+
+    def read(self) -> dict[str, float]:
+        """Documents and tokens per second of all processes, TFLOP/s of one, and its share of the peak."""
+        seconds = max(self._seconds, 1e-9)
+        rate = self._flops / seconds / 1e12
+        out = {
+            "documents_per_s": round(self._documents * self.processes / seconds, 2),
+            "tokens_per_s": round(self._tokens * self.processes / seconds, 1),
+            "tflops_per_s": rate,
+        }
+        if self.peak:
+            out["utilisation"] = rate / self.peak
+        self._clear()
+        return out
+
+
+def measured_peak(device: torch.device, seconds: float = 0.5) -> float:
+    """TFLOP/s of bf16 matrix products on this device, the best of repeated runs for about ``seconds``."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(side, side, dtype=torch.bfloat16, device=device)
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        begun = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * side**3 / best / 1e12
+
+
+def peak_of(asked: float | Literal["measured"] | None, device: torch.device) -> float | None:
+    """The recipe's ``peak`` in TFLOP/s."""
+    return measured_peak(device) if asked == "measured" else asked
+
+
+class Board:
+    """TensorBoard's event files in a run's folder. Raises ConfigError when the package is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(
+                "tensorboard: true needs the package: pip install 'nextflow-ar[train]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Write the numbers among ``values``; the last word of a name is its group, so that likes stand together."""
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                group = name.rpartition("_")[2] if name.endswith(("_loss", "_right")) else "run"
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()

@@ -1,0 +1,154 @@
+"""Recipes of the transformer's stages: what a stage trains, on what, and how (paper section 3). Stages are data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Tag
+
+from nextflow_ar.config import ConfigError, ModelConfig
+from nextflow_ar.data.loader import ShardSource
+from nextflow_ar.data.playground.mixture import MixtureConfig
+from nextflow_ar.data.tasks import TaskName
+from nextflow_ar.training.optim import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Part of every step's batch: ``rows`` documents of one task, padded to ``length`` tokens (more where one is longer).
+
+    ``scales``: drawings are laid out up to this scale only (null: whole). The coarse scales decide what is drawn where;
+    prefixes show many more of them in the same time. ``swap``: share of the colours and of the names in a response that
+    are fed as another colour or name, targets unchanged, so that the next word has to follow from the picture or the
+    prompt, not from the word before it. Not for responses that a picture follows: it would stop following its plan.
+    ``distract``: share of the pictures that are context whose scales show another picture of the batch, all but the
+    closing block, so that reading follows from the whole picture.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    task: TaskName
+    rows: int
+    length: int
+    data: MixtureConfig
+    scales: int | None = None
+    swap: float = 0.0
+    distract: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.swap and self.task in ("text_to_image", "think_to_image"):
+            raise ValueError(f"swap is for responses in words, not for {self.task}")
+        if not 0 <= self.swap <= 1:
+            raise ValueError(f"swap is a share from 0 to 1, got {self.swap}")
+        if not 0 <= self.distract <= 1:
+            raise ValueError(f"distract is a share from 0 to 1, got {self.distract}")
+
+
+def _kind(source: Any) -> str:
+    kind = source.get("kind", "playground") if isinstance(source, dict) else getattr(source, "kind", None)
+    return "shards" if kind == "shards" else "playground"
+
+
+AnySource = Annotated[
+    Annotated[Source, Tag("playground")] | Annotated[ShardSource, Tag("shards")], Discriminator(_kind)
+]
+"""A playground task, or, with ``kind: shards``, a mixture of extractions."""
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Self-correction of input codes: ``share`` of the cells from step ``start`` on, reached over ``ramp`` steps.
+
+    For playground tasks; shards were extracted with it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    share: float
+    top_k: int
+    temperature: float
+    start: int
+    ramp: int
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of rank ``rank`` on every linear layer whose name ends with one of ``targets``, scaled by alpha / rank."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.targets:
+            raise ValueError("lora needs a rank of at least 1 and at least one target")
+
+
+Trains = Literal["everything", "alignment", "alignment_two_steps", "lora"]
+"""See :class:`ModelRecipe`."""
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Recipe of one training stage of the transformer. ``start``: a checkpoint folder to go on from, or null.
+
+    ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
+    ``model``: null takes the architecture of ``start``.
+
+    ``trains``: "everything"; "alignment": connector and the rows of embedding and head that belong to the vision codes,
+    ``<boi>`` and ``<eoi>``; "alignment_two_steps": for ``connector_steps`` steps the connector alone, then the rows alone;
+    "lora": adapters of ``lora``. All else stays bit for bit.
+
+    ``accumulate``: parts that a step's rows are computed in, one after the other. ``checkpointing``: activations of the
+    layers are computed again in the backward pass. ``peak``: TFLOP/s of one device, or "measured"; null tells no
+    utilisation. ``tensorboard``: write event files beside metrics.jsonl.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    kind: str
+    out: Path
+    seed: int
+    image_tokenizer: Path
+    text_entries: int
+    start: Path | None
+    steps: int
+    alpha: float
+    text_weight: float
+    ema: float
+    compile: bool
+    sheet_seconds: float
+    save_seconds: float
+    optimizer: OptimizerConfig
+    correction: CorrectionConfig
+    sources: tuple[AnySource, ...]
+    model: ModelConfig | None
+    trains: Trains = "everything"
+    connector_steps: int = 0
+    lora: LoraConfig | None = None
+    accumulate: int = 1
+    checkpointing: bool = False
+    peak: float | Literal["measured"] | None = None
+    tensorboard: bool = False
+
+    def check(self, processes: int = 1) -> None:
+        """Raises ConfigError, one line, where parts do not go together."""
+        if self.start is None and (self.model is None or self.trains != "everything"):
+            raise ConfigError(f"trains: {self.trains} and model: null need a checkpoint folder to start from")
+        if (self.trains == "lora") != (self.lora is not None):
+            raise ConfigError("trains: lora goes with the key lora (rank, alpha, targets), and only with it")
+        if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):
+            raise ConfigError(
+                "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"
+            )
+        if not self.sources:
+            raise ConfigError("a recipe needs at least one source")
+        parts = self.accumulate * processes
+        for source in self.sources:
+            if self.accumulate < 1 or source.rows % parts:
+                raise ConfigError(
+                    f"{source.rows} rows do not divide into {self.accumulate} parts of {processes} processes: "
+                    "the rows of every source have to"
+                )

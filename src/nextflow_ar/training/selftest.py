@@ -1,0 +1,172 @@
+"""What is checked before the first step: that tokenizer, layout and model agree, and that the data teaches both ways.
+
+A training whose teacher-forced logits differ from those of step-by-step generation learns something that nobody can
+sample from; one that reads codes of another codebook learns noise. Both look like a slow start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nextflow_ar.config import ConfigError
+from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.data.transforms import draws, reads
+from nextflow_ar.model.backbone import new_cache
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.batch import collate
+from nextflow_ar.sequence.blocks import block_mask
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build, image_prefix, scale_block
+from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, Vocabulary
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.types import Codes, Document, Image, Text
+
+_LOG = logging.getLogger(__name__)
+_MOST_SCALES = 8
+"""Scales of the picture that is tried; more would show nothing new."""
+_PROMPT, _ANSWER = "two dogs on a red square", "a cat"
+
+
+class SelfTestError(ConfigError):
+    """Parts that do not go together: one line that names both sides."""
+
+
+def check_agreement(model: NextFlowModel, tokenizer: ImageTokenizer, vocab: Vocabulary) -> None:
+    """Vocabulary, codebook and schedule are the same on both sides. Raises SelfTestError."""
+    config, image = model.config, tokenizer.config
+    sides = (
+        ("codes", "the image tokenizer has", image.quantizer.codebook_size, config.codes),
+        ("numbers per code vector", "the image tokenizer has", image.quantizer.dim, config.code_dim),
+        ("text entries", "the vocabulary has", vocab.text_size, config.text_vocab),
+        ("codes", "the vocabulary has", vocab.codes, config.codes),
+        ("entries in the head", "the vocabulary has", vocab.text_size + vocab.codes, len(model.head.weight)),
+    )
+    for what, who, theirs, ours in sides:
+        if theirs != ours:
+            raise SelfTestError(f"self-test: {who} {theirs} {what}, the model {ours}")
+    if image.num_scales > config.max_scales:
+        raise SelfTestError(
+            f"self-test: the image tokenizer draws {image.num_scales} scales, the model has embeddings for "
+            f"{config.max_scales}"
+        )
+    marks = {token: vocab.special(token) for token in (BOI, EOI, END_OF_TEXT)}
+    if len(set(marks.values())) < len(marks) or not all(0 <= i < vocab.text_size for i in marks.values()):
+        raise SelfTestError(f"self-test: the special tokens' ids are wrong: {marks}")
+
+
+@torch.no_grad()
+def check_generation(
+    model: NextFlowModel,
+    tokenizer: ImageTokenizer,
+    vocab: Vocabulary,
+    layout: LayoutOptions,
+    *,
+    tolerance: float = 1e-3,
+) -> float:
+    """Encode a picture, lay it out between two texts, and compare a whole forward pass with one step after the other.
+
+    The layout's targets are the codes again and decode to a picture; every place that predicts has the same hidden state
+    and logits both ways, up to ``tolerance`` of their size. Runs in the model's own precision, so give it fp32. Returns
+    the largest difference found. Raises SelfTestError.
+    """
+    schedule = ScaleSchedule.square(min(tokenizer.config.num_scales, _MOST_SCALES))
+    height, width = schedule.image_size(tokenizer.config.downsample)
+    picture = torch.tensor(dead_leaves((0,), height, width), device=tokenizer.device)[None]
+    pixels = picture.permute(0, 3, 1, 2).float() / 127.5 - 1
+    codes = Codes.plain(schedule, tokenizer.quantize(pixels, schedule).target[0].cpu())
+    document = Document((Text(_PROMPT), Image(codes, supervised=True), Text(_ANSWER, supervised=True)))
+    sample = build(document, vocab, layout)
+    _check_round_trip(sample, codes, tokenizer, vocab, height, width)
+    training = model.training
+    model.eval()
+    try:
+        whole = _whole(model, sample)
+        steps = _stepwise(model, sample, codes, vocab, layout)
+    finally:
+        model.train(training)
+    worst = 0.0
+    for where, a, b in (
+        ("hidden states", whole, steps),
+        ("logits", model.logits(whole), model.logits(steps)),
+    ):
+        size = float(a.abs().max())
+        worst = max(worst, float((a - b).abs().max()) / max(size, 1e-6))
+        if not worst <= tolerance:
+            raise SelfTestError(
+                f"self-test: {where} of a whole pass and of one step after the other differ by {worst:.1e} of their "
+                f"size (accepted: {tolerance:.0e}): what is trained could not be sampled from"
+            )
+    return worst
+
+
+def _check_round_trip(
+    sample: Sample, codes: Codes, tokenizer: ImageTokenizer, vocab: Vocabulary, height: int, width: int
+) -> None:
+    """From the columns back to text, codes and a picture."""
+    told = sample.targets[sample.targets != IGNORED].tolist()
+    drawn = torch.tensor([t - vocab.text_size for t in told if t >= vocab.text_size])
+    if not torch.equal(drawn, codes.target):
+        raise SelfTestError("self-test: the targets of a laid-out picture are not its codes")
+    answer = vocab.decode([t for t in told if t < vocab.text_size])
+    if answer != _ANSWER:
+        raise SelfTestError(f"self-test: {_ANSWER!r} comes back from the layout as {answer!r}")
+    picture = tokenizer.decode(Codes.plain(codes.schedule, drawn))
+    if picture.size != (width, height):
+        raise SelfTestError(
+            f"self-test: codes of a {width}x{height} picture decode to {picture.size[0]}x{picture.size[1]}"
+        )
+
+
+def _whole(model: NextFlowModel, sample: Sample) -> Tensor:
+    """(L, D) hidden states of all places at once."""
+    batch = collate([sample]).to(model.head.weight.device)
+    mask = block_mask(batch.blocks, batch.documents)
+    return model.backbone.run(model.embed(batch), batch.positions, mask)[0]
+
+
+def _stepwise(
+    model: NextFlowModel, sample: Sample, codes: Codes, vocab: Vocabulary, layout: LayoutOptions
+) -> Tensor:
+    """The same, prompt first, then scale by scale, then word by word, over a KV cache, as the engine does it."""
+    device, schedule, cache = model.head.weight.device, codes.schedule, new_cache()
+    prefix = image_prefix(Document((Text(_PROMPT),)), schedule, vocab, layout)
+    batch = collate([prefix]).to(device)
+    mask = block_mask(batch.blocks, batch.documents)
+    found = [model.step(model.embed(batch), batch.positions, mask, cache)]
+    clock, block = int(prefix.positions[2].max()), int(prefix.blocks.max())
+    fed = codes.input[None].to(device)
+    for k in range(len(schedule)):
+        columns = scale_block(schedule, k + 1, clock, block, layout)
+        x = model.embed_scale(fed[:, : schedule.offsets[k + 1]], schedule, k, columns)
+        found.append(model.step(x, columns.positions[:, None].to(device), None, cache))
+    done = sum(part.shape[1] for part in found)
+    for place in range(done, len(sample)):
+        x = model.embed_text(sample.tokens[None, place : place + 1].to(device))
+        at = sample.positions[:, None, place : place + 1].to(device)
+        found.append(model.step(x, at, None, cache))
+    return torch.cat(found, dim=1)[0]
+
+
+def check_data(documents: Iterable[Document]) -> list[str]:
+    """Warnings, one line each (logged too), where nothing among ``documents`` teaches drawing, or reading."""
+    seen = list(documents)
+    told = []
+    if not any(draws(document) for document in seen):
+        told.append(f"nothing in the first {len(seen)} documents teaches drawing")
+    if not any(reads(document) for document in seen):
+        told.append(f"nothing in the first {len(seen)} documents teaches reading pictures")
+    for line in told:
+        _LOG.warning("self-test: %s", line)
+    return told
+
+
+def self_test(
+    model: NextFlowModel, tokenizer: ImageTokenizer, vocab: Vocabulary, layout: LayoutOptions
+) -> None:
+    """All that can be said about a model before it is trained. Raises SelfTestError, one line."""
+    check_agreement(model, tokenizer, vocab)
+    check_generation(model, tokenizer, vocab, layout)

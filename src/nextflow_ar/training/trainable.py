@@ -1,0 +1,52 @@
+"""What a stage trains: whole parameters, rows of two tables, or adapters. All else is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.sequence.vocab import Vocabulary
+from nextflow_ar.training.recipe import ModelRecipe
+
+_CODES = "scale_inputs.code_embed.weight"
+_WORDS, _HEAD = "backbone.embed_tokens.weight", "head.weight"
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """``rows``: name of a table -> the rows of it that train (tables not named train whole). ``connector``: names of what
+    brings code vectors to the hidden size. ``connector_steps``: as in the recipe.
+    """
+
+    rows: dict[str, Tensor]
+    connector: frozenset[str]
+    connector_steps: int
+
+    def idle(self, step: int, names: list[str]) -> set[str]:
+        """Of ``names``, the parameters that rest at ``step``."""
+        if not self.connector_steps:
+            return set()
+        first = step < self.connector_steps
+        return {name for name in names if (name in self.connector) != first}
+
+
+def choose(model: NextFlowModel, vocab: Vocabulary, recipe: ModelRecipe) -> Trainable:
+    """Freeze what the recipe does not train (``requires_grad``) and say which rows of which table do.
+
+    Alignment (paper section 3): the connector, with the scale and scale-length embeddings beside it; the embeddings of the
+    vision codes; ``<boi>`` and ``<eoi>`` in the text embeddings; and the head's rows for all of these. Adapters are
+    there already when this is called: they alone have gradients then.
+    """
+    if recipe.trains in ("everything", "lora"):
+        return Trainable({}, frozenset(), 0)
+    names = [name for name, _ in model.named_parameters()]
+    connector = frozenset(n for n in names if n.startswith("scale_inputs.") and n != _CODES)
+    marks = torch.tensor(sorted((vocab.boi, vocab.eoi)))
+    codes = torch.arange(vocab.text_size, vocab.text_size + vocab.codes)
+    rows = {_WORDS: marks, _HEAD: torch.cat([marks, codes])}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in connector or name in rows or name == _CODES)
+    return Trainable(rows, connector, recipe.connector_steps)

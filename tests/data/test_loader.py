@@ -1,0 +1,254 @@
+"""The stream of packed rows: nothing lost, exact resume, mixture, shares of processes, what is done to documents."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextflow_ar.data.extraction import as_document
+from nextflow_ar.data.loader import PackedRow, Packing, ShardFolder, ShardLoader, ShardSource
+from nextflow_ar.data.transforms import draws, drop_condition, invert, reads, task_of
+from nextflow_ar.model.checkpoint import Bundle
+from nextflow_ar.model.flops import sample_flops
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
+from nextflow_ar.storage import StorageError
+from nextflow_ar.types import Document, Image, Mark, Text
+from tests.conftest import TINY_MODEL, tiny_image_tokenizer
+from tests.shards import captions, make_shards, mixed
+
+LAYOUT = LayoutOptions(12.0, alpha=0.9)
+LENGTH = Packing("length", 220, open_rows=3)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    place, tokenizer = tmp_path_factory.mktemp("loader"), tiny_image_tokenizer()
+    return (
+        make_shards(place / "a", mixed(16), tokenizer),
+        make_shards(place / "b", captions(5), tokenizer, per_shard=2),
+    )
+
+
+def loader(bundle: Bundle, source: ShardSource) -> ShardLoader:
+    return ShardLoader(source, bundle.image_tokenizer, bundle.vocab, LAYOUT, TINY_MODEL)
+
+
+def source_of(*folders: Path, packing: Packing = LENGTH, rows: int = 2, **options: Any) -> ShardSource:
+    mixture = tuple(ShardFolder(f, w, **options) for f, w in zip(folders, (1.0, 3.0), strict=False))
+    return ShardSource("shards", rows, mixture, packing, seed=5)
+
+
+def columns(rows: list[PackedRow]) -> list[tuple[list[int], list[int], list[int], tuple[str, ...]]]:
+    return [
+        (
+            r.sample.tokens.tolist(),
+            r.sample.targets.tolist(),
+            [c for span in r.sample.images for c in span.codes.input.tolist()],
+            r.tasks,
+        )
+        for r in rows
+    ]
+
+
+def texts(bundle: Bundle, row: PackedRow) -> list[str]:
+    sample = row.sample
+    return [
+        bundle.vocab.decode([t for t in sample.tokens[sample.documents == d].tolist() if t >= 0])
+        for d in range(len(row.tasks))
+    ]
+
+
+@pytest.mark.parametrize("mode", ["pad", "length", "compute"])
+def test_every_pass_holds_every_document_once_in_another_order(
+    bundle: Bundle, folders: tuple[Path, Path], mode: str
+) -> None:
+    budget = {"pad": 200, "length": 220, "compute": 0.00004}[mode]
+    stream = loader(bundle, source_of(folders[1], packing=Packing(mode, budget, open_rows=1), rows=1))  # type: ignore[arg-type]
+    told: list[str] = []
+    while len(told) < 25:
+        (row,) = stream.rows()
+        assert len(row.tasks) == int(row.sample.documents.max()) + 1
+        if mode == "pad":
+            assert len(row.tasks) == 1
+        if mode == "compute":
+            assert sample_flops(row.sample, TINY_MODEL) <= budget * 1e12
+        else:
+            assert len(row.sample) <= budget
+        told += texts(bundle, row)
+    places = Counter(told)
+    assert len(places) == 5 and max(places.values()) - min(places.values()) <= 2
+    if mode == "pad":  # one document after the other: the order itself
+        passes = [told[i * 5 : i * 5 + 5] for i in range(5)]
+        assert all(len(set(p)) == 5 for p in passes) and len({tuple(p) for p in passes}) > 1
+
+
+@pytest.mark.parametrize("mode", ["pad", "length", "compute"])
+@pytest.mark.parametrize("stop", [1, 7])
+def test_a_restart_anywhere_gives_the_same_rows(
+    bundle: Bundle, folders: tuple[Path, Path], mode: str, stop: int
+) -> None:
+    packing = Packing(mode, 0.00005 if mode == "compute" else 220, open_rows=3)  # type: ignore[arg-type]
+    options = {"invert": 0.4, "condition_dropout": 0.3, "dialogue": True}
+    source = source_of(*folders, packing=packing, **options)
+    whole = loader(bundle, source)
+    expected = [columns(whole.rows()) for _ in range(12)]
+    first = loader(bundle, source)
+    for _ in range(stop):
+        first.rows()
+    state = json.loads(json.dumps(first.state()))
+    first.rows()  # what happens after the state was taken does not matter
+    second = loader(bundle, source)
+    second.restore(state)
+    assert [columns(second.rows()) for _ in range(12 - stop)] == expected[stop:]
+    assert second.state() == whole.state()
+    other = loader(bundle, replace(source, seed=6))
+    assert [columns(other.rows()) for _ in range(12)] != expected
+
+
+def test_processes_share_the_rows_of_one_stream(bundle: Bundle, folders: tuple[Path, Path]) -> None:
+    source = source_of(*folders, rows=6)
+    alone, parts = loader(bundle, source), [loader(bundle, source) for _ in range(3)]
+    for _ in range(4):
+        whole = columns(alone.rows())
+        shares = [columns(part.rows(rank, 3)) for rank, part in enumerate(parts)]
+        assert [shares[i % 3][i // 3] for i in range(6)] == whole
+    assert all(part.state() == alone.state() for part in parts)  # so another number of them may go on
+
+
+def test_weights_are_shares_of_the_documents(bundle: Bundle, folders: tuple[Path, Path]) -> None:
+    stream = loader(bundle, source_of(*folders))
+    chosen = Counter(stream._draw()[1].folder for _ in range(1000))
+    assert 0.70 < chosen[1] / 1000 < 0.80  # weights 1 and 3
+
+
+def test_what_fits_no_row_is_left_out_and_counted(
+    bundle: Bundle, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = loader(bundle, source_of(folders[0], packing=Packing("length", 60, open_rows=2)))
+    rows = [row for _ in range(10) for row in stream.rows()]
+    assert stream.skipped > 0 and all(len(row.sample) <= 60 for row in rows)
+    assert {task for row in rows for task in row.tasks} >= {"draw", "write"}
+    assert len([r for r in caplog.records if "fits no row and is left out" in r.message]) == 1
+    nothing = loader(bundle, source_of(folders[1], packing=Packing("length", 8)))
+    with pytest.raises(StorageError, match=r"no document of it fits a row \(5 are too long\)"):
+        nothing.rows()
+
+
+def test_other_shards_and_damaged_ones_are_refused(
+    bundle: Bundle, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folders[0], copy)
+    stream = loader(bundle, source_of(copy))
+    state = stream.state()
+    (copy / "000005.parquet").unlink()
+    with pytest.raises(StorageError, match="are not those that the checkpoint was made with"):
+        loader(bundle, source_of(copy)).restore(state)
+    with pytest.raises(StorageError, match="another number of shard folders"):
+        loader(bundle, source_of(copy, folders[1])).restore(state)
+    for path in copy.glob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(StorageError, match="the shard cannot be read") as caught:
+        loader(bundle, source_of(copy)).rows()
+    assert "\n" not in str(caught.value)
+    other = Bundle(bundle.model, tiny_image_tokenizer(seed=1), bundle.vocab, {})
+    with pytest.raises(StorageError, match="made by another image tokenizer"):
+        loader(other, source_of(folders[0]))
+
+
+def picture(role: str, supervised: bool) -> dict[str, Any]:
+    return {
+        "role": role, "supervised": supervised, "text": None, "final": [64, 64], "scales": 2, "target": [1, 2, 3, 4, 5],
+        "input": [1, 2, 3, 4, 6],
+    }  # fmt: skip
+
+
+def text(words: str, role: str = "user", supervised: bool = False) -> dict[str, Any]:
+    return {"role": role, "supervised": supervised, "text": words, "final": None}
+
+
+def told(parts: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
+    return [(p["text"] or "picture", p["role"], p["supervised"]) for p in parts]
+
+
+def test_inverting_and_dropping_by_hand() -> None:
+    drawing = [text("be brief", "system"), text("a dog"), picture("assistant", True)]
+    assert told(invert(drawing)) == [
+        ("be brief", "system", False), ("picture", "user", False), ("a dog", "assistant", True),
+    ]  # fmt: skip
+    assert told(drawing)[1] == ("a dog", "user", False)  # the record itself is as it was
+    edit = [picture("user", False), text("bluer"), picture("assistant", True)]
+    planned = [text("a dog"), text("a dog above", "assistant", True), picture("assistant", True)]
+    reading = [picture("user", False), text("a dog", "assistant", True)]
+    for others in (edit, planned, reading, [picture("assistant", True)], [text("a", "assistant", True)]):
+        assert invert(others) == others
+    for parts in (drawing, edit, planned):
+        assert told(drop_condition(parts)) == [("picture", "assistant", True)]
+    assert drop_condition(reading) == reading
+    (drawn,) = as_document(drop_condition(edit)).segments
+    assert isinstance(drawn, Image) and drawn.codes.input.tolist() == [1, 2, 3, 4, 6]
+
+
+def test_what_documents_teach() -> None:
+    def kinds(*parts: dict[str, Any]) -> tuple[str, bool, bool]:
+        document = as_document(list(parts))
+        return task_of(document), draws(document), reads(document)
+
+    drawn, seen = picture("assistant", True), picture("user", False)
+    answer = text("a dog", "assistant", True)
+    assert kinds(text("a dog"), drawn) == ("draw", True, False)
+    assert kinds(seen, text("bluer"), drawn) == ("edit", True, False)
+    assert kinds(seen, answer) == ("read", False, True)
+    assert kinds(text("hi"), answer) == ("write", False, False)
+    assert kinds(drawn, answer) == ("draw", True, True)
+    assert kinds(answer, drawn, answer, drawn) == ("story", True, True)
+    assert not draws(Document((Text("a"), Mark("<|im_end|>", True))))
+
+
+def test_options_of_a_source_show_in_its_rows(bundle: Bundle, folders: tuple[Path, Path]) -> None:
+    def tasks(**options: Any) -> Counter[str]:
+        stream = loader(bundle, source_of(folders[1], packing=Packing("pad", 400), rows=40, **options))
+        return Counter(row.tasks[0] for row in stream.rows())
+
+    assert tasks() == {"draw": 40} and tasks(invert=1.0) == {"read": 40}
+    some = tasks(invert=0.5)
+    assert 10 <= some["read"] <= 30 and some["read"] + some["draw"] == 40
+    stream = loader(
+        bundle, source_of(folders[1], packing=Packing("pad", 400), rows=40, condition_dropout=0.5)
+    )
+    firsts = [int(row.sample.tokens[0]) == bundle.vocab.boi for row in stream.rows()]
+    assert 10 <= sum(firsts) <= 30
+    stream = loader(bundle, source_of(folders[1], packing=Packing("pad", 400), rows=1, dialogue=True))
+    sample = stream.rows()[0].sample
+    assert sample.tokens[0] == bundle.vocab.special("<|im_start|>")
+    learned = [int(t) for t in sample.targets if t != IGNORED]
+    assert learned[0] == bundle.vocab.boi and learned[-1] == bundle.vocab.special("<|im_end|>")
+    assert all(t >= 300 for t in learned[1:-1])  # the response alone: its codes
+    with pytest.raises(ValueError, match="invert is a probability from 0 to 1, got 2"):
+        ShardFolder(folders[0], invert=2)
+
+
+def test_widths_of_batches() -> None:
+    assert Packing("length", 220).width(150) == 220
+    assert Packing("compute", 1.0).width(150) == 192
+    assert Packing("pad", 1000).width(150) == 192 and Packing("pad", 160).width(150) == 160
+    with pytest.raises(ValueError, match="longest goes with the mode compute"):
+        Packing("length", 100, longest=50)
+
+
+def test_peeking_moves_nothing(bundle: Bundle, folders: tuple[Path, Path]) -> None:
+    stream, other = (loader(bundle, source_of(*folders)) for _ in range(2))
+    stream.rows()
+    other.rows()
+    seen = list(stream.peek(30))
+    assert len(seen) == 30 and any(map(draws, seen)) and any(map(reads, seen))
+    assert stream.state() == other.state()
+    assert columns(stream.rows()) == columns(other.rows())
+    assert torch.equal(stream.rows()[0].sample.weights, other.rows()[0].sample.weights)

@@ -1,0 +1,363 @@
+"""Training from shards: exact resume, what trains and what stays bit for bit, the self-test, adapters, metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextflow_ar.app.cli import run
+from nextflow_ar.config import ConfigError, from_dict, to_dict
+from nextflow_ar.model.checkpoint import load_bundle, save_bundle
+from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
+from nextflow_ar.sequence.batch import collate, pack
+from nextflow_ar.sequence.layout import scale_block
+from nextflow_ar.storage import StorageError
+from nextflow_ar.training.meters import Speedometer, measured_peak
+from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
+from nextflow_ar.training.parallel import World
+from nextflow_ar.training.selftest import SelfTestError, check_data, check_generation, self_test
+from tests.conftest import TINY_MODEL, tiny_bundle, tiny_image_tokenizer, tiny_model
+from tests.shards import captions, make_shards, mixed
+
+OPTIMIZER = {
+    "lr": 5e-3, "muon_lr": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.98, "warmup": 2,
+    "schedule": "cosine", "decay": 0.0, "final": 0.1, "clip": 1.0,
+}  # fmt: skip
+Make = Callable[..., ModelTrainer]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder ``base`` with its tokenizer, and extractions ``a`` and ``b`` by that tokenizer."""
+    folder, bundle = tmp_path_factory.mktemp("shards"), tiny_bundle()
+    save_bundle(
+        folder / "base", bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, bundle.generation, "# base\n"
+    )  # fmt: skip
+    make_shards(folder / "a", mixed(12), tiny_image_tokenizer())
+    make_shards(folder / "b", captions(6), tiny_image_tokenizer())
+    return folder
+
+
+def recipe(place: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    shards = {
+        "kind": "shards", "rows": 2, "seed": 3, "packing": {"mode": "length", "budget": 220, "open_rows": 3},
+        "folders": [
+            {"folder": str(place / "a" / "shards")},
+            {"folder": str(place / "b" / "shards"), "weight": 2.0, "invert": 0.5, "condition_dropout": 0.2},
+        ],
+    }  # fmt: skip
+    values = {
+        "kind": "model", "out": str(out), "seed": 1, "image_tokenizer": str(place / "base"), "text_entries": 300,
+        "start": str(place / "base"), "steps": 30, "alpha": 0.9, "text_weight": 2.0, "ema": 0.0, "compile": False,
+        "sheet_seconds": 1e9, "save_seconds": 1e9, "optimizer": OPTIMIZER, "sources": [shards], "model": None,
+        "correction": {"share": 0.0, "top_k": 4, "temperature": 1.0, "start": 0, "ramp": 1},
+    }  # fmt: skip
+    return values | changes
+
+
+@pytest.fixture
+def make(place: Path, tmp_path: Path) -> Make:
+    def made(name: str = "run", **changes: Any) -> ModelTrainer:
+        built = from_dict(ModelRecipe, recipe(place, tmp_path / name, **changes))
+        return ModelTrainer(built, to_dict(built))
+
+    return made
+
+
+def same(one: ModelTrainer, two: ModelTrainer) -> None:
+    for (name, a), b in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_resuming_in_mid_shard_equals_never_stopping(make: Make) -> None:
+    whole = make("a")
+    told = [whole.advance() for _ in range(7)]
+    first = make("b")
+    for _ in range(3):
+        first.advance()
+    first.save()
+    first.advance()  # lost: killed after the save
+    second = make("b")
+    assert second.step == 3 and [second.advance() for _ in range(4)] == told[3:]
+    same(whole, second)
+    assert (second.documents, second.tokens) == (whole.documents, whole.tokens) and whole.documents > 14
+    assert {"draw_loss", "draw_right", "read_loss", "write_right", "scale_4_right", "text"} <= set().union(
+        *told
+    )
+
+
+def test_a_step_in_parts_is_the_same_step(make: Make) -> None:
+    source = recipe(Path("x"), Path("y"))["sources"][0]
+    whole = make("a")
+    folders = to_dict(whole.recipe)["sources"][0]["folders"]
+    sources = [{**source, "rows": 4, "folders": folders}]
+    whole, parts, again = (
+        make("b", sources=sources),
+        make("c", sources=sources, accumulate=2),
+        make("d", sources=sources, checkpointing=True),
+    )
+    told: list[float] = []
+    for trainer in (whole, parts, again):
+        trainer._update = lambda: 0.0  # type: ignore[method-assign]  # keeps the gradients
+        told.append(trainer.advance()["loss"])
+    assert told[1:] == pytest.approx([told[0]] * 2, rel=1e-3)
+    for name, a in whole.model.named_parameters():
+        assert a.grad is not None
+        for other in (parts, again):
+            b = dict(other.model.named_parameters())[name].grad
+            assert b is not None
+            assert float((a.grad - b).norm()) <= 0.05 * float(a.grad.norm()) + 1e-6, name
+    assert (
+        again.model.backbone.is_gradient_checkpointing and not whole.model.backbone.is_gradient_checkpointing
+    )
+
+
+def test_two_processes_do_what_one_does(make: Make) -> None:
+    class Second(World):
+        def add(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(float(sum(weights)))
+
+    alone = make("a")
+    alone._update = lambda: 0.0  # type: ignore[method-assign]
+    (batch,) = make("peek").material(0, 1).batches
+    weights = [float(w.sum()) for w in batch.weights]
+    alone.advance()
+    halves = [make("b"), make("c")]
+    for rank, half in enumerate(halves):
+        half.world = Second(rank, 2)
+        half._update = lambda: 0.0  # type: ignore[method-assign]
+        half.advance()
+    for (name, a), b, c in zip(
+        alone.model.named_parameters(), *(h.model.parameters() for h in halves), strict=True
+    ):
+        assert a.grad is not None and b.grad is not None and c.grad is not None
+        mean = (b.grad + c.grad) / 2
+        assert float((a.grad - mean).norm()) <= 0.05 * float(a.grad.norm()) + 1e-6, name
+
+
+def test_rows_of_a_batch_as_a_batch(make: Make) -> None:
+    trainer = make()
+    batch = trainer.batch(0)
+    embedded = trainer.model.embed(batch)
+    for i in range(2):
+        part = batch.part(i, 2)
+        assert part.shape == (1, 220)
+        torch.testing.assert_close(trainer.model.embed(part), embedded[i : i + 1])
+    assert batch_flops(batch, TINY_MODEL) == sum(batch_flops(batch.part(i, 2), TINY_MODEL) for i in range(2))
+
+
+def test_flops_of_a_batch_are_those_of_its_samples(make: Make) -> None:
+    loader = make().loaders[0]
+    samples = [row.sample for _ in range(3) for row in loader.rows()]
+    batch = collate(samples)
+    assert batch_flops(batch, TINY_MODEL) == sum(sample_flops(s, TINY_MODEL) for s in samples)
+    assert batch_pairs(collate([pack(samples[:1])])) == batch_pairs(collate(samples[:1], 400))
+
+
+def moved(trainer: ModelTrainer, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per parameter, which rows changed."""
+    return {
+        name: (p != before[name]).flatten(1).any(1) if p.ndim > 1 else p != before[name]
+        for name, p in trainer.model.named_parameters()
+    }
+
+
+def copied(trainer: ModelTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_alignment_leaves_all_else_bit_for_bit(make: Make) -> None:
+    trainer = make(trains="alignment")
+    before, vocab = copied(trainer), trainer.vocab
+    for _ in range(4):
+        trainer.advance()
+    marks = {vocab.boi, vocab.eoi}
+    for name, rows in moved(trainer, before).items():
+        on = set(rows.nonzero()[:, 0].tolist())
+        if name == "backbone.embed_tokens.weight":
+            assert on == marks, name
+        elif (
+            name == "head.weight"
+        ):  # every code takes part in the softmax, and weight decay reaches all of them
+            assert on == marks | set(range(300, 324)), name
+        elif name.startswith("backbone."):
+            assert not on, name
+        else:
+            assert on, name
+    restored = make(trains="alignment")
+    assert restored.step == 0
+    trainer.save()
+    restored = make(trains="alignment")
+    assert restored.advance() == trainer.advance()
+    same(restored, trainer)
+
+
+def test_alignment_in_two_steps_trains_the_connector_first(make: Make) -> None:
+    trainer = make(trains="alignment_two_steps", connector_steps=2, steps=4)
+    before = copied(trainer)
+    for _ in range(2):
+        trainer.advance()
+    on = {name for name, rows in moved(trainer, before).items() if bool(rows.any())}
+    assert on and all(n.startswith("scale_inputs.") and "code_embed" not in n for n in on)
+    between = copied(trainer)
+    for _ in range(2):
+        trainer.advance()
+    on = {name for name, rows in moved(trainer, between).items() if bool(rows.any())}
+    assert on == {"scale_inputs.code_embed.weight", "backbone.embed_tokens.weight", "head.weight"}
+
+
+LORA = {"trains": "lora", "lora": {"rank": 4, "alpha": 8.0}}
+
+
+def test_a_merged_adapter_says_what_the_adapted_model_said(
+    make: Make, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(**LORA, steps=4)
+    before = copied(trainer)
+    trainer.fit()
+    on = {name for name, rows in moved(trainer, before).items() if bool(rows.any())}
+    assert on == {name for name in before if "lora_" in name} and len(on) == 2 * 2 * 7
+    batch = trainer.batch(0)
+    with torch.no_grad():
+        adapted = trainer.model.logits(trainer.model.hidden(batch))
+        merged_here = trainer.bundle().model
+        merged = merged_here.logits(merged_here.hidden(batch))
+        base = load_bundle(place / "base").model
+        plain = base.logits(base.hidden(batch))
+    torch.testing.assert_close(merged, adapted, atol=2e-3, rtol=1e-3)
+    assert float((adapted - plain).abs().max()) > 0.1  # the adapter says something
+    adapter, out = tmp_path / "run" / "adapter", tmp_path / "merged"
+    assert run(["export", str(place / "base"), "--adapter", str(adapter), "-o", str(out)]) == 0
+    for folder in (out, tmp_path / "run" / "final"):
+        for name, p in load_bundle(folder).model.named_parameters():
+            torch.testing.assert_close(p, dict(merged_here.named_parameters())[name], atol=1e-3, rtol=2**-7)
+    capsys.readouterr()
+    assert run(["export", str(out), "--adapter", str(adapter), "-o", str(tmp_path / "no")]) == 1
+    told = capsys.readouterr().err
+    assert "it was trained on other weights than those of" in told and told.count("\n") == 1
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(load_bundle(place / "base").model, str(adapter))
+    with torch.no_grad():  # the folder is in peft's own form
+        hidden = theirs.base_model.model.hidden(batch)
+    torch.testing.assert_close(trainer.model.head(hidden), adapted, atol=0.1, rtol=0.05)
+
+
+def test_adapters_resume_and_hold_little(make: Make) -> None:
+    whole, first = make("a", **LORA), make("b", **LORA)
+    for _ in range(4):
+        whole.advance()
+    for _ in range(2):
+        first.advance()
+    first.save()
+    state = torch.load(first.run.path / "checkpoint.pt", weights_only=True)
+    assert all("lora_" in name for name in state["model"])
+    second = make("b", **LORA)
+    for _ in range(2):
+        second.advance()
+    same(whole, second)
+    with pytest.raises(ConfigError, match="'head' is no layer that takes adapters; accepted: down_proj"):
+        make("c", trains="lora", lora={"targets": ["head"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trains": "lora"}, "trains: lora goes with the key lora"),
+        ({"trains": "alignment", "start": None}, "need a checkpoint folder to start from"),
+        ({"trains": "alignment_two_steps"}, "connector_steps, above 0 and below steps"),
+        ({"accumulate": 3}, "2 rows do not divide into 3 parts of 1 processes"),
+        ({"model": to_dict(replace(TINY_MODEL, layers=3))}, r"not the recipe's \(differs in layers\)"),
+        ({"trains": "nothing"}, "'trains': input should be 'everything', 'alignment'"),
+    ],
+)
+def test_recipes_that_cannot_be_meant(make: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_from_before_these_keys_goes_on(make: Make) -> None:
+    trainer = make()
+    trainer.advance()
+    trainer.save()
+    path = trainer.run.path / "recipe.yaml"
+    lines = path.read_text().splitlines()
+    new = ("trains", "connector_steps", "lora", "accumulate", "checkpointing", "peak", "tensorboard")
+    path.write_text("\n".join(line for line in lines if not line.startswith(new)))
+    assert make().step == 1
+    with pytest.raises(StorageError, match=r"another recipe \(differs in trains\)"):
+        make(trains="alignment")
+
+
+def test_the_self_test_passes_and_finds_each_mismatch(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = tiny_bundle()
+    parts = (bundle.image_tokenizer, bundle.vocab, bundle.layout)
+    assert check_generation(bundle.model, *parts) < 1e-4
+    model = tiny_model(replace(TINY_MODEL, closing_input="accumulated", scale_input="accumulated"))
+    assert check_generation(model, *parts) < 1e-4
+    for change, message in (
+        ({"codes": 25}, "the image tokenizer has 24 codes, the model 25"),
+        ({"code_dim": 9}, "the image tokenizer has 10 numbers per code vector, the model 9"),
+        ({"text_vocab": 310}, "the vocabulary has 300 text entries, the model 310"),
+        ({"max_scales": 4}, "draws 5 scales, the model has embeddings for 4"),
+    ):
+        with pytest.raises(SelfTestError, match=message):
+            self_test(tiny_model(replace(TINY_MODEL, **change)), *parts)
+
+    def shifted(schedule: Any, k: int, clock: int, block: int, options: Any) -> Any:
+        return scale_block(schedule, k, clock + 1, block, options)
+
+    monkeypatch.setattr("nextflow_ar.training.selftest.scale_block", shifted)
+    with pytest.raises(
+        SelfTestError, match="hidden states of a whole pass and of one step after the other differ"
+    ):
+        check_generation(bundle.model, *parts)
+    monkeypatch.undo()
+    with caplog.at_level(logging.WARNING):
+        assert check_data([]) == [
+            "nothing in the first 0 documents teaches drawing",
+            "nothing in the first 0 documents teaches reading pictures",
+        ]
+    assert len(caplog.records) == 2
+
+
+def test_a_mismatch_stops_the_run_before_any_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make()
+    with caplog.at_level(logging.WARNING):
+        trainer.self_test()
+    assert not caplog.records  # this mixture teaches both
+    monkeypatch.setattr(trainer.model, "embed_scale", lambda codes, s, k, b: torch.zeros(1, len(b), 48))
+    before = copied(trainer)
+    with pytest.raises(SelfTestError, match="what is trained could not be sampled from"):
+        trainer.fit()
+    assert trainer.step == 0 and not any(bool(r.any()) for r in moved(trainer, before).values())
+    assert not (trainer.run.path / "checkpoint.pt").exists()
+
+
+def test_metrics_say_how_fast_it_goes(make: Make) -> None:
+    trainer = make(steps=2, peak=0.001, tensorboard=True)
+    trainer.fit()
+    (line,) = [json.loads(s) for s in (trainer.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert line["documents"] == trainer.documents and line["tokens"] == trainer.tokens > 300
+    assert line["skipped"] == 0 and line["tokens_per_s"] > 0 and line["documents_per_s"] > 0
+    assert line["utilisation"] == pytest.approx(line["tflops_per_s"] / 0.001, rel=0.05, abs=1e-3)
+    assert list((trainer.run.path / "tensorboard").glob("events*"))
+    speed = Speedometer(peak=2.0, processes=4)
+    speed.add(0.5, int(1e12), 100, 10)
+    speed.add(0.5, int(1e12), 100, 10)
+    assert speed.read() == {
+        "documents_per_s": 80, "tokens_per_s": 800, "tflops_per_s": pytest.approx(2.0), "utilisation": pytest.approx(1),
+    }  # fmt: skip
+    assert speed.read()["tokens_per_s"] == 0
+    assert measured_peak(torch.device("cpu"), 0.01) > 1e-4
