@@ -23,8 +23,6 @@ class Source:
     prefixes show many more of them in the same time. ``swap``: share of the colours and of the names in a response that
     are fed as another colour or name, targets unchanged, so that the next word has to follow from the picture or the
     prompt, not from the word before it. Not for responses that a picture follows: it would stop following its plan.
-    ``distract``: share of the pictures that are context whose scales show another picture of the batch, all but the
-    closing block, so that reading follows from the whole picture.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -34,15 +32,12 @@ class Source:
     data: MixtureConfig
     scales: int | None = None
     swap: float = 0.0
-    distract: float = 0.0
 
     def __post_init__(self) -> None:
         if self.swap and self.task in ("text_to_image", "think_to_image"):
             raise ValueError(f"swap is for responses in words, not for {self.task}")
         if not 0 <= self.swap <= 1:
             raise ValueError(f"swap is a share from 0 to 1, got {self.swap}")
-        if not 0 <= self.distract <= 1:
-            raise ValueError(f"distract is a share from 0 to 1, got {self.distract}")
 
 
 def _kind(source: Any) -> str:

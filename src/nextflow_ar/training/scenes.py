@@ -11,7 +11,7 @@ from torch import Tensor
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.data.tasks import WORD_CLASSES, caption_corpus, document, plan_document
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.batch import Batch, collate, distract
+from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import TEXT_SCALE, LayoutOptions, build
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
@@ -50,8 +50,7 @@ class SceneBatches:
         longest = max(len(sample) for sample in samples)
         # A rare long text must not end a run; steps of 32 keep the number of compiled shapes small.
         batch = collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
-        batch = swap_words(batch, source.swap, classes, generator)
-        return distract(batch, source.distract, generator)
+        return swap_words(batch, source.swap, classes, generator)
 
     def _drawn(
         self, numbers: range, correction: SelfCorrection | None, generator: torch.Generator
