@@ -107,7 +107,11 @@ def convert(
     with progress_bar("convert", 1) as update:
         most = None if shard is None else shard * 1_000_000
         found = run_conversion(
-            source, out, most_bytes=most, place=place, progress=lambda rows: update(0, f"{rows} rows")
+            source,
+            out,
+            most_bytes=most,
+            place=f"{place} {video or []}",
+            progress=lambda rows: update(0, f"{rows} rows"),
         )
         update(1, f"{found.rows} rows")
     if as_json:

@@ -231,4 +231,5 @@ def _whole(name: Path) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(f"{name}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
