@@ -74,6 +74,16 @@ def compare(
     before: UInt8[np.ndarray, "i j"], after: UInt8[np.ndarray, "i j"], config: MotionConfig
 ) -> Motion:
     """What changed between two frames of :func:`shrink`."""
+    cv2 = load_cv2()
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # on frames this small threads wait more than they work
+    try:
+        return _compared(before, after, config)
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _compared(before: np.ndarray, after: np.ndarray, config: MotionConfig) -> Motion:
     everywhere = np.ones(before.shape, dtype=bool)
     flowing = _changed(before, after, everywhere, config)
     if flowing < config.area:
