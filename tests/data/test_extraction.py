@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.extraction import CodeShards, ExtractionConfig, as_document, extract
+from nextflow_ar.data.ray_extraction import ShardActor
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.data.video import VideoConfig
+from nextflow_ar.data.workers import Extraction, extract_with_workers, one_thread
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.layout import IGNORED, build
 from nextflow_ar.storage import StorageError
@@ -145,3 +151,122 @@ def test_extract_as_a_command(rows: Path, tmp_path: Path, capsys: pytest.Capture
     assert run(["extract", str(rows), "-o", out, *options]) == 1  # another number of rows per shard
     assert "another tokenizer or setting" in capsys.readouterr().err
     assert run(["extract", str(rows), "-o", out, *options, "--process", "2", "--processes", "2"]) == 2
+
+
+def job(rows: Path, folder: Path, out: str, **changes: object) -> Extraction:
+    if not (folder / "t").is_dir():
+        tiny_image_tokenizer().save_pretrained(folder / "t")
+    return Extraction(str(rows), str(folder / "t"), folder / out, replace(CONFIG, **changes), VideoConfig())
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*.parquet")}
+
+
+@pytest.mark.slow
+def test_workers_write_the_very_same_shards(rows: Path, tmp_path: Path) -> None:
+    one, two = job(rows, tmp_path, "one"), job(rows, tmp_path, "two")
+    alone = one.run(0, 1, lambda shard, done: None)
+    counts: list[int] = []
+    together = extract_with_workers(two, 2, counts.append)
+    assert together == alone and alone["rows"] == 6 and counts[-1] == 6
+    assert shards(one.out) == shards(two.out) and len(shards(one.out)) == 3
+    with pytest.raises(StorageError, match=r"worker \d: .*another tokenizer or setting"):
+        extract_with_workers(replace(two, config=replace(CONFIG, seed=9)), 1)
+
+
+def test_the_number_of_threads_is_put_back() -> None:
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_batches_of_equal_schedules(rows: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_image_tokenizer()
+    one = extract(open_source(rows), tokenizer, tmp_path / "one", replace(CONFIG, rows=8))
+    many = extract(open_source(rows), tokenizer, tmp_path / "many", replace(CONFIG, rows=8, batch=4))
+    assert many == one
+    pairs = zip(
+        CodeShards(tmp_path / "one", tokenizer).documents(),
+        CodeShards(tmp_path / "many", tokenizer).documents(),
+        strict=True,
+    )
+    same: list[float] = []
+    for (number, first), (other, second) in pairs:
+        assert number == other and len(first.segments) == len(second.segments)
+        for a, b in zip(first.segments, second.segments, strict=True):
+            if isinstance(a, Image) and isinstance(b, Image):
+                assert a.codes.schedule == b.codes.schedule
+                same.append(float((a.codes.target == b.codes.target).float().mean()))
+    assert (
+        len(same) == 6 and sum(same) / 6 > 0.97
+    )  # rounding may turn a code near a boundary, and what follows it
+    with pytest.raises(StorageError, match="another tokenizer or setting"):
+        extract(open_source(rows), tokenizer, tmp_path / "one", replace(CONFIG, rows=8, batch=4))
+
+
+def test_an_extraction_from_before_batches_goes_on(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["config"]["batch"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "000001.parquet").unlink()
+    assert extract(open_source(rows), tokenizer, out, CONFIG)["rows"] == 2
+    assert CodeShards(out, tokenizer).config == CONFIG
+
+
+def test_the_actor_of_ray_writes_the_very_same_shards(rows: Path, tmp_path: Path) -> None:
+    plain, spread = job(rows, tmp_path, "plain"), job(rows, tmp_path, "spread")
+    alone = plain.run(0, 1, lambda shard, done: None)
+    found = [ShardActor(spread)({"shard": np.array(numbers)}) for numbers in ([2], [1, 0, 7])]
+    assert shards(plain.out) == shards(spread.out) and len(shards(plain.out)) == 3
+    assert [each["rows"] for each in found] == [[2], [2, 2, 0]] and alone["rows"] == 6
+    assert found[1]["broken_rows"] == [["5"], ["1"], []]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("NEXTFLOW_TEST_RAY"), reason="starts a Ray cluster: set NEXTFLOW_TEST_RAY=1"
+)
+def test_ray_writes_the_very_same_shards(rows: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    from nextflow_ar.data.ray_extraction import extract_with_ray
+
+    plain, spread = job(rows, tmp_path, "plain"), job(rows, tmp_path, "spread")
+    alone = plain.run(0, 1, lambda shard, done: None)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        assert extract_with_ray(spread, 2) == alone
+        assert shards(plain.out) == shards(spread.out) and len(shards(plain.out)) == 3
+        (spread.out / "000001.parquet").unlink()
+        assert extract_with_ray(spread, 1)["rows"] == 2
+        assert shards(plain.out) == shards(spread.out)
+        assert extract_with_ray(spread, 1) == {"rows": 0, "broken": {}}
+    finally:
+        ray.shutdown()
+
+
+def test_the_ways_to_share_the_work(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = job(rows, tmp_path, "x")
+    options = [
+        "extract",
+        str(rows),
+        "-o",
+        str(tmp_path / "x"),
+        "--image-tokenizer",
+        place.tokenizer,
+        "--rows",
+        "3",
+    ]
+    assert run([*options, "--workers", "2", "--processes", "2"]) == 2
+    assert "take one" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run([*options, "--ray", "2"]) == 1
+    assert "extraction with Ray needs it: pip install 'nextflow-ar[ray]'" in capsys.readouterr().err
+    assert run([*options, "--batch", "2"]) == 0
+    assert "6 rows written" in capsys.readouterr().out

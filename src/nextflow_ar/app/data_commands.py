@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-data_app = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from nextflow_ar.data.video import VideoConfig
+    from nextflow_ar.data.workers import Extraction
+
+data_app = typer.Typer(
+    help="Look at training data before it is trained on, and convert it.", no_args_is_help=True
+)
+
+Place = Annotated[
+    str,
+    typer.Argument(help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME."),
+]
+Video = Annotated[
+    list[str] | None,
+    typer.Option("--video", help="How clips become rows: rate=1, frames=3, filter=false, motion.area=0.01."),
+]
+
+
+def _video(changes: list[str] | None) -> VideoConfig:
+    from nextflow_ar.config import from_dict, override, to_dict
+    from nextflow_ar.data.video import VideoConfig
+
+    return from_dict(VideoConfig, override(to_dict(VideoConfig()), changes or []), "--video")
 
 
 @data_app.command()
 def check(
-    place: Annotated[str, typer.Argument(help="Folder, .jsonl, .parquet or .tar file, or hf://OWNER/NAME.")],
+    place: Place,
     model: Annotated[
         str, typer.Option("--model", "-m", help="Model whose text tokenizer, level and context count.")
     ] = "nano",
@@ -28,30 +50,88 @@ def check(
     headers: Annotated[
         bool, typer.Option("--headers", help="Read pictures' headers only: faster, misses truncated files.")
     ] = False,
+    dialogue: Annotated[
+        bool, typer.Option("--dialogue", help="Count the chat marks of dialogue training too.")
+    ] = False,
+    video: Video = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Read every row of a data set and say which are broken, how and where. Exit status 1 if any is."""
     from nextflow_ar.data.check import check_rows
-    from nextflow_ar.data.sources import open_source
+    from nextflow_ar.data.sources import SourceError, open_source
     from nextflow_ar.generation.pipeline import resolve_model
     from nextflow_ar.model.checkpoint import load_bundle
+    from nextflow_ar.training.runs import progress_bar
 
-    source = open_source(place)
+    source = open_source(place, _video(video))
     bundle = load_bundle(resolve_model(model))
-    report = check_rows(
-        source,
-        num_scales=scales or bundle.image_tokenizer.config.num_scales,
-        most_tokens=most or bundle.model.config.max_positions,
-        count_text=lambda text: len(bundle.vocab.encode(text)),
-        deep=not headers,
-    )
+    try:
+        total = source.count()
+    except SourceError:  # a stream
+        total = 0
+    with progress_bar("check", total) as update:
+        report = check_rows(
+            source,
+            num_scales=scales or bundle.image_tokenizer.config.num_scales,
+            most_tokens=most or bundle.model.config.max_positions,
+            count_text=lambda text: len(bundle.vocab.encode(text)),
+            deep=not headers,
+            dialogue=dialogue,
+            progress=lambda rows: update(rows, ""),
+        )
     typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())
     if report.problems or not report.rows:
         raise typer.Exit(1)
 
 
+@data_app.command()
+def convert(
+    place: Place,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="File to write: .jsonl (pictures beside it), .parquet or .tar."),
+    ],
+    shard: Annotated[
+        int | None,
+        typer.Option("--shard-mb", min=1, help="Several numbered files of about so many MB; resumable."),
+    ] = None,
+    video: Video = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Write a data set in our format as JSONL and pictures, as parquet, or as WebDataset shards."""
+    from nextflow_ar.data.convert import convert as run_conversion
+    from nextflow_ar.data.sources import open_source
+    from nextflow_ar.training.runs import progress_bar
+
+    source = open_source(place, _video(video))
+    with progress_bar("convert", 1) as update:
+        most = None if shard is None else shard * 1_000_000
+        found = run_conversion(
+            source,
+            out,
+            most_bytes=most,
+            place=f"{place} {video or []}",
+            progress=lambda rows: update(0, f"{rows} rows"),
+        )
+        update(1, f"{found.rows} rows")
+    if as_json:
+        files = [str(path) for path in found.files]
+        typer.echo(
+            json.dumps({"files": files, "rows": found.rows, "broken": found.broken}, ensure_ascii=False)
+        )
+        return
+    typer.echo("\n".join(map(str, found.files)))
+    _tell_left_out(found.rows, found.broken, "")
+
+
+def _tell_left_out(rows: int, broken: dict[str, str], where: str) -> None:
+    typer.echo(f"{rows} rows written{where}, {len(broken)} left out")
+    for why in broken.values():
+        typer.echo(f"  {why}")
+
+
 def extract(
-    place: Annotated[str, typer.Argument(help="Folder, .jsonl, .parquet or .tar file, or hf://OWNER/NAME.")],
+    place: Place,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder of shards; a stopped extraction goes on there.")
     ],
@@ -74,35 +154,57 @@ def extract(
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Sampled among so many nearest codes.")] = 8,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01)] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Pictures encoded together; above 1 a few codes may differ.")
+    ] = 1,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")
+    ] = 1,
+    ray: Annotated[int, typer.Option("--ray", min=0, help="Actors on a Ray cluster instead (0: none).")] = 0,
     process: Annotated[int, typer.Option("--process", min=0, help="Number of this process.")] = 0,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work.")] = 1,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    video: Video = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Turn a data set into shards of codes, once, for any number of trainings."""
     from nextflow_ar.config import ConfigError, from_dict
     from nextflow_ar.data.extraction import ExtractionConfig
-    from nextflow_ar.data.extraction import extract as run_extraction
-    from nextflow_ar.data.sources import open_source
-    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-    from nextflow_ar.training.runs import progress_bar
+    from nextflow_ar.data.workers import Extraction
+    from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
 
     if process >= processes:
         raise ConfigError(f"--process is from 0 to {processes - 1}, got {process}")
-    source, model = open_source(place), ImageTokenizer.from_pretrained(tokenizer)
+    if sum((workers > 1, ray > 0, processes > 1)) > 1:
+        raise ConfigError("--workers, --ray and --processes are three ways to share the work: take one")
     values = {
-        "num_scales": scales or model.config.num_scales, "fit": fit, "rows": rows, "samples": samples, "tokens": tokens,
-        "top_k": top_k, "temperature": temperature, "seed": seed,
+        "num_scales": scales or tokenizer_config(tokenizer).num_scales, "fit": fit, "rows": rows, "samples": samples,
+        "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "batch": batch,
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
-    with progress_bar("extract", 1) as update:
-        found = run_extraction(
-            source, model, out, config, process=process, processes=processes,
-            progress=lambda shard, done: update(0, f"shard {shard}, {done} rows"),
-        )  # fmt: skip
-        update(1, f"{found['rows']} rows")
+    job = Extraction(place, tokenizer, out, config, _video(video), device)
+    found = _extract(job, workers, ray, process, processes)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
-    typer.echo(f"{found['rows']} rows written to {out}, {len(found['broken'])} left out")
-    for why in found["broken"].values():
-        typer.echo(f"  {why}")
+    _tell_left_out(found["rows"], found["broken"], f" to {out}")
+
+
+def _extract(job: Extraction, workers: int, ray: int, process: int, processes: int) -> dict[str, Any]:
+    from nextflow_ar.data.sources import open_source
+    from nextflow_ar.training.runs import progress_bar
+
+    open_source(job.place, job.video)  # one line now instead of one from every worker
+    with progress_bar("extract", 1) as update:
+        if ray:
+            from nextflow_ar.data.ray_extraction import extract_with_ray
+
+            found = extract_with_ray(job, ray, gpus=1.0 if job.device.startswith("cuda") else 0.0)
+        elif workers > 1:
+            from nextflow_ar.data.workers import extract_with_workers
+
+            found = extract_with_workers(job, workers, lambda rows: update(0, f"{rows} rows"))
+        else:
+            found = job.run(process, processes, lambda shard, rows: update(0, f"shard {shard}, {rows} rows"))
+        update(1, f"{found['rows']} rows")
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
+from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart
 from nextflow_ar.data.sources import Source
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.pictures import MAX_PIXELS, PictureError
@@ -15,12 +15,14 @@ from nextflow_ar.tokenizer.pictures import MAX_PIXELS, PictureError
 
 @dataclass
 class CheckReport:
-    """``rows`` read; ``problems``: one line each, with file and place; ``kinds``: how many rows draw, read, or only write;
+    """``rows`` read; ``problems``: one line each, with file and place; ``left_out``: likewise, rows that a filter drops on
+    purpose; ``kinds``: how many rows draw, read, or only write;
     ``ratios``: pictures by nearest final grid; ``tokens``: least, mean and most per good row.
     """
 
     rows: int = 0
     problems: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     ratios: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
@@ -37,6 +39,7 @@ class CheckReport:
         return {
             "rows": self.rows,
             "problems": self.problems,
+            "left_out": self.left_out,
             "kinds": dict(self.kinds),
             "ratios": dict(self.ratios.most_common()),
             "tokens": dict(zip(("least", "mean", "most"), self.tokens, strict=True)),
@@ -54,6 +57,8 @@ class CheckReport:
             lines.append(
                 "pictures by final grid: " + ", ".join(f"{k} {n}" for k, n in self.ratios.most_common(12))
             )
+        if self.left_out:
+            lines.append(f"{len(self.left_out)} left out on purpose, such as: {self.left_out[0]}")
         if self.kinds and not self.kinds["drawing"]:
             lines.append("warning: nothing in it teaches drawing")
         if self.kinds and self.ratios and not self.kinds["reading"]:
@@ -68,19 +73,22 @@ def check_rows(
     most_tokens: int,
     count_text: Callable[[str], int],
     deep: bool = True,
+    dialogue: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> CheckReport:
     """Read all rows of a source. ``num_scales``: level that pictures are meant for. ``count_text``: tokens of a text.
-    ``deep``: decode every picture (finds truncated files); otherwise read headers only.
+    ``deep``: decode every picture (finds truncated files); otherwise read headers only. ``dialogue``: rows will be trained
+    with chat marks around every turn, which count too.
     """
     report = CheckReport()
     for row in source.rows():
         report.rows += 1
         progress(report.rows)
         if isinstance(row, RowError):
-            report.problems.append(str(row))
+            (report.left_out if isinstance(row, LeftOut) else report.problems).append(str(row))
             continue
-        length, told = _measure(row, num_scales, count_text, deep, report)
+        length, told = _measure(row, num_scales, count_text, deep, dialogue, report)
+        length += _marks(row, count_text) if dialogue else 0
         if length > most_tokens and not told:
             told.append(f"{row.where}: {length} tokens are too long, up to {most_tokens} are accepted")
         report.problems += told
@@ -91,13 +99,18 @@ def check_rows(
 
 
 def _measure(
-    row: Row, num_scales: int, count_text: Callable[[str], int], deep: bool, report: CheckReport
+    row: Row,
+    num_scales: int,
+    count_text: Callable[[str], int],
+    deep: bool,
+    dialogue: bool,
+    report: CheckReport,
 ) -> tuple[int, list[str]]:
     """Tokens of a row as the layout lays it out, and what is wrong with its pictures."""
     length, told = 0, []
     for number, part in enumerate(row.parts):
         if isinstance(part, TextPart):
-            length += count_text(part.text) + int(part.supervised)
+            length += count_text(part.text)
             continue
         try:
             if deep:
@@ -116,10 +129,17 @@ def _measure(
                 f"{part.picture.name}: {width}x{height} pixels fit no bucket: aspect ratios from 1:4 to 4:1 are accepted"
             )
             continue
-        closing = schedule.sizes[-1] + 1 if number + 1 < len(row.parts) else 0
+        closing = schedule.sizes[-1] + 1 if dialogue or number + 1 < len(row.parts) else 0
         length += schedule.num_tokens + closing  # <boi> stands for the first grid
         report.ratios["x".join(map(str, ScaleSchedule.nearest(height, width, 18).final))] += 1
     return length, told
+
+
+def _marks(row: Row, count_text: Callable[[str], int]) -> int:
+    """Tokens of the chat marks: every turn has one before it, its role, one after it, and a line's end between turns."""
+    roles = [part.role for part in row.parts]
+    turns = [role for i, role in enumerate(roles) if i == 0 or roles[i - 1] != role]
+    return sum(2 + count_text(role + "\n") for role in turns) + (len(turns) - 1) * count_text("\n")
 
 
 def _kind(row: Row) -> str:

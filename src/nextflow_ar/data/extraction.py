@@ -1,8 +1,9 @@
 """Codes computed once, offline: rows of any source become parquet shards of texts and (input, target) codes.
 
 A shard covers a fixed range of a source's rows and is written whole or not at all, so an extraction that was stopped goes
-on with the shards that are missing, and several processes share the work by shard number. Every shard names the tokenizer
-that made it by fingerprint; with another tokenizer it is refused.
+on with the shards that are missing, and several processes share the work by shard number. What a shard holds depends on its
+rows and the setting alone, not on who writes it. Every shard names the tokenizer that made it by fingerprint; with another
+tokenizer it is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import ConfigDict
 from nextflow_ar.config import from_dict
 from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
 from nextflow_ar.data.sources import Source, SourceError
+from nextflow_ar.data.video import VideoSource
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START
 from nextflow_ar.storage import StorageError, write_atomic
@@ -41,6 +43,8 @@ class ExtractionConfig:
     ``num_scales``: level of all pictures, each on the schedule of its nearest aspect ratio. ``rows``: of the source per
     shard. Self-correction (paper section 3.4): ``samples``: share of the pictures that get it (paper: 1), ``tokens``: share
     of their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
+    ``batch``: pictures of equal schedule that the encoders see together; 1 gives the codes that ``ImageTokenizer.encode``
+    gives, more may round differently and turn codes that lie near a boundary.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -52,6 +56,7 @@ class ExtractionConfig:
     top_k: int = 8
     temperature: float = 1.0
     seed: int = 0
+    batch: int = 1
 
 
 def extract(
@@ -69,28 +74,56 @@ def extract(
     ``process`` of ``processes`` writes every so-manieth shard. Raises StorageError when the folder holds an extraction of
     another setting or tokenizer, or cannot be written.
     """
-    pq = _parquet()
-    _claim(out, tokenizer, config)
+    writer = ShardWriter(source, tokenizer, out, config)
     written, broken, number = 0, {}, process
-    while True:
-        name = out / f"{number:06d}.parquet"
-        if not name.is_file():
-            first = number * config.rows
-            rows = list(islice(source.rows(first), config.rows))
-            if not rows:
-                break
-            records, wrong = _records(rows, first, tokenizer, config)
-            buffer = io.BytesIO()
-            pq.write_table(_table(records), buffer, compression="zstd")
-            write_atomic(name, buffer.getvalue())
-            written, broken = written + len(records), broken | wrong
+    while (found := writer.write(number)) is not None:
+        written, broken = written + found["rows"], broken | found["broken"]
+        if found["wrote"]:
             progress(number, written)
         number += processes
-    if broken:
-        known = out / f"broken_{process:03d}.json"
-        before = json.loads(known.read_text()) if known.is_file() else {}
-        write_atomic(known, json.dumps(before | broken, indent=1, ensure_ascii=False).encode())
+    note_broken(out, f"{process:03d}", broken)
     return {"rows": written, "broken": broken}
+
+
+class ShardWriter:
+    """Writes the shards of one extraction, any of them and in any order.
+
+    Raises StorageError when the folder holds an extraction of another setting or tokenizer.
+    """
+
+    def __init__(
+        self, source: Source, tokenizer: ImageTokenizer, out: Path, config: ExtractionConfig
+    ) -> None:
+        self.source, self.tokenizer, self.out, self.config = source, tokenizer, out, config
+        self._ahead: tuple[int, Iterator[Row | RowError]] = (-1, iter(()))  # (row, the source from there on)
+        _parquet()
+        _claim(source, tokenizer, out, config)
+
+    def write(self, number: int) -> dict[str, Any] | None:
+        """Write shard ``number`` if it is missing: {"wrote", "rows", "broken"}; None when the source has no such rows."""
+        name = self.out / f"{number:06d}.parquet"
+        if name.is_file():
+            return {"wrote": False, "rows": 0, "broken": {}}
+        first = number * self.config.rows
+        rows = self._ahead[1] if self._ahead[0] == first else self.source.rows(first)
+        found = list(islice(rows, self.config.rows))
+        self._ahead = (first + len(found), rows)
+        if not found:
+            return None
+        records, wrong = _records(found, first, self.tokenizer, self.config)
+        buffer = io.BytesIO()
+        _parquet().write_table(_table(records), buffer, compression="zstd")
+        write_atomic(name, buffer.getvalue())
+        return {"wrote": True, "rows": len(records), "broken": wrong}
+
+
+def note_broken(out: Path, who: str, broken: dict[str, str]) -> None:
+    """Add to the list of rows that an extraction left out, by row number."""
+    if not broken:
+        return
+    known = out / f"broken_{who}.json"
+    before = json.loads(known.read_text()) if known.is_file() else {}
+    write_atomic(known, json.dumps(before | broken, indent=1, ensure_ascii=False).encode())
 
 
 def _parquet() -> Any:
@@ -101,21 +134,36 @@ def _parquet() -> Any:
     return pq
 
 
-def _claim(out: Path, tokenizer: ImageTokenizer, config: ExtractionConfig) -> None:
+def _claim(source: Source, tokenizer: ImageTokenizer, out: Path, config: ExtractionConfig) -> None:
     manifest = {"tokenizer": tokenizer.fingerprint(), "codes": tokenizer.config.quantizer.codebook_size}
     manifest |= {"config": asdict(config)}
+    if isinstance(source, VideoSource):
+        manifest["video"] = asdict(source.config)
     path = out / MANIFEST
     if path.is_file():
-        if json.loads(path.read_text()) != manifest:
+        known = json.loads(path.read_text())
+        known["config"] = asdict(from_dict(ExtractionConfig, known["config"], str(path)))  # with later fields
+        if known != manifest:
             raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
         return
     write_atomic(path, json.dumps(manifest, indent=1).encode())
+
+
+@dataclass
+class _Wanted:
+    """A picture on its canvas, until its codes are there. ``into``: its part of a record."""
+
+    seed: tuple[int, int, int]
+    schedule: ScaleSchedule
+    pixels: torch.Tensor
+    into: dict[str, Any]
 
 
 def _records(
     rows: list[Row | RowError], first: int, tokenizer: ImageTokenizer, config: ExtractionConfig
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     records, wrong = [], {}
+    waiting: dict[ScaleSchedule, list[_Wanted]] = {}
     for number, row in enumerate(rows, start=first):
         if isinstance(row, RowError):
             wrong[str(number)] = str(row)
@@ -127,36 +175,53 @@ def _records(
         except (PictureError, ValueError) as error:
             wrong[str(number)] = str(error) if row.where in str(error) else f"{row.where}: {error}"
             continue
-        records.append({"row": number, "where": row.where, "parts": parts})
+        for wanted in parts:
+            if isinstance(wanted, _Wanted):
+                same = waiting.setdefault(wanted.schedule, [])
+                same.append(wanted)
+                if len(same) == config.batch:
+                    _encode(same, tokenizer, config)
+                    same.clear()
+        told = [part.into if isinstance(part, _Wanted) else part for part in parts]
+        records.append({"row": number, "where": row.where, "parts": told})
+    for same in waiting.values():
+        if same:
+            _encode(same, tokenizer, config)
     return records, wrong
 
 
-@torch.inference_mode()
 def _part(
     part: TextPart | PicturePart,
     seed: tuple[int, int, int],
     tokenizer: ImageTokenizer,
     config: ExtractionConfig,
-) -> dict[str, Any]:
+) -> dict[str, Any] | _Wanted:
     common: dict[str, Any] = {"role": part.role, "supervised": part.supervised}
     if isinstance(part, TextPart):
         return common | {"text": part.text}
     picture = part.picture.open()
     schedule = ScaleSchedule.nearest(picture.height, picture.width, config.num_scales)
     canvas, _ = place(picture, *schedule.image_size(tokenizer.config.downsample), config.fit)
-    rng = np.random.default_rng(seed)
-    corrected = config.tokens > 0 and rng.random() < config.samples
-    correction = SelfCorrection(config.tokens, config.top_k, config.temperature) if corrected else None
-    generator = torch.Generator(device=tokenizer.device).manual_seed(int(rng.integers(2**62)))
-    pixels = to_unit(torch.from_numpy(canvas).to(tokenizer.device))[None]
-    found = tokenizer.quantize(pixels, schedule, correction=correction, generator=generator)
     final = ScaleSchedule.nearest(picture.height, picture.width, 18).final
-    return common | {
-        "final": list(final),
-        "scales": config.num_scales,
-        "target": found.target[0].tolist(),
-        "input": found.input[0].tolist() if corrected else None,  # the same as the targets
-    }
+    common |= {"final": list(final), "scales": config.num_scales}
+    return _Wanted(seed, schedule, torch.from_numpy(canvas), common)
+
+
+@torch.inference_mode()
+def _encode(wanted: list[_Wanted], tokenizer: ImageTokenizer, config: ExtractionConfig) -> None:
+    """Give pictures of one schedule their codes. The encoders see them together, the quantiser each by itself."""
+    pixels = to_unit(torch.stack([each.pixels for each in wanted]).to(tokenizer.device))
+    features = tokenizer.embed(pixels)
+    for i, each in enumerate(wanted):
+        rng = np.random.default_rng(each.seed)
+        corrected = config.tokens > 0 and rng.random() < config.samples
+        correction = SelfCorrection(config.tokens, config.top_k, config.temperature) if corrected else None
+        generator = torch.Generator(device=tokenizer.device).manual_seed(int(rng.integers(2**62)))
+        found = tokenizer.quantizer.quantize(
+            features[i : i + 1], each.schedule, correction=correction, generator=generator
+        )
+        each.into["target"] = found.target[0].tolist()
+        each.into["input"] = found.input[0].tolist() if corrected else None  # the same as the targets
 
 
 def _table(records: list[dict[str, Any]]) -> Any:

@@ -14,14 +14,20 @@ from typing import Any, Literal
 
 from PIL import Image as PILImage
 
-from nextflow_ar.tokenizer.pictures import PictureError, open_picture, to_rgb
+from nextflow_ar.data.layouts import LayoutError, plain_form
+from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class RowError(ValueError):
     """A row does not fit the format: one line that says what and what is accepted."""
+
+
+class LeftOut(RowError):
+    """A row that a filter leaves out on purpose (a clip in which nothing moves): no fault of the data."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,26 @@ class PictureRef:
     data: bytes | None = None
 
     def open(self) -> PILImage.Image:
-        """As 8-bit RGB. Raises PictureError."""
-        if self.path is not None:
-            return open_picture(self.path)
-        try:
-            with PILImage.open(io.BytesIO(self.data or b"")) as file:
-                file.load()
-                return to_rgb(file)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:100]
-            raise PictureError(f"{self.name}: damaged or no picture ({reason})") from None
+        """Upright, as 8-bit RGB. Raises PictureError."""
+        return decode_picture(self.data or b"", self.name) if self.path is None else open_picture(self.path)
 
     def size(self) -> tuple[int, int]:
-        """(height, width), from the header alone. Raises PictureError."""
+        """(height, width) of what :meth:`open` gives, from the header alone. Raises PictureError."""
+        with self._header() as file:
+            known = file.format in ("JPEG", "MPO", "WEBP")  # a PNG would be decoded to look for the tag
+            turned = known and file.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (file.width, file.height) if turned else (file.height, file.width)
+
+    def content(self) -> tuple[bytes, str]:
+        """The bytes of its file, untouched, and the suffix that fits them ("png"). Raises PictureError."""
+        with self._header() as file:
+            kind = (file.format or "png").lower()
+        data = self.data if self.path is None else self.path.read_bytes()
+        return data or b"", {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
+
+    def _header(self) -> PILImage.Image:
         try:
-            with PILImage.open(self.path if self.path is not None else io.BytesIO(self.data or b"")) as file:
-                return file.height, file.width
+            return PILImage.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
         except FileNotFoundError:
             raise PictureError(f"{self.name}: no such file") from None
         except Exception as error:
@@ -96,11 +106,15 @@ class Row:
 
 
 def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None) -> Row:
-    """A row from plain values, in the full form or one of the short ones. ``folder``: what its paths are relative to.
+    """A row from plain values, in the full form, one of the short ones, or a layout that :mod:`layouts` knows.
 
-    Raises RowError.
+    ``folder``: what its paths are relative to. Raises RowError.
     """
     reader = _Reader(where, folder)
+    try:
+        values = plain_form(values)
+    except LayoutError as error:
+        raise RowError(f"{where}: {error}") from None
     present = {key for key, value in values.items() if value is not None}
     if "segments" in present:
         return reader.full(values["segments"])
@@ -142,6 +156,8 @@ class _Reader:
             return PicturePart(PictureRef(f"{self.where}: {key}", data=buffer.getvalue()), role, supervised)
         if not isinstance(value, str) or not value:
             raise self.fail(f"{key} is a path or a picture, got {type(value).__name__}")
+        if value.startswith(("http://", "https://")):
+            raise self.fail(f"{key} is a web address: download the pictures first ({value[:60]})")
         path = Path(value)
         if self.folder is not None and not path.is_absolute():
             path = self.folder / path
@@ -211,6 +227,10 @@ def _question(r: _Reader, v: Mapping[str, Any]) -> Row:
     )
 
 
+def _answer(r: _Reader, v: Mapping[str, Any]) -> Row:
+    return _question(r, {"image": v["image"], "question": v["prompt"], "answer": v["response"]})
+
+
 def _drawing(r: _Reader, v: Mapping[str, Any]) -> Row:
     return r.row(
         r.text(v["prompt"], "prompt", supervised=False), r.picture(v["image"], "image", supervised=True)
@@ -236,6 +256,7 @@ def _plain(r: _Reader, v: Mapping[str, Any]) -> Row:
 _FORMS = (
     (frozenset({"source", "instruction", "target"}), _edit),
     (frozenset({"image", "question", "answer"}), _question),
+    (frozenset({"image", "prompt", "response"}), _answer),
     (frozenset({"images", "texts"}), _story),
     (frozenset({"image", "prompt"}), _drawing),
     (frozenset({"image", "caption"}), _captioned),

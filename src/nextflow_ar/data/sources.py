@@ -1,4 +1,4 @@
-"""Where rows come from: folders with captions, JSONL, parquet, WebDataset shards, Hugging Face data sets.
+"""Where rows come from: folders with captions, JSONL, JSON, parquet, WebDataset shards, video, Hugging Face data sets.
 
 Every source is a fixed list of items in a fixed order, so that "row 1,234" means the same in every run: ``rows(start)``
 goes on from any place. A broken item is a RowError in its place, never the end of the source.
@@ -11,11 +11,15 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image as PILImage
 
+from nextflow_ar.data.layouts import coco_rows
 from nextflow_ar.data.rows import Row, RowError, parse_row
+
+if TYPE_CHECKING:
+    from nextflow_ar.data.video import VideoConfig
 
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _TABLES = ("metadata.jsonl", "captions.jsonl", "manifest.jsonl")
@@ -32,49 +36,140 @@ class Source(Protocol):
         """Row ``start`` and all that follow; a broken one is its error."""
         ...
 
+    def count(self) -> int:
+        """How many rows there are, without opening a picture. Raises SourceError where that is not known beforehand."""
+        ...
 
-def open_source(place: Path | str) -> Source:
-    """The source at a path, by what is there; or ``hf://OWNER/NAME[/SPLIT]``. Raises SourceError."""
+
+def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
+    """The source at a path, by what is there; or ``hf://OWNER/NAME[/SPLIT]``. ``video``: how clips become rows.
+
+    Raises SourceError.
+    """
     if str(place).startswith("hf://"):
         return HubSource(str(place).removeprefix("hf://"))
     path = Path(place)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    if path.is_file():
-        kind = _KINDS.get(path.suffix.lower())
-        if kind is None:
-            raise SourceError(f"{path}: {', '.join(_KINDS)} files, folders and hf://OWNER/NAME are accepted")
+    kind = _KINDS.get(path.suffix.lower()) if path.is_file() else None
+    if kind is not None:
         return kind([path])
-    for suffix, kind in _KINDS.items():
-        shards = [p for p in sorted(path.glob(f"*{suffix}")) if p.name not in _TABLES]
-        if shards:
-            return kind(shards)
+    if path.is_dir():
+        for suffix, of_folder in _KINDS.items():
+            shards = [p for p in sorted(path.glob(f"*{suffix}")) if p.name not in _TABLES]
+            if shards and (suffix != ".json" or _only_rows(path)):
+                return of_folder(shards)
+    from nextflow_ar.data.clips import find_clips
+    from nextflow_ar.data.video import VideoConfig, VideoSource
+
+    clips = find_clips(path)
+    if clips is not None:
+        return VideoSource(clips, video or VideoConfig())
+    if path.is_file():
+        raise SourceError(
+            f"{path}: {', '.join(_KINDS)} and video files, folders and hf://OWNER/NAME are accepted"
+        )
     return FolderSource(path)
 
 
+def _only_rows(folder: Path) -> bool:
+    """Whether the .json files of a folder can be lists of rows, and not notes beside pictures, clips or tables."""
+    files = [p for p in folder.iterdir() if p.is_file()]
+    return all(p.suffix.lower() in (".json", ".txt", ".md", "") for p in files if p.name[0] != ".")
+
+
 class _Files:
-    """A source of files that are read from their beginning."""
+    """A source of files that are read from their beginning. Whole files before ``start`` are counted, not read."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
+        self._counts: dict[Path, int] = {}
 
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
         """See :class:`Source`."""
-        yield from islice(self._all(), start, None)
+        for path in self.files:
+            if start > 0:
+                known = self._known(path)
+                if known <= start:
+                    start -= known
+                    continue
+            yield from self._read(path, start)
+            start = 0
 
-    def _all(self) -> Iterator[Row | RowError]:
+    def count(self) -> int:
+        """See :class:`Source`."""
+        return sum(map(self._known, self.files))
+
+    def _known(self, path: Path) -> int:
+        if path not in self._counts:
+            self._counts[path] = self._count(path)
+        return self._counts[path]
+
+    def _count(self, path: Path) -> int:
+        raise NotImplementedError
+
+    def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
         raise NotImplementedError
 
 
 class JsonlSource(_Files):
     """JSONL files; pictures' paths are relative to the file."""
 
-    def _all(self) -> Iterator[Row | RowError]:
-        for path in self.files:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _parsed(line, f"{path}:{number}", path.parent)
+    def __init__(self, files: list[Path]) -> None:
+        super().__init__(files)
+        self._marks: dict[Path, list[tuple[int, int]]] = {}  # of every 1,000th row: (byte, line number)
+
+    def _count(self, path: Path) -> int:
+        total, marks, at = 0, [], 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    if total % 1000 == 0:
+                        marks.append((at, number))
+                    total += 1
+                at += len(line)
+        self._marks[path] = marks
+        return total
+
+    def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
+        at, first = self._marks[path][start // 1000] if start else (0, 1)
+        skip = start % 1000
+        with path.open("rb") as file:
+            file.seek(at)
+            for number, line in enumerate(file, start=first):
+                if not line.strip():
+                    continue
+                if skip:
+                    skip -= 1
+                    continue
+                yield _parsed(line, f"{path}:{number}", path.parent)
+
+
+class JsonSource(_Files):
+    """JSON files: a list of rows (LLaVA), or COCO's captions with the pictures in a folder near by."""
+
+    _open: tuple[Path, list[Any]] | None = None  # the file that was read last
+
+    def _rows(self, path: Path) -> list[Any]:
+        if self._open is None or self._open[0] != path:
+            try:
+                found = json.loads(path.read_bytes())
+                if isinstance(found, dict):
+                    found = coco_rows(found, path)
+            except (ValueError, AttributeError) as error:
+                raise SourceError(f"{path}: not valid JSON, or no list of rows: {error}") from None
+            if not isinstance(found, list):
+                raise SourceError(f"{path}: a JSON file is a list of rows, or COCO's mapping")
+            self._open = (path, found)
+        return self._open[1]
+
+    def _count(self, path: Path) -> int:
+        return len(self._rows(path))
+
+    def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
+        for number, values in enumerate(self._rows(path)[start:], start=start):
+            where = f"{path}: row {number}"
+            yield _row(values, where, path.parent) if isinstance(values, dict) else _no_mapping(values, where)
 
 
 def _parsed(line: bytes, where: str, folder: Path | None) -> Row | RowError:
@@ -83,8 +178,12 @@ def _parsed(line: bytes, where: str, folder: Path | None) -> Row | RowError:
     except (ValueError, UnicodeDecodeError) as error:
         return RowError(f"{where}: not valid JSON ({error})")
     if not isinstance(values, dict):
-        return RowError(f"{where}: a row is a mapping of keys to values, got {type(values).__name__}")
+        return _no_mapping(values, where)
     return _row(values, where, folder)
+
+
+def _no_mapping(values: object, where: str) -> RowError:
+    return RowError(f"{where}: a row is a mapping of keys to values, got {type(values).__name__}")
 
 
 def _row(values: Mapping[str, Any], where: str, folder: Path | None) -> Row | RowError:
@@ -100,30 +199,37 @@ class ParquetSource:
     def __init__(self, files: list[Path]) -> None:
         self.files = files
 
+    def count(self) -> int:
+        """See :class:`Source`."""
+        return sum(self._opened(path).metadata.num_rows for path in self.files)
+
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
         """See :class:`Source`; whole row groups before ``start`` are not read."""
-        try:
-            import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise SourceError("parquet files need pyarrow: pip install 'nextflow-ar[train]'") from None
         passed = 0
         for path in self.files:
-            try:
-                file = pq.ParquetFile(path)
-            except Exception as error:
-                raise SourceError(
-                    f"{path}: not a parquet file ({' '.join(str(error).split())[:100]})"
-                ) from None
+            file = self._opened(path)
             number = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if passed + size <= start:
                     passed, number = passed + size, number + size
                     continue
-                for values in file.read_row_group(group).to_pylist():
-                    if passed >= start:
-                        yield _row(values, f"{path}: row {number}", path.parent)
-                    passed, number = passed + 1, number + 1
+                for batch in file.iter_batches(batch_size=64, row_groups=[group]):  # a group may be gigabytes
+                    for values in batch.to_pylist():
+                        if passed >= start:
+                            yield _row(values, f"{path}: row {number}", path.parent)
+                        passed, number = passed + 1, number + 1
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise SourceError("parquet files need pyarrow: pip install 'nextflow-ar[train]'") from None
+        try:
+            return pq.ParquetFile(path)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:100]
+            raise SourceError(f"{path}: not a parquet file ({reason})") from None
 
 
 class FolderSource:
@@ -154,6 +260,13 @@ class FolderSource:
             text = beside.read_text(errors="replace")
             yield _row({"image": path.name, "caption": text}, str(path), path.parent)
 
+    def count(self) -> int:
+        """See :class:`Source`."""
+        if self.table is None:
+            return len(self.files)
+        with self.table.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+
     def _listed(self, table: Path) -> Iterator[Row | RowError]:
         with table.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -168,9 +281,7 @@ class FolderSource:
                 yield (
                     _row(_image_folder(values), where, self.folder)
                     if isinstance(values, dict)
-                    else RowError(
-                        f"{where}: a row is a mapping of keys to values, got {type(values).__name__}"
-                    )
+                    else _no_mapping(values, where)
                 )
 
 
@@ -188,19 +299,30 @@ def _image_folder(values: dict[str, Any]) -> dict[str, Any]:
 class TarSource(_Files):
     """WebDataset shards: files of one key (``0001.jpg``, ``0001.txt`` or ``0001.json``) are one row."""
 
-    def _all(self) -> Iterator[Row | RowError]:
-        for path in self.files:
-            try:
-                with tarfile.open(path) as shard:
-                    for key, members in _by_key(shard):
-                        yield _shard_row(members, f"{path}: {key}")
-            except (tarfile.TarError, EOFError, OSError) as error:
-                yield RowError(f"{path}: the shard is damaged ({error})")
+    def _count(self, path: Path) -> int:
+        return sum(1 for _ in self._groups(path, None))
+
+    def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
+        yield from self._groups(path, start)
+
+    def _groups(self, path: Path, start: int | None) -> Iterator[Row | RowError]:
+        """The rows of a shard from ``start`` on; with None all of them, from headers alone, good only for counting."""
+        try:
+            with tarfile.open(path) as shard:
+                for number, (key, members) in enumerate(_by_key(shard)):
+                    if start is None:
+                        yield RowError(key)
+                    elif number >= start:
+                        content = {suffix: _content(shard, member) for suffix, member in members.items()}
+                        yield _shard_row(content, f"{path}: {key}")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            yield RowError(f"{path}: the shard is damaged ({error})")
 
 
-def _by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     key, found = "", {}
     for member in shard:
+        shard.members.clear()  # it would remember every header  # pyright: ignore[reportAttributeAccessIssue]
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")
@@ -210,10 +332,14 @@ def _by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
             if found:
                 yield key, found
             key, found = current, {}
-        content = shard.extractfile(member)
-        found[suffix.lower()] = content.read() if content else b""
+        found[suffix.lower()] = member
     if found:
         yield key, found
+
+
+def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = shard.extractfile(member)
+    return content.read() if content else b""
 
 
 def _shard_row(members: dict[str, bytes], where: str) -> Row | RowError:
@@ -224,13 +350,30 @@ def _shard_row(members: dict[str, bytes], where: str) -> Row | RowError:
                 values |= json.loads(data)
             except (ValueError, TypeError) as error:
                 return RowError(f"{where}: not valid JSON ({error})")
+    pictures: dict[str, bytes] = {}
     for suffix, data in members.items():
         if suffix in ("txt", "caption"):
             values.setdefault("caption", data.decode(errors="replace"))
         elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
             name, dot, _ = suffix.rpartition(".")
-            values[name if dot else "image"] = data  # "0001.source.png" is the key "source"
-    return _row(values, where, None)
+            pictures[name if dot else "image"] = data  # "0001.source.png" is the key "source"
+    if "segments" in values:
+        return _row(_filled(values, pictures), where, None)
+    return _row(values | pictures, where, None)
+
+
+def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:
+    """Segments of a shard's row name the pictures beside it: ``{"image": "0"}`` is ``0001.0.png``."""
+    segments = values["segments"]
+    if not isinstance(segments, list):
+        return values
+    filled = [
+        {**part, "image": pictures[part["image"]]}
+        if isinstance(part, dict) and isinstance(part.get("image"), str) and part["image"] in pictures
+        else part
+        for part in segments
+    ]
+    return {**values, "segments": filled}
 
 
 class HubSource:
@@ -255,9 +398,16 @@ class HubSource:
         for number, values in enumerate(found, start=start):
             yield _row(_image_folder(dict(values)), f"hf://{self.name}/{self.split}: row {number}", None)
 
+    def count(self) -> int:
+        """Raises SourceError: a stream does not know its length."""
+        raise SourceError(
+            f"hf://{self.name}: a streamed data set does not tell its length; download it first"
+        )
 
-_KINDS: dict[str, type[JsonlSource] | type[ParquetSource] | type[TarSource]] = {
+
+_KINDS: dict[str, type[JsonlSource] | type[ParquetSource] | type[TarSource] | type[JsonSource]] = {
     ".jsonl": JsonlSource,
     ".parquet": ParquetSource,
     ".tar": TarSource,
+    ".json": JsonSource,
 }

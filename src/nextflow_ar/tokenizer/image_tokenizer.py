@@ -255,8 +255,7 @@ class ImageTokenizer(nn.Module):
         Raises StorageError, one line, when it is unknown, a file is missing or damaged, or the weights do not fit.
         """
         folder = _resolve(name)
-        values = json.loads(read_checked(folder, CONFIG_FILE))
-        tokenizer = cls(from_dict(ImageTokenizerConfig, values, str(folder / CONFIG_FILE)))
+        tokenizer = cls(tokenizer_config(folder))
         weights = {k: v.float() for k, v in read_weights(folder, WEIGHTS_FILE).items()}
         try:
             tokenizer.load_state_dict(weights)
@@ -265,6 +264,13 @@ class ImageTokenizer(nn.Module):
                 f"{folder}: the weights do not fit the configuration: {str(error)[:120]}"
             ) from None
         return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def tokenizer_config(name: Path | str) -> ImageTokenizerConfig:
+    """Configuration of what :meth:`ImageTokenizer.from_pretrained` would load, without its weights. Raises StorageError."""
+    folder = _resolve(name)
+    values = json.loads(read_checked(folder, CONFIG_FILE))
+    return from_dict(ImageTokenizerConfig, values, str(folder / CONFIG_FILE))
 
 
 def _resolve(name: Path | str) -> Path:

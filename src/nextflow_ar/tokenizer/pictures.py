@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -31,14 +32,22 @@ def open_picture(path: Path | str) -> Image.Image:
     Accepts what Pillow reads: PNG, JPEG, WebP, GIF, BMP, TIFF and more, in grey, palette, CMYK, 16-bit or alpha modes.
     Raises PictureError when the file is missing, damaged, no picture, or larger than :data:`MAX_PIXELS`.
     """
-    path = Path(path)
+    return _opened(Path(path), str(path))
+
+
+def decode_picture(data: bytes, name: str) -> Image.Image:
+    """:func:`open_picture` for the bytes of a file; ``name``: what messages call it."""
+    return _opened(io.BytesIO(data), name)
+
+
+def _opened(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(source) as file:
                 if file.width * file.height > MAX_PIXELS:
                     raise PictureError(
-                        f"{path}: {file.width}x{file.height} pixels are too many; up to {MAX_PIXELS // 1_000_000} "
+                        f"{name}: {file.width}x{file.height} pixels are too many; up to {MAX_PIXELS // 1_000_000} "
                         "megapixels are accepted"
                     )
                 file.load()
@@ -46,22 +55,22 @@ def open_picture(path: Path | str) -> Image.Image:
     except PictureError:
         raise
     except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
+        raise PictureError(f"{name}: no such file") from None
     except IsADirectoryError:
-        raise PictureError(f"{path}: is a folder, not a picture") from None
+        raise PictureError(f"{name}: is a folder, not a picture") from None
     except PermissionError:
-        raise PictureError(f"{path}: may not be read") from None
+        raise PictureError(f"{name}: may not be read") from None
     except Image.DecompressionBombError:
         raise PictureError(
-            f"{path}: the picture is too large; up to {MAX_PIXELS // 1_000_000} megapixels are accepted"
+            f"{name}: the picture is too large; up to {MAX_PIXELS // 1_000_000} megapixels are accepted"
         ) from None
     except UnidentifiedImageError:
         raise PictureError(
-            f"{path}: not a picture (PNG, JPEG, WebP, GIF, BMP and TIFF are accepted)"
+            f"{name}: not a picture (PNG, JPEG, WebP, GIF, BMP and TIFF are accepted)"
         ) from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise PictureError(f"{path}: damaged or truncated picture ({reason})") from None
+        raise PictureError(f"{name}: damaged or truncated picture ({reason})") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

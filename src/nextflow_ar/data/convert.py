@@ -1,0 +1,235 @@
+"""Any readable source as JSONL with pictures beside it, as parquet with pictures inside, or as WebDataset shards.
+
+Rows are written in the full form and pictures as the bytes they have, so that nothing is lost on the way and back. A file
+appears when it is whole. With a limit of size the output is several numbered files, and a conversion that was stopped goes
+on with the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
+from nextflow_ar.data.sources import Source, SourceError
+from nextflow_ar.storage import StorageError, write_atomic
+from nextflow_ar.tokenizer.pictures import PictureError
+
+_GROUP_BYTES = 64_000_000  # of pictures in one row group of a parquet file
+
+
+class _Writer(Protocol):
+    """One output file. ``add`` gets a row in the full form, whose pictures are (bytes, suffix)."""
+
+    def add(self, number: int, segments: list[dict[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Converted:
+    """``files`` in order; ``rows`` written by this call; ``broken``: rows left out by number, and why."""
+
+    files: list[Path]
+    rows: int
+    broken: dict[str, str]
+
+
+def convert(
+    source: Source,
+    out: Path,
+    *,
+    most_bytes: int | None = None,
+    place: str = "",
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Converted:
+    """Write all rows of a source to ``out``, whose suffix says how: .jsonl, .parquet or .tar.
+
+    ``most_bytes``: a file is finished when its texts and pictures reach so much; the files are then OUT-000000.tar and so
+    on. ``place``: names the source, so that a stopped conversion goes on with the same one only.
+    Raises SourceError for another suffix, StorageError when the output exists or cannot be written.
+    """
+    kind = _WRITERS.get(out.suffix.lower())
+    if kind is None:
+        raise SourceError(f"{out}: data is written as {', '.join(_WRITERS)}")
+    journal = _Journal(out, {"place": place, "most_bytes": most_bytes})
+    written, broken = 0, dict(journal.broken)
+    rows = enumerate(source.rows(journal.next_row), start=journal.next_row)
+    pending = next(rows, None)
+    while pending is not None or not journal.files:
+        number = len(journal.files)
+        name = out if most_bytes is None else out.with_name(f"{out.stem}-{number:06d}{out.suffix}")
+        with _whole(name) as temporary:
+            writer, size, end = kind(temporary, out), 0, journal.next_row
+            while pending is not None and (most_bytes is None or size < most_bytes):
+                end, row = pending
+                added = _add(writer, end, row, broken)
+                size, written = size + added, written + (added > 0)
+                progress(written)
+                pending, end = next(rows, None), end + 1
+            writer.close()
+        journal.done(name, end, broken)
+    journal.finish()
+    return Converted([Path(name) for name in journal.files], written, broken)
+
+
+def _add(writer: _Writer, number: int, row: Row | RowError, broken: dict[str, str]) -> int:
+    """Add a row to a file; returns its bytes, 0 for a row that is left out."""
+    if isinstance(row, RowError):
+        broken[str(number)] = str(row)
+        return 0
+    try:
+        segments = [_segment(part) for part in row.parts]
+    except (PictureError, OSError) as error:
+        broken[str(number)] = str(error) if row.where in str(error) else f"{row.where}: {error}"
+        return 0
+    writer.add(number, segments)
+    return sum(len(s["text"].encode()) if "text" in s else len(s["image"][0]) for s in segments) + 100
+
+
+def _segment(part: TextPart | PicturePart) -> dict[str, Any]:
+    common = {"role": part.role, "supervised": part.supervised}
+    if isinstance(part, TextPart):
+        return {"text": part.text} | common
+    return {"image": part.picture.content()} | common
+
+
+class _Jsonl:
+    """Lines, and beside the file a folder of pictures named by their content: one that many rows have is there once."""
+
+    def __init__(self, temporary: Path, out: Path) -> None:
+        self.file = temporary.open("w", encoding="utf-8")
+        self.pictures = out.with_name(out.stem + "_pictures")
+
+    def add(self, number: int, segments: list[dict[str, Any]]) -> None:
+        told = [{**s, "image": self._kept(*s["image"])} if "image" in s else s for s in segments]
+        self.file.write(json.dumps({"segments": told}, ensure_ascii=False) + "\n")
+
+    def _kept(self, data: bytes, suffix: str) -> str:
+        digest = hashlib.sha256(data).hexdigest()[:32]
+        path = self.pictures / digest[:2] / f"{digest}.{suffix}"
+        if not path.is_file():
+            write_atomic(path, data)
+        return path.relative_to(self.pictures.parent).as_posix()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Parquet:
+    """One column of segments, pictures as Hugging Face stores them: a struct of bytes and path."""
+
+    def __init__(self, temporary: Path, out: Path) -> None:
+        try:
+            import pyarrow as pa  # pyright: ignore[reportMissingImports]
+            import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise SourceError("parquet files need pyarrow: pip install 'nextflow-ar[train]'") from None
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        fields = [("text", pa.string()), ("image", image), ("role", pa.string()), ("supervised", pa.bool_())]
+        self.pa, self.schema = pa, pa.schema([("segments", pa.list_(pa.struct(fields)))])
+        self.file = pq.ParquetWriter(temporary, self.schema, compression="zstd")
+        self.rows: list[dict[str, Any]] = []
+        self.size = 0
+
+    def add(self, number: int, segments: list[dict[str, Any]]) -> None:
+        told = []
+        for i, segment in enumerate(segments):
+            if "image" in segment:
+                data, suffix = segment["image"]
+                segment = {**segment, "image": {"bytes": data, "path": f"{number:09d}.{i}.{suffix}"}}
+                self.size += len(data)
+            told.append(segment)
+        self.rows.append({"segments": told})
+        if self.size >= _GROUP_BYTES or len(self.rows) == 1000:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.rows:
+            self.file.write_table(self.pa.Table.from_pylist(self.rows, schema=self.schema))
+        self.rows, self.size = [], 0
+
+    def close(self) -> None:
+        self._flush()
+        self.file.close()
+
+
+class _Tar:
+    """WebDataset: a row's files have one key, its number; segments name their pictures."""
+
+    def __init__(self, temporary: Path, out: Path) -> None:
+        self.tar = tarfile.open(temporary, "w")  # noqa: SIM115
+
+    def add(self, number: int, segments: list[dict[str, Any]]) -> None:
+        told, files = [], []
+        for i, segment in enumerate(segments):
+            if "image" in segment:
+                data, suffix = segment["image"]
+                files.append((f"{number:09d}.{i}.{suffix}", data))
+                segment = {**segment, "image": str(i)}
+            told.append(segment)
+        document = json.dumps({"segments": told}, ensure_ascii=False).encode()
+        for name, data in [(f"{number:09d}.json", document), *files]:
+            member = tarfile.TarInfo(name)  # without time and owner: equal rows give equal files
+            member.size = len(data)
+            self.tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> None:
+        self.tar.close()
+
+
+_WRITERS: dict[str, Callable[[Path, Path], _Writer]] = {".jsonl": _Jsonl, ".parquet": _Parquet, ".tar": _Tar}
+
+
+class _Journal:
+    """Which files of a conversion into several are whole, and how far in the source they reach."""
+
+    def __init__(self, out: Path, setting: dict[str, Any]) -> None:
+        self.path = out.with_name(f".{out.name}.progress.json")
+        self.setting, self.several = setting, setting["most_bytes"] is not None
+        self.files: list[str] = []
+        self.broken: dict[str, str] = {}
+        self.next_row = 0
+        first = out.with_name(f"{out.stem}-000000{out.suffix}") if self.several else out
+        if self.path.is_file():
+            known = json.loads(self.path.read_text())
+            if known["setting"] != setting:
+                raise StorageError(
+                    f"{out}: a conversion of another source or size was stopped there; remove {self.path}"
+                )
+            self.files, self.broken, self.next_row = known["files"], known["broken"], known["next_row"]
+        elif first.exists():
+            raise StorageError(f"{first} exists already: name another file, or remove it")
+
+    def done(self, name: Path, next_row: int, broken: dict[str, str]) -> None:
+        self.files.append(str(name))
+        self.next_row = next_row
+        if self.several:
+            known = {"setting": self.setting, "files": self.files, "broken": broken, "next_row": next_row}
+            write_atomic(self.path, json.dumps(known).encode())
+
+    def finish(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _whole(name: Path) -> Iterator[Path]:
+    """A place to write a file at; it takes its name when it is whole, and is removed when it is not."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, name)
+    except OSError as error:
+        raise StorageError(f"{name}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,203 @@
+"""Layouts of public data sets, read by their keys as our forms: dialogues, edits, interleaved pages, COCO (docs/data.md).
+
+Everything here is from plain values to plain values; rows.py makes the row and says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MARK = "<image>"
+"""Where a picture stands in the text of a dialogue (LLaVA's convention)."""
+
+_ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+_EDITS = (
+    ("source", "src_img", "source_img", "source_image", "original_image", "input_image"),
+    ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
+    ("instruction", "edited_prompt_list", "edit_prompt", "edit_instruction", "edit"),
+)
+
+
+class LayoutError(ValueError):
+    """Values in a known layout that do not fit it: one line, without the place."""
+
+
+def plain_form(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values in one of our own forms; what is in no known layout is returned as it is. Raises LayoutError."""
+    present = {key for key, value in values.items() if value is not None}
+    if "segments" in present:
+        return values
+    if {"conversations"} <= present or {"messages"} <= present:
+        return _dialogue(values)
+    if {"text_list", "image_info"} <= present:
+        return _page(values)
+    if {"images", "texts"} <= present and _has_gaps(values["images"], values["texts"]):
+        return _interleaved(values["images"], values["texts"])
+    edit = [next((name for name in names if name in present), None) for names in _EDITS]
+    if all(edit):
+        return _edit(values, *(str(name) for name in edit))
+    if {"image", "text"} <= present and not {"caption", "prompt", "question"} & present:
+        return {**values, "caption": values["text"]}
+    return values
+
+
+def _edit(values: Mapping[str, Any], source: str, target: str, instruction: str) -> dict[str, Any]:
+    told = values[instruction]
+    if isinstance(told, list):  # several wordings: the first
+        told = told[0] if told else ""
+    return {"source": values[source], "target": values[target], "instruction": told}
+
+
+def _has_gaps(images: object, texts: object) -> bool:
+    lists = isinstance(images, list) and isinstance(texts, list)
+    return lists and any(value is None for value in (*images, *texts))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _interleaved(images: list[Any], texts: list[Any]) -> dict[str, Any]:
+    """A page as two lists with gaps (OBELICS): at each place either a text or a picture."""
+    if len(images) != len(texts):
+        raise LayoutError(
+            f"{len(images)} images and {len(texts)} texts: the lists are to be equally long, with null where the "
+            "other has something"
+        )
+    segments = []
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if (image is None) == (text is None):
+            raise LayoutError(f"place {i} of images and texts holds {'nothing' if image is None else 'both'}")
+        if image is not None or str(text).strip():
+            segments.append(_drawn({"image": image} if text is None else {"text": text}))
+    return {"segments": segments}
+
+
+def _drawn(segment: dict[str, Any]) -> dict[str, Any]:
+    return segment | {"role": "assistant", "supervised": True}
+
+
+def _page(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A page as sentences and pictures matched to them (mmc4): a picture stands before its sentence."""
+    texts, images = values["text_list"], values["image_info"]
+    if not isinstance(texts, list) or not isinstance(images, list):
+        raise LayoutError("text_list and image_info are lists")
+    at: dict[int, list[Any]] = {}
+    for i, info in enumerate(images):
+        place = info.get("matched_text_index") if isinstance(info, Mapping) else None
+        if not isinstance(place, int) or not 0 <= place < len(texts):
+            raise LayoutError(f"image_info[{i}]: matched_text_index is a place in text_list, got {place!r}")
+        at.setdefault(place, []).append(_page_picture(info, f"image_info[{i}]"))
+    segments = []
+    for place, text in enumerate(texts):
+        segments += [_drawn({"image": image}) for image in at.get(place, [])]
+        if str(text).strip():
+            segments.append(_drawn({"text": text}))
+    return {"segments": segments}
+
+
+def _page_picture(info: Mapping[str, Any], place: str) -> Any:
+    if info.get("image_base64"):
+        try:
+            return base64.b64decode(info["image_base64"], validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            raise LayoutError(f"{place}: image_base64 is not base64") from None
+    found = info.get("image") or info.get("image_name")
+    if not found:
+        raise LayoutError(f"{place} has neither image_name nor image_base64")
+    return found
+
+
+def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns with a mark where a picture stands (LLaVA's ``conversations``; ``messages`` of role and content)."""
+    turns = values.get("conversations") or values.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise LayoutError("conversations or messages is a list of at least one turn")
+    given = values.get("images") if values.get("images") is not None else values.get("image")
+    pictures = list(given) if isinstance(given, list) else [] if given is None else [given]
+    segments: list[dict[str, Any]] = []
+    used = 0
+    for i, turn in enumerate(turns):
+        role, pieces = _turn(turn, f"turn {i}")
+        if role == "assistant" and not pieces:
+            raise LayoutError(f"turn {i}: the response is empty")
+        for piece in pieces:
+            if piece == {"image": None}:
+                piece = {"image": pictures[used] if used < len(pictures) else None}
+                used += 1
+            segments.append(piece | {"role": role, "supervised": role == "assistant"})
+    if used != len(pictures):
+        raise LayoutError(f"{len(pictures)} images and {used} {MARK} marks: there is to be one mark an image")
+    return {"segments": segments}
+
+
+def _turn(turn: object, place: str) -> tuple[str, list[dict[str, Any]]]:
+    """Role of a turn, and its texts and pictures; a picture that comes from the row's list is ``{"image": None}``."""
+    if not isinstance(turn, Mapping):
+        raise LayoutError(f"{place} is a mapping, got {type(turn).__name__}")
+    name = turn.get("from") or turn.get("role")
+    if name not in _ROLES:
+        raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {name!r}")
+    content = turn.get("value") if turn.get("value") is not None else turn.get("content")
+    if content is None or isinstance(content, str):
+        return _ROLES[name], _pieces(content or "")
+    if not isinstance(content, list):
+        raise LayoutError(f"{place}: value (or content) is text, got {type(content).__name__}")
+    pieces: list[dict[str, Any]] = []
+    for part in content:
+        if not isinstance(part, Mapping):
+            raise LayoutError(f"{place}: a part of content is a mapping, got {type(part).__name__}")
+        if part.get("type") == "text":
+            pieces += _pieces(str(part.get("text") or ""))
+        elif part.get("type") == "image":
+            pieces.append({"image": part.get("image") or part.get("path")})
+        elif part.get("type") == "image_url":
+            address = part.get("image_url")
+            pieces.append({"image": address.get("url") if isinstance(address, Mapping) else address})
+        else:
+            raise LayoutError(f"{place}: a part's type is text, image or image_url, got {part.get('type')!r}")
+    return _ROLES[name], pieces
+
+
+def _pieces(text: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for i, piece in enumerate(text.split(MARK)):
+        if i:
+            found.append({"image": None})
+        if piece.strip():
+            found.append({"text": piece.strip()})
+    return found
+
+
+def coco_rows(document: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """COCO's captions file: a row per picture with its first caption (its only text that every picture has).
+
+    The pictures lie where the file is, in ``images/``, or in a folder named like the split (``captions_val2017.json``:
+    ``val2017/``), beside the file or one level up. A picture without a caption gives a row without one. Raises LayoutError.
+    """
+    images, annotations = document.get("images"), document.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise LayoutError("a JSON file is a list of rows, or COCO's mapping of images and annotations")
+    captions: dict[Any, str] = {}
+    for annotation in annotations:
+        if "caption" in annotation:
+            captions.setdefault(annotation.get("image_id"), annotation["caption"])
+    if annotations and not captions:
+        raise LayoutError("its annotations have no captions (COCO's captions_*.json is what is read)")
+    folder = _coco_folder(path, [str(image.get("file_name")) for image in images[:1]])
+    return [
+        {"image": f"{folder}{image.get('file_name')}", "caption": captions.get(image.get("id"), "")}
+        for image in images
+    ]
+
+
+def _coco_folder(path: Path, first: list[str]) -> str:
+    split = path.stem.rpartition("_")[2]
+    for folder in ("", "images/", f"{split}/", f"images/{split}/", "../", "../images/", f"../{split}/",
+                   f"../images/{split}/"):  # fmt: skip
+        if first and (path.parent / folder / first[0]).is_file():
+            return folder
+    return ""

@@ -1,0 +1,217 @@
+"""Layouts of public data sets as rows: dialogues, edits, interleaved pages, COCO; and what is wrong with one, and where."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from nextflow_ar.app.cli import run
+from nextflow_ar.data.rows import Row, RowError, TextPart, parse_row
+from nextflow_ar.data.sources import SourceError, open_source
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bundle"
+
+
+def png(size: tuple[int, int] = (20, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def told(row: Row) -> list[tuple[str, str, bool]]:
+    return [
+        (
+            p.text if isinstance(p, TextPart) else f"<{p.picture.name.rpartition(': ')[2]}>",
+            p.role,
+            p.supervised,
+        )
+        for p in row.parts
+    ]
+
+
+def given(text: str, role: str = "user") -> tuple[str, str, bool]:
+    return text, role, False
+
+
+def learned(text: str) -> tuple[str, str, bool]:
+    return text, "assistant", True
+
+
+EDIT = [given("<a.png>"), given("make it red"), learned("<b.png>")]
+LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
+    (
+        {"id": "1", "image": "a.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."},
+            {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]},
+        [given("<a.png>"), given("What is it?"), learned("A dog."), given("Sure?"), learned("Yes.")],
+    ),
+    (
+        {"images": ["a.png", "b.png"], "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "first <image> then <image>?"}, {"role": "assistant", "content": "both"}]},
+        [given("be brief", "system"), given("first"), given("<a.png>"), given("then"), given("<b.png>"), given("?"),
+         learned("both")],
+    ),
+    (
+        {"images": ["a.png"], "messages": [
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "draw it larger"}]},
+            {"role": "assistant", "content": [{"type": "image", "path": "b.png"}]}]},
+        [given("<a.png>"), given("draw it larger"), learned("<b.png>")],
+    ),
+    ({"omni_edit_id": "1", "src_img": "a.png", "edited_img": "b.png", "edited_prompt_list": ["make it red", "red!"]}, EDIT),
+    ({"original_image": "a.png", "edit_prompt": "make it red", "edited_image": "b.png", "edited_prompt": "a red dog",
+      "original_prompt": "a dog"}, EDIT),
+    ({"source_img": "a.png", "instruction": "make it red", "target_img": "b.png", "mask_img": "m.png"}, EDIT),
+    ({"input_image": "a.png", "edit": "make it red", "output_image": "b.png"}, EDIT),
+    (
+        {"images": [None, "a.png", None, "b.png"], "texts": ["one", None, "two", None], "metadata": "x"},
+        [learned("one"), learned("<a.png>"), learned("two"), learned("<b.png>")],
+    ),
+    (
+        {"text_list": ["one", "two"], "image_info": [
+            {"image_name": "b.png", "matched_text_index": 1}, {"image_name": "a.png", "matched_text_index": 0}]},
+        [learned("<a.png>"), learned("one"), learned("<b.png>"), learned("two")],
+    ),
+    ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
+    ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "wanted"), LAYOUTS)
+def test_layouts_are_rows(values: dict[str, Any], wanted: list[tuple[str, str, bool]]) -> None:
+    assert told(parse_row(values, "x:1", Path("/data"))) == wanted
+
+
+def turn(text: Any, role: str = "human") -> dict[str, Any]:
+    return {"from": role, "value": text}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"conversations": []}, "at least one turn"),
+        ({"conversations": [turn("hi"), turn("  ", "gpt")]}, "turn 1: the response is empty"),
+        ({"conversations": [turn("hi"), turn(None, "gpt")]}, "turn 1: the response is empty"),
+        ({"conversations": [turn("hi", "robot")]}, "turn 0: from \\(or role\\) is one of system, user"),
+        ({"conversations": [turn(3)]}, "turn 0: value \\(or content\\) is text, got int"),
+        ({"conversations": [turn([{"type": "audio"}])]}, "a part's type is text, image or image_url, got 'audio'"),
+        ({"conversations": ["hi"]}, "turn 0 is a mapping, got str"),
+        ({"image": "a.png", "conversations": [turn("hi"), turn("a", "gpt")]}, "1 images and 0 <image> marks"),
+        ({"conversations": [turn("<image>"), turn("a", "gpt")]}, "0 images and 1 <image> marks"),
+        ({"images": ["a.png", None], "texts": ["a"]}, "2 images and 1 texts: the lists are to be equally long"),
+        ({"images": ["a.png", None], "texts": ["a", "b"]}, "place 0 of images and texts holds both"),
+        ({"images": [None, "a.png"], "texts": [None, None]}, "place 0 of images and texts holds nothing"),
+        ({"text_list": ["a"], "image_info": [{"matched_text_index": 1}]}, "matched_text_index is a place in text_list"),
+        ({"text_list": ["a"], "image_info": [{"matched_text_index": 0}]}, "has neither image_name nor image_base64"),
+        (
+            {"text_list": ["a"], "image_info": [{"matched_text_index": 0, "image_base64": "?"}]},
+            "image_base64 is not base64",
+        ),
+        ({"text_list": "a", "image_info": []}, "text_list and image_info are lists"),
+        ({"src_img": "a.png", "edited_img": "b.png", "edited_prompt_list": []}, "instruction is empty"),
+        ({"image": "https://x.org/a.png", "caption": "a"}, "image is a web address: download the pictures first"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_layout(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=f"x:1: .*{message}"):
+        parse_row(values, "x:1")
+
+
+def test_pictures_in_base64() -> None:
+    info = {"image_base64": base64.b64encode(png((9, 8))).decode(), "matched_text_index": 0}
+    (ref,) = parse_row({"text_list": ["a"], "image_info": [info]}, "x:1").pictures
+    assert ref.size() == (8, 9)
+
+
+def test_a_json_list_and_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png())
+    dialogue = [turn("<image> what?"), turn("a dog", "gpt")]
+    rows = [
+        {"image": "images/a.png", "conversations": dialogue},
+        {"image": "images/none.png", "conversations": dialogue},
+        7,
+        {"conversations": [turn("hi"), turn("", "gpt")]},
+    ]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps(rows))
+    source = open_source(tmp_path)
+    assert source.count() == 4
+    found = list(source.rows(2))
+    assert "llava.json: row 2: a row is a mapping" in str(found[0]) and "row 3: turn 1" in str(found[1])
+    assert run(["data", "check", str(path), "-m", str(GOLDEN), "--dialogue"]) == 1
+    out = capsys.readouterr().out
+    assert "4 rows, 3 problems" in out and "none.png: no such file" in out and "1 reading" in out
+    path.write_text("{}")
+    with pytest.raises(SourceError, match="a JSON file is a list of rows, or COCO's mapping"):
+        list(open_source(path).rows())
+    path.write_text("[")
+    with pytest.raises(SourceError, match="not valid JSON"):
+        open_source(path).count()
+
+
+@pytest.mark.parametrize("folder", ["val2017", "images", "annotations", "images/val2017"])
+def test_coco_finds_its_pictures(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("annotations", folder):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    for number in (1, 2, 3):
+        (tmp_path / folder / f"{number:04d}.png").write_bytes(png())
+    document = {
+        "images": [{"id": i, "file_name": f"{i:04d}.png"} for i in (1, 2, 3, 4)],
+        "annotations": [
+            {"image_id": 2, "caption": "two"}, {"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "zwei"},
+            {"image_id": 4, "caption": "gone"},
+        ],
+    }  # fmt: skip
+    path = tmp_path / "annotations" / "captions_val2017.json"
+    path.write_text(json.dumps(document))
+    assert run(["data", "check", str(path), "-m", str(GOLDEN), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["kinds"] == {"drawing": 2} and len(report["problems"]) == 2
+    assert (
+        "row 2: caption is empty" in report["problems"][0]
+        and "0004.png: no such file" in report["problems"][1]
+    )
+    texts = [
+        r.parts[0].text
+        for r in open_source(path).rows()
+        if isinstance(r, Row) and isinstance(r.parts[0], TextPart)
+    ]
+    assert texts == ["one", "two", "gone"]
+    path.write_text(json.dumps({"images": [], "annotations": [{"bbox": []}]}))
+    with pytest.raises(SourceError, match="its annotations have no captions"):
+        open_source(path).count()
+
+
+def test_parquet_of_an_edit_set(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    row = {"src_img": {"bytes": png(), "path": None}, "edited_img": {"bytes": png((9, 8)), "path": None},
+           "edited_prompt_list": ["make it red", "red"], "height": 20}  # fmt: skip
+    page = {"images": [{"bytes": png(), "path": None}, None], "texts": [None, "one"]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist([page]), tmp_path / "b.parquet")
+    edit, told_page = (r for r in open_source(tmp_path).rows())
+    assert isinstance(edit, Row) and [p.size() for p in edit.pictures] == [(20, 20), (8, 9)]
+    assert isinstance(told_page, Row) and [p.supervised for p in told_page.parts] == [True, True]
+
+
+def test_rows_from_anywhere_in_a_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n".join(json.dumps({"text": f"row {i}"}) for i in range(2500)))
+    source = open_source(tmp_path)
+    assert source.count() == 2500
+    for start in (0, 1, 999, 1000, 2345, 2499):
+        row = next(iter(source.rows(start)))
+        assert (
+            isinstance(row, Row)
+            and told(row) == [learned(f"row {start}")]
+            and row.where == f"{path}:{2 * start + 1}"
+        )
+    assert list(source.rows(2500)) == []
