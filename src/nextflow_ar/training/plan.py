@@ -161,7 +161,7 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
             raise ConfigError(f"{where}: missing key '{key}'")
     model = from_dict(ModelConfig, values["model"], f"{where}: model")
     optimizer = from_dict(OptimizerConfig, values["optimizer"], f"{where}: optimizer")
-    alignment, averaged = values.get("trains", "all") == "alignment", float(values.get("ema", 0.0)) > 0
+    alignment, averaged = str(values.get("trains", "")).startswith("alignment"), float(values.get("ema", 0.0)) > 0
     if "plan" in values:
         plan = from_dict(PlanConfig, values["plan"], f"{where}: plan")
         counts = stage_counts(plan)
@@ -185,9 +185,11 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
 
 
 def trained(stage: Stage) -> int:
-    """Trained parameters: all, or in alignment the connector with its embeddings, the text embeddings and the head."""
-    p = parameters(stage.model)
-    return p.embeddings + p.head + p.inputs if stage.alignment else p.total
+    """Trained parameters: all, or in alignment the connector with its embeddings, and in embedding and head the rows of
+    ``<boi>``, ``<eoi>`` and (head) the codes.
+    """
+    p, config = parameters(stage.model), stage.model
+    return p.inputs + (2 + 2 + config.codes) * config.hidden if stage.alignment else p.total
 
 
 def useful_flops(stage: Stage, counts: Counts) -> float:
