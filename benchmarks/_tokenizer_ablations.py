@@ -81,7 +81,7 @@ def main() -> None:
             minutes = (time.time() - began) / 60
             photos = picture_files([given.photos]) if given.photos else []
             tokenizer = ImageTokenizer.from_pretrained(folder / "final")
-            found = evaluate_tokenizer_suite(tokenizer, folder, photos, per_type=20)
+            found = evaluate_tokenizer_suite(tokenizer, folder, photos, per_type=20, crops=(256,))
             report.write_text(json.dumps(found | {"minutes": minutes}))
         found = json.loads(report.read_text())
         scenes = found["playground"]["by_scales"]

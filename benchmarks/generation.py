@@ -14,6 +14,7 @@ from nextflow_ar import NextFlowPipeline
 from nextflow_ar.app.stages import SHEET_PROMPTS
 from nextflow_ar.generation.sampling import draw, guide
 from nextflow_ar.model.backbone import new_cache
+from nextflow_ar.model.steady import steady_scores
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.blocks import block_mask
 from nextflow_ar.sequence.layout import image_prefix
@@ -34,7 +35,7 @@ def raster(pipeline, prompt, tokens):
     )[:, -1]
     first = engine.vocab.text_size
     for step in range(tokens):
-        logits = engine._scores(hidden, first, first + engine.vocab.codes)
+        logits = steady_scores(hidden[:, None], model.head.weight[first : first + engine.vocab.codes])[:, 0]
         code = draw(guide(logits[:1], logits[1:], 3.0), 1.0, 0, 0.95, generator)
         x = model.scale_inputs.connector(model.scale_inputs.code_embed(code) * model.scale_inputs.code_scale)
         seen = torch.cat([seen, seen.new_ones(2, 1)], 1)

@@ -51,6 +51,7 @@ TINY_MODEL = ModelConfig(
     max_scales=18,
     scale_input="residual",
     closing_input="residual",
+    context_images="scales",
     positions="rope",
 )
 

@@ -86,8 +86,9 @@ class ModelConfig:
     codes follow it. ``rope``: "qwen" keeps Qwen's contiguous frequency sections, "per_axis" gives every axis the whole
     range. ``rope_range``: the constant C of Multiscale 3D RoPE. ``scale_input``: what grid k is fed, the residual of
     grid k-1 alone (NextFlow) or the accumulated features (TokenFlow). ``closing_input``: what the block after the last
-    grid is fed, that grid's residual alone or the sum over all scales, the whole picture. ``positions``: 3D RoPE alone, or
-    with TokenFlow's learned embedding per position added.
+    grid is fed, that grid's residual alone or the sum over all scales, the whole picture. ``context_images``: a picture
+    that is given, not drawn, is laid out with all its scales, or as its closing block alone (which then has to hold the
+    whole picture). ``positions``: 3D RoPE alone, or with TokenFlow's learned embedding per position added.
     """
 
     __pydantic_config__ = _STRICT
@@ -108,7 +109,12 @@ class ModelConfig:
     max_scales: int
     scale_input: Literal["residual", "accumulated"]
     closing_input: Literal["residual", "accumulated"]
+    context_images: Literal["scales", "closing"]
     positions: Literal["rope", "learned"]
+
+    def __post_init__(self) -> None:
+        if self.context_images == "closing" and self.closing_input != "accumulated":
+            raise ValueError("context_images: closing needs closing_input: accumulated")
 
     @property
     def vocab(self) -> int:

@@ -7,12 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nextflow_ar.generation.engine import ContextError, Engine, ImageRequest, TextRequest
+from nextflow_ar.generation import jobs
+from nextflow_ar.generation.engine import (
+    ContextError,
+    Engine,
+    ImageRequest,
+    QueueFull,
+    Rounds,
+    TextRequest,
+    WriteRequest,
+)
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
-from nextflow_ar.sequence.layout import build, image_prefix
+from nextflow_ar.sequence.layout import build
 from nextflow_ar.types import Codes, Document, Done, Image, ImageReady, Mark, ScaleReady, Text, TextDelta
 from tests.conftest import TINY_MODEL, tiny_bundle
 
@@ -41,17 +50,28 @@ def image_logits(
 
 
 class Recorder(Engine):
-    """Feeds given codes instead of sampled ones and keeps the logits of every scale."""
+    """Keeps the logits of every step over the whole vocabulary, by track, and answers with given codes or text."""
 
-    def __init__(self, bundle: Bundle, codes: list[Codes]) -> None:
+    def __init__(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, given: dict[int, list[int]]) -> None:
         super().__init__(bundle)
-        self.given, self.seen = codes, []
+        self.seen: dict[int, list[torch.Tensor]] = {}
+        left = {seed: list(ids) for seed, ids in given.items()}
 
-    def _sample(self, hidden, requests, partner, generators, k, scales):  # type: ignore[override]
-        self.seen.append(
-            self._scores(hidden.flatten(0, 1), 0, self.model.config.vocab).view(*hidden.shape[:2], -1)
-        )
-        return torch.stack([codes.scale(k) for codes in self.given])
+        def forced(scores: torch.Tensor, *settings: object) -> torch.Tensor:
+            generator = settings[-1]
+            assert isinstance(generator, torch.Generator)
+            ids = left[generator.initial_seed()]
+            taken, left[generator.initial_seed()] = ids[: len(scores)], ids[len(scores) :]
+            return torch.tensor(taken)
+
+        monkeypatch.setattr(jobs, "draw", forced)
+
+    def _score(self, tracks, hidden):  # type: ignore[override]
+        scores = self.model.logits(hidden)
+        for track, found in zip(tracks, scores, strict=False):
+            if track.wants != "nothing":
+                self.seen.setdefault(id(track), []).append(found)
+        super()._score(tracks, hidden)
 
 
 CONTEXTS = [
@@ -64,6 +84,9 @@ VARIANTS = {
     "residual": TINY_MODEL,
     "accumulated": replace(TINY_MODEL, scale_input="accumulated"),
     "whole pictures": replace(TINY_MODEL, closing_input="accumulated"),
+    "closing blocks alone": replace(
+        TINY_MODEL, closing_input="accumulated", context_images="closing", positions="learned"
+    ),
     "learned positions": replace(TINY_MODEL, positions="learned"),
     "grouped heads": replace(TINY_MODEL, kv_heads=1),
     "qwen sections": replace(TINY_MODEL, rope="qwen"),
@@ -72,46 +95,137 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("schedule", [SQUARE, WIDE], ids=["square", "wide"])
-def test_incremental_logits_equal_teacher_forced_ones(variant: str, schedule: ScaleSchedule) -> None:
+def test_incremental_logits_equal_teacher_forced_ones(
+    variant: str, schedule: ScaleSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = tiny_bundle(VARIANTS[variant])
     codes = [codes_of(schedule, i) for i in range(len(CONTEXTS))]
     settings = SamplingSettings(guidance=3.0)
-    lengths = [len(image_prefix(d, schedule, bundle.vocab, bundle.layout)) for d in CONTEXTS]
-    grouped: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        grouped.setdefault(-(-length // 16), []).append(i)
-    assert len(grouped) >= 2
-    for members in grouped.values():
-        part = Recorder(bundle, [codes[i] for i in members])
-        list(part.images([ImageRequest(CONTEXTS[i], schedule, i, settings) for i in members]))
-        incremental = torch.cat(part.seen, dim=1)
-        for place, i in enumerate(members):
-            offset_documents = [Document((Text("a picture"), Image(codes_of(WIDE, 77), True)))] * (i % 3)
-            forced = image_logits(bundle, CONTEXTS[i], codes[i], offset_documents)
-            assert forced.std() > 0.5  # the comparison means something
-            torch.testing.assert_close(incremental[place], forced, atol=1e-4, rtol=1e-4)
-            alone = image_logits(bundle, Document(()), codes[i])
-            torch.testing.assert_close(incremental[len(members) + place], alone, atol=1e-4, rtol=1e-4)
+    engine = Recorder(bundle, monkeypatch, {i: c.target.tolist() for i, c in enumerate(codes)})
+    rounds = Rounds(engine)
+    for i, context in enumerate(CONTEXTS):
+        rounds.submit(i, ImageRequest(context, schedule, i, settings))
+    tracks = [job.tracks for job in rounds.waiting]
+    while rounds.busy:
+        list(rounds.step())
+    for i, (own, partner) in enumerate(tracks):
+        offset_documents = [Document((Text("a picture"), Image(codes_of(WIDE, 77), True)))] * (i % 3)
+        forced = image_logits(bundle, CONTEXTS[i], codes[i], offset_documents)
+        assert forced.std() > 0.5  # the comparison means something
+        torch.testing.assert_close(torch.cat(engine.seen[id(own)]), forced, atol=1e-4, rtol=1e-4)
+        alone = image_logits(bundle, Document(()), codes[i])
+        torch.testing.assert_close(torch.cat(engine.seen[id(partner)]), alone, atol=1e-4, rtol=1e-4)
 
 
-def test_incremental_text_logits_equal_teacher_forced_ones(bundle: Bundle) -> None:
-    document = Document((Image(codes_of(SQUARE, 3)), Text("what is it?")))
-    answer = "two dogs and a cat"
-    full = build(Document((*document.segments, Text(answer, True))), bundle.vocab, bundle.layout)
+def test_incremental_text_logits_equal_teacher_forced_ones(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [Document((Image(codes_of(SQUARE, 3)), Text("what is it?"))), Document((Text("two"),))]
+    answers = ["two dogs and a cat", "red frogs"]
+    ids = [bundle.vocab.encode(answer) for answer in answers]
+    engine = Recorder(bundle, monkeypatch, {i: [*part, bundle.vocab.end] for i, part in enumerate(ids)})
+    rounds = Rounds(engine)
+    for i, document in enumerate(documents):
+        rounds.submit(i, TextRequest(document, 50, i, PLAIN))
+    tracks = [job.track for job in rounds.waiting]
+    events = []
+    while rounds.busy:
+        events += list(rounds.step())
+    for i, (document, answer) in enumerate(zip(documents, answers, strict=True)):
+        full = build(Document((*document.segments, Text(answer, True))), bundle.vocab, bundle.layout)
+        forced = bundle.model.logits(bundle.model.hidden(collate([full])))[0]
+        found = torch.cat(engine.seen[id(tracks[i])])
+        torch.testing.assert_close(found, forced[-len(ids[i]) - 1 :], atol=1e-4, rtol=1e-4)
+        assert "".join(e.text for e in events if isinstance(e, TextDelta) and e.row == i) == answer
+        assert Done(i, "stop") in events
+
+
+def test_what_the_model_writes_may_hold_images(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, an image, text, an image, text, written by one request beside others: logits as teacher forcing gives them."""
+    prompt, vocab = Document((Text("two dogs"),)), bundle.vocab
+    said = [vocab.encode(t) for t in ("a cat", " and a frog", " the end")]
+    drawn = [codes_of(SQUARE, 21), codes_of(SQUARE, 22)]
+    script = [
+        *said[0], vocab.boi, *drawn[0].target.tolist(),
+        *said[1], vocab.boi, *drawn[1].target.tolist(), *said[2], vocab.end,
+    ]  # fmt: skip
+    settings = SamplingSettings(guidance=2.0)
+    other = codes_of(SQUARE, 5)
+    engine = Recorder(bundle, monkeypatch, {7: script, 8: other.target.tolist()})
+    rounds = Rounds(engine)
+    rounds.submit(0, WriteRequest(prompt, 40, 2, SQUARE, 7, PLAIN, settings))
+    events = [e for _ in range(3) for e in rounds.step()]
+    rounds.submit(1, ImageRequest(Document((Text("a cat"),)), SQUARE, 8, settings))  # one that comes later
+    track = rounds.active[0].track
+    while rounds.busy:
+        events += list(rounds.step())
+    segments = [
+        Text("a cat"),
+        Image(drawn[0], True),
+        Text(" and a frog"),
+        Image(drawn[1], True),
+        Text(" the end", True),
+    ]
+    full = build(Document((*prompt.segments, *segments)), vocab, bundle.layout)
     forced = bundle.model.logits(bundle.model.hidden(collate([full])))[0]
-    ids = bundle.vocab.encode(answer)
-    seen: list[torch.Tensor] = []
+    places, at = [], len(vocab.encode("two dogs")) - 1
+    closing = SQUARE.sizes[-1]
+    for text, span in zip(said, (*full.images, None), strict=True):
+        places += range(at, at + len(text) + 1)  # what follows each token, <boi> or the end included
+        if span is not None:
+            places += range(span.boi, span.boi + SQUARE.num_tokens)
+            at = span.boi + SQUARE.num_tokens + closing  # <eoi>
+    found = torch.cat(engine.seen[id(track)])
+    torch.testing.assert_close(found, forced[places], atol=1e-4, rtol=1e-4)
+    kinds = [type(e).__name__ for e in events if e.row == 0 and not isinstance(e, ScaleReady)]
+    texts = "".join(e.text for e in events if isinstance(e, TextDelta))
+    assert texts == "a cat and a frog the end" and kinds.count("ImageReady") == 2 and kinds[-1] == "Done"
+    ready = [e.codes.target for e in events if isinstance(e, ImageReady) and e.row == 0]
+    assert all(torch.equal(a, b.target) for a, b in zip(ready, drawn, strict=True))
 
-    class Forced(Engine):
-        def _next_tokens(self, hidden, requests, generators, running):  # type: ignore[override]
-            seen.append(self._scores(hidden, 0, self.model.config.vocab)[0])
-            step = len(seen) - 1
-            return torch.full((hidden.shape[0],), ids[step] if step < len(ids) else self.vocab.end)
 
-    events = list(Forced(bundle).texts([TextRequest(document, 50, 0, PLAIN)]))
-    torch.testing.assert_close(torch.stack(seen), forced[-len(ids) - 1 :], atol=1e-4, rtol=1e-4)
-    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == answer
-    assert events[-1] == Done(0, "stop")
+def test_no_image_begins_where_none_is_left(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    hot = SamplingSettings(temperature=50.0)  # every entry about as likely
+    document = Document((Text("two dogs"),))
+    few = [
+        WriteRequest(document, 30, images, SQUARE, seed, hot, PLAIN, ends=())
+        for images in (0, 1)
+        for seed in range(4)
+    ]
+    events = list(Engine(bundle).run(few))
+    counts = [sum(isinstance(e, ImageReady) and e.row == i for e in events) for i in range(8)]
+    assert counts[:4] == [0] * 4 and max(counts[4:]) <= 1
+    assert [e for e in events if isinstance(e, Done) and e.row < 4] == [Done(i, "length") for i in range(4)]
+
+
+def test_requests_come_and_go_between_steps(bundle: Bundle) -> None:
+    settings = SamplingSettings(guidance=2.0, temperature=8.0)
+    asked = [ImageRequest(Document((Text("two dogs"),)), SQUARE, s, settings) for s in range(4)]
+    alone = [
+        next(e.codes.target for e in Engine(bundle).images([r]) if isinstance(e, ImageReady)) for r in asked
+    ]
+    rounds, found = Rounds(Engine(bundle), most_waiting=4), {}
+    writer = TextRequest(Document((Text("two"),)), 20, 1, SamplingSettings(temperature=4.0))
+    rounds.submit(9, writer)
+    for i, request in enumerate(asked):
+        rounds.submit(i, request)
+        found |= {e.row: e.codes.target for e in rounds.step() if isinstance(e, ImageReady)}
+    assert rounds.cancel(2) and not rounds.cancel(2)
+    done = []
+    while rounds.busy:
+        for event in rounds.step():
+            if isinstance(event, ImageReady):
+                found[event.row] = event.codes.target
+            done += [event.row] if isinstance(event, Done) else []
+    assert done == [0, 1, 3, 9]  # the text was first in and is last out: nobody waited for it
+    assert sorted(found) == [0, 1, 3] and all(torch.equal(found[i], alone[i]) for i in found)
+    small = Rounds(Engine(bundle, max_rows=2), most_waiting=1)
+    small.submit(0, asked[0])
+    with pytest.raises(QueueFull, match="1 requests wait already"):
+        small.submit(1, asked[1])
+    list(small.step())
+    small.submit(1, asked[1])
+    assert len(small.active) == 1 and len(small.waiting) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -172,34 +286,27 @@ def test_events_of_two_images_come_scale_by_scale(bundle: Bundle) -> None:
     assert [e for e in events if isinstance(e, Done)] == [Done(0, "stop"), Done(1, "stop")]
 
 
-def test_codes_stay_codes_and_text_stays_text(bundle: Bundle) -> None:
+def test_codes_stay_codes_and_text_stays_text(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     events = Engine(bundle).images([ImageRequest(Document(()), SQUARE, s, PLAIN) for s in range(4)])
     drawn = torch.cat([e.codes.target for e in events if isinstance(e, ImageReady)])
     assert drawn.min() >= 0 and drawn.max() < 24
     ids: list[int] = []
+    true_draw = jobs.draw
 
-    class Kept(Engine):
-        def _append(self, rows, tokens, step):  # type: ignore[override]
-            ids.extend(tokens.tolist())
-            return super()._append(rows, tokens, step)
+    def kept(*given: object) -> torch.Tensor:
+        out = true_draw(*given)  # type: ignore[arg-type]
+        ids.extend(out.tolist())
+        return out
 
-    list(
-        Kept(bundle).texts(
-            [
-                TextRequest(Document((Text("two"),)), 40, s, SamplingSettings(temperature=3.0))
-                for s in range(4)
-            ]
-        )
-    )
+    monkeypatch.setattr(jobs, "draw", kept)
+    hot = SamplingSettings(temperature=3.0)
+    list(Engine(bundle).texts([TextRequest(Document((Text("two"),)), 40, s, hot) for s in range(4)]))
     assert len(ids) > 50 and not set(ids) & set(bundle.vocab.never)
 
 
-def test_length_ends_a_text_that_does_not_stop(bundle: Bundle) -> None:
-    class Endless(Engine):
-        def _next_tokens(self, hidden, requests, generators, running):  # type: ignore[override]
-            return torch.full((hidden.shape[0],), bundle.vocab.encode("a")[0])
-
-    events = list(Endless(bundle).texts([TextRequest(Document((Text("two"),)), 3, 0, PLAIN)]))
+def test_length_ends_a_text_that_does_not_stop(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "draw", lambda *_: torch.tensor([bundle.vocab.encode("a")[0]]))
+    events = list(Engine(bundle).texts([TextRequest(Document((Text("two"),)), 3, 0, PLAIN)]))
     assert events[-1] == Done(0, "length")
     assert "".join(e.text for e in events if isinstance(e, TextDelta)) == "aaa"
 

@@ -96,6 +96,23 @@ def test_a_caption_sees_the_last_grid_and_learns_to_stop(vocab: Vocabulary) -> N
     assert span.closed and span.inputs == (1, 9)
 
 
+def test_a_given_image_may_be_its_closing_block_alone(vocab: Vocabulary) -> None:
+    options = LayoutOptions(C, context_images="closing")
+    sample, scales = (build(Document.image_to_text(codes(), "zq"), vocab, o) for o in (options, OPTIONS))
+    z, q = vocab.encode("zq")
+    assert sample.tokens.tolist() == [vocab.boi, *[-1] * 4, vocab.eoi, z, q]
+    assert sample.targets.tolist() == [*[IGNORED] * 5, z, q, vocab.end]
+    assert sample.blocks.tolist() == [0, 2, 2, 2, 2, 3, 4, 5]
+    assert sample.scales.tolist() == [0, 2, 2, 2, 2, -1, -1, -1]
+    assert sample.lengths.tolist() == [2] * 5 + [0] * 3
+    span = sample.images[0]
+    assert span.closed and span.scales == 0 and span.inputs == (1, 5)
+    kept = [0, *range(5, 12)]  # coordinates are those that the scales lead to
+    assert torch.equal(sample.positions, scales.positions[:, kept])
+    drawn = Document((Image(codes(), True), Text("zq", True)))
+    assert torch.equal(build(drawn, vocab, options).tokens, build(drawn, vocab, OPTIONS).tokens)
+
+
 def test_an_open_image_at_the_end_has_no_closing_block(vocab: Vocabulary) -> None:
     document = Document((Image(codes(), True),))
     assert len(build(document, vocab, OPTIONS)) == 5

@@ -150,22 +150,6 @@ def test_a_text_longer_than_its_row_does_not_end_the_run(tokenizer_folder: Path,
     assert batch.shape[1] % 32 == 0 and batch.shape[1] >= 32
 
 
-def test_distracted_pictures_keep_their_closing_blocks(tokenizer_folder: Path, tmp_path: Path) -> None:
-    reading = {"task": "image_to_text", "rows": 8, "length": 120, "distract": 0.5, "data": SHAPES}
-    both = {"task": "image_and_text", "rows": 4, "length": 120, "distract": 1.0, "data": SHAPES}
-    training = trainer(tmp_path / "run", tokenizer_folder, sources=[reading, both])
-    (group,) = training.batch(0).images
-    assert group.closing is not None
-    changed = (group.codes != group.closing).any(1)
-    assert 1 <= int(changed.sum()) < 8
-    pool = {tuple(row) for row in group.closing.tolist()}
-    assert all(tuple(row) in pool for row in group.codes.tolist())
-    (drawn,) = training.batch(1).images  # a picture that is learned keeps its own scales
-    assert drawn.closing is None
-    with pytest.raises(ValueError, match="distract is a share from 0 to 1, got 2"):
-        Source("image_to_text", 1, 100, SceneMixture(MixtureConfig(**SHAPES)).config, distract=2)
-
-
 def test_swapped_words_are_response_words_of_one_class(tokenizer_folder: Path, tmp_path: Path) -> None:
     training = trainer(
         tmp_path / "run",

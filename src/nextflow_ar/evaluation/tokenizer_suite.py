@@ -37,16 +37,17 @@ def evaluate_tokenizer_suite(
     *,
     per_type: int = 40,
     judge: Judge | None = None,
+    crops: tuple[int | None, ...] = (*CROPS, None),
     progress: Progress = lambda part, done, total: None,
 ) -> dict[str, Any]:
     """All tables; writes sheets into ``out``. ``photos``: picture files (may be empty). ``per_type``: scenes of each of the
-    six task types.
+    six task types. ``crops``: sides of the centre crops of photographs; None: whole pictures.
     """
     counts = torch.zeros(18, tokenizer.config.quantizer.codebook_size)
     found: dict[str, Any] = {"codes": tokenizer.config.quantizer.codebook_size}
     found["playground"] = _playground(tokenizer, out, per_type, judge or Judge.load(), counts, progress)
     found["photos"] = {}
-    for crop in (*CROPS, None) if photos else ():
+    for crop in crops if photos else ():
         name = "whole" if crop is None else f"crop_{crop}"
         found["photos"][name] = _photos(tokenizer, out, photos, crop, name, counts, progress)
     for i in range(48):

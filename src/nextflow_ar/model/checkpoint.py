@@ -43,7 +43,8 @@ class Bundle:
     @property
     def layout(self) -> LayoutOptions:
         """How this model's sequences are laid out."""
-        return LayoutOptions(self.model.config.rope_range)
+        config = self.model.config
+        return LayoutOptions(config.rope_range, context_images=config.context_images)
 
 
 def save_bundle(

@@ -72,21 +72,15 @@ class ScaleInputs(nn.Module):
         return self.code_embed(part).transpose(1, 2).unflatten(2, schedule.grids[k]) * self.code_scale
 
     def forward(
-        self,
-        codes: Int[Tensor, "n t"],
-        schedule: ScaleSchedule,
-        scales: int,
-        closed: bool,
-        closing: Int[Tensor, "n t"] | None = None,
+        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, scales: int, closed: bool
     ) -> Float[Tensor, "n m d"]:
         """Inputs of the blocks of the first ``scales`` scales after ``<boi>``, without scale embeddings; the closing
-        block too if ``closed``, of the codes ``closing`` where they are not the same.
+        block too if ``closed``, or that block alone (``scales`` 0).
         """
-        blocks = range(scales if closed else scales - 1)
+        blocks = [*range(scales - 1), *([len(schedule) - 1] if closed else [])]
         if not blocks:
             return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.scale_embed.embedding_dim)
-        shown = [codes] * (scales - 1) + [codes if closing is None else closing]
-        vectors = [self.block(shown[k], schedule, k).flatten(2).transpose(1, 2) for k in blocks]
+        vectors = [self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks]
         return self.connector(torch.cat(vectors, dim=1))
 
     def tags(self, scales: Int[Tensor, "b l"], lengths: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:

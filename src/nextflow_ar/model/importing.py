@@ -96,5 +96,6 @@ def _config(
         max_scales=18,
         scale_input="residual",
         closing_input="accumulated",
+        context_images="scales",
         positions="rope",
     )

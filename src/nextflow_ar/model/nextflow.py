@@ -71,7 +71,7 @@ class NextFlowModel(nn.Module):
         rows, length = batch.shape
         flat = x.reshape(rows * length, -1)
         for group in batch.images:
-            inputs = self.scale_inputs(group.codes, group.schedule, group.scales, group.closed, group.closing)
+            inputs = self.scale_inputs(group.codes, group.schedule, group.scales, group.closed)
             steps = torch.arange(inputs.shape[1], device=x.device)
             places = (group.rows * length + group.starts)[:, None] + steps
             flat = flat.index_add(0, places.flatten(), inputs.flatten(0, 1).to(flat.dtype))

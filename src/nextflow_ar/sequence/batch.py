@@ -15,10 +15,10 @@ from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, Sample
 
 @dataclass(frozen=True, eq=False)
 class ImageGroup:
-    """All images of a batch that share a schedule, the number of scales laid out, and whether they are closed.
+    """All images of a batch that share a schedule, the number of scales laid out (0: the closing block alone), and whether
+    they are closed.
 
     ``codes``: (N, T) input codes. ``rows``, ``starts``: (N,) the batch row and the position of the first fed place.
-    ``closing``: (N, T) codes of the closing block where they are not the same (:func:`distract`).
     """
 
     schedule: ScaleSchedule
@@ -27,7 +27,6 @@ class ImageGroup:
     codes: Tensor
     rows: Tensor
     starts: Tensor
-    closing: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +66,7 @@ class Batch:
             )
         }
         groups = tuple(
-            replace(
-                g,
-                codes=g.codes.to(device),
-                rows=g.rows.to(device),
-                starts=g.starts.to(device),
-                closing=None if g.closing is None else g.closing.to(device),
-            )
+            replace(g, codes=g.codes.to(device), rows=g.rows.to(device), starts=g.starts.to(device))
             for g in self.images
         )
         return Batch(**columns, images=groups)
@@ -151,24 +144,3 @@ def _groups(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[ImageGrou
         )
         for (schedule, scales, closed), members in found.items()
     )
-
-
-def distract(batch: Batch, share: float, generator: torch.Generator) -> Batch:
-    """The batch with ``share`` of its closed, unsupervised images shown by another's scales; closing blocks stay.
-
-    What is said of such a picture can follow from its closing block only, so a reader learns to trust that block, which
-    holds the whole picture, above coarse scales, which may spell an unfamiliar picture as a familiar one.
-    """
-    if share <= 0:
-        return batch
-    groups = []
-    for group in batch.images:
-        supervised = (batch.targets[group.rows, group.starts - 1] != IGNORED).cpu()
-        chosen = (torch.rand(len(group.rows), generator=generator) < share) & ~supervised
-        if not group.closed or len(group.rows) < 2 or not chosen.any():
-            groups.append(group)
-            continue
-        shift = int(torch.randint(1, len(group.rows), (), generator=generator))
-        shown = torch.where(chosen[:, None].to(group.codes.device), group.codes.roll(shift, 0), group.codes)
-        groups.append(replace(group, codes=shown, closing=group.codes))
-    return replace(batch, images=tuple(groups))

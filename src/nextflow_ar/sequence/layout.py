@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,18 +31,20 @@ TEXT_SCALE = -1
 class LayoutOptions:
     """``constant_range``: C of Multiscale 3D RoPE. ``alpha``: exponent of scale reweighting (0: plain mean).
 
-    ``text_weight``: loss weight of a text token, where an image's tokens weigh 1 on average.
+    ``text_weight``: loss weight of a text token, where an image's tokens weigh 1 on average. ``context_images``: how an
+    image that is given is laid out, with all its scales or as its closing block alone; drawn ones have their scales.
     """
 
     constant_range: float
     alpha: float = 0.0
     text_weight: float = 1.0
+    context_images: Literal["scales", "closing"] = "scales"
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSpan:
-    """An image within a sample: where its ``<boi>`` stands, how many of its scales are laid out, and whether the closing
-    block follows them.
+    """An image within a sample: where its ``<boi>`` stands, how many of its scales are laid out (0: the closing block
+    alone), and whether the closing block follows them.
     """
 
     codes: Codes
@@ -54,7 +57,7 @@ class ImageSpan:
         """Positions [start, end) of the blocks that are fed codes."""
         schedule = self.codes.schedule
         closing = schedule.sizes[-1] if self.closed else 0
-        return self.boi + 1, self.boi + schedule.offsets[self.scales] + closing
+        return self.boi + 1, self.boi + max(1, schedule.offsets[self.scales]) + closing
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +152,9 @@ class _Builder:
         if image.supervised:
             self.predict(self.vocab.boi)
         boi, total = len(self.tokens), len(schedule)
+        if closed and not image.supervised and self.options.context_images == "closing":
+            self.glance(image)
+            return
         laid = image.scales or total
         if closed and laid < total:
             raise ValueError("nothing can follow an image of which only the first scales are laid out")
@@ -165,6 +171,16 @@ class _Builder:
             self.grid(schedule.final, total, total, [IGNORED] * schedule.sizes[-1], 0.0)
             self.text([self.vocab.eoi])
         self.images.append(ImageSpan(codes, boi, laid, closed))
+
+    def glance(self, image: Image) -> None:
+        """An image as its closing block alone. Coordinates and block numbers are those that its scales would lead to."""
+        schedule, boi = image.codes.schedule, len(self.tokens)
+        self.text([self.vocab.boi], scale=0, length=len(schedule))
+        self.clock += len(schedule) - 1
+        self.block += len(schedule) - 1
+        self.grid(schedule.final, len(schedule), len(schedule), [IGNORED] * schedule.sizes[-1], 0.0)
+        self.text([self.vocab.eoi])
+        self.images.append(ImageSpan(image.codes, boi, 0, True))
 
     def segments(self, document: Document, *, close_last: bool) -> None:
         last = len(document.segments) - 1

@@ -19,7 +19,7 @@ from nextflow_ar.data.tasks import WORD_CLASSES, TaskName, caption_corpus, docum
 from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.batch import Batch, collate, distract
+from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import TEXT_SCALE, LayoutOptions, build
 from nextflow_ar.sequence.vocab import (
     PreTrainedTokenizerFast,
@@ -55,8 +55,6 @@ class Source:
     prefixes show many more of them in the same time. ``swap``: share of the colours and of the names in a response that
     are fed as another colour or name, targets unchanged, so that the next word has to follow from the picture or the
     prompt, not from the word before it. Not for responses that a picture follows: it would stop following its plan.
-    ``distract``: share of the pictures that are context whose scales show another picture of the batch, all but the
-    closing block, so that reading follows from the whole picture.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -66,15 +64,12 @@ class Source:
     data: MixtureConfig
     scales: int | None = None
     swap: float = 0.0
-    distract: float = 0.0
 
     def __post_init__(self) -> None:
         if self.swap and self.task in ("text_to_image", "think_to_image"):
             raise ValueError(f"swap is for responses in words, not for {self.task}")
         if not 0 <= self.swap <= 1:
             raise ValueError(f"swap is a share from 0 to 1, got {self.swap}")
-        if not 0 <= self.distract <= 1:
-            raise ValueError(f"distract is a share from 0 to 1, got {self.distract}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,9 @@ class ModelTrainer:
             self.text_tokenizer = self._text_tokenizer()
         self.vocab = Vocabulary(self.text_tokenizer, recipe.model.text_vocab, recipe.model.codes)
         self.word_classes = word_classes(self.vocab)
-        self.layout = LayoutOptions(recipe.model.rope_range, recipe.alpha, recipe.text_weight)
+        self.layout = LayoutOptions(
+            recipe.model.rope_range, recipe.alpha, recipe.text_weight, recipe.model.context_images
+        )
         self.averages = {k: p.detach().clone() for k, p in self.model.named_parameters()}
         self.optimizer = StageOptimizer(self.model.named_parameters(), recipe.optimizer)
         self.step = 0
@@ -200,8 +197,7 @@ class ModelTrainer:
         longest = max(len(sample) for sample in samples)
         # A rare long text must not end a run; steps of 32 keep the number of compiled shapes small.
         batch = collate(samples, source.length if longest <= source.length else -(-longest // 32) * 32)
-        batch = swap_words(batch, source.swap, self.word_classes, self.generator)
-        return distract(batch, source.distract, self.generator)
+        return swap_words(batch, source.swap, self.word_classes, self.generator)
 
     def _drawn(self, source: Source, mixture: SceneMixture, numbers: range) -> list[Document]:
         scenes, pictures = mixture.pictures(numbers.start, len(numbers))

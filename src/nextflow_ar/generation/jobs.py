@@ -1,0 +1,277 @@
+"""Requests under way, each a small state machine: what it feeds next, and what it makes of the scores that come back.
+
+A job owns one or two tracks (sequences with a place in a cache): its own, and the unconditional one that guidance
+contrasts with. It knows nothing of other jobs; the scheduler feeds the tracks of many in common batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nextflow_ar.generation.cache import RowCache, rounded
+from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
+from nextflow_ar.generation.sampling import SamplingSettings, draw, guide
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.layout import LayoutOptions, Sample, build, image_prefix, next_clock
+from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_END, TURN_START, Vocabulary
+from nextflow_ar.types import Codes, Done, Event, ImageReady, ScaleReady, TextDelta
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """What a track is fed next. One of ``sample`` (a prefix), ``token`` (of text; ``image_scales`` > 0: it begins an image
+    of so many scales) and ``codes`` (T_so_far,) of ``schedule`` whose scale ``k`` (0-based) is the last.
+    """
+
+    sample: Sample | None = None
+    token: int = -1
+    image_scales: int = 0
+    codes: Tensor | None = None
+    schedule: ScaleSchedule | None = None
+    k: int = 0
+
+    @property
+    def new(self) -> int:
+        """Places that it takes, padding included."""
+        if self.sample is not None:
+            return rounded(len(self.sample))
+        if self.schedule is None:
+            return 1
+        return self.schedule.sizes[min(self.k + 1, len(self.schedule) - 1)]
+
+
+@dataclass(eq=False)
+class Track:
+    """One sequence: its place in a cache, where its next token stands, what it is to be fed, and whether the scores that
+    it then gives are of codes or of text (``wants``).
+    """
+
+    wants: str
+    feed: Feed | None
+    cache: RowCache | None = None
+    row: int = 0
+    clock: int = 0
+    block: int = 0
+    scores: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Tracks of the same shape can be fed together."""
+        assert self.feed is not None
+        have = self.cache.lengths[self.row] if self.cache is not None else 0
+        kind = "sample" if self.feed.sample is not None else "token"
+        at = (
+            (self.feed.schedule, self.feed.k)
+            if self.feed.codes is not None
+            else (kind, self.feed.image_scales)
+        )
+        return self.feed.new, rounded(have + self.feed.new), at
+
+    def go_on(self, feed: Feed, wants: str) -> None:
+        """What to feed next."""
+        self.feed, self.wants, self.scores = feed, wants, None
+
+
+class Drawing:
+    """An image growing scale by scale on a track, with its unconditional partner."""
+
+    def __init__(
+        self, track: Track, partner: Track | None, schedule: ScaleSchedule, settings: SamplingSettings
+    ) -> None:
+        settings.at(0, len(schedule))  # a wrong number of values is an error before the work
+        self.track, self.partner, self.schedule, self.settings = track, partner, schedule, settings
+        self.codes = torch.empty(0, dtype=torch.long)
+        self.k = 0
+
+    def sample(self, generator: torch.Generator) -> None:
+        """Take the codes of the next scale from the tracks' scores."""
+        scores = self.track.scores
+        assert scores is not None
+        guidance, temperature, top_k, top_p = self.settings.at(self.k, len(self.schedule))
+        if self.partner is not None:
+            assert self.partner.scores is not None
+            scores = guide(scores, self.partner.scores, guidance)
+        chosen = draw(scores, temperature, top_k, top_p, generator)
+        self.codes = torch.cat([self.codes, chosen.cpu()])
+        self.k += 1
+
+    def feed(self) -> None:
+        """Feed the last scale's codes back on both tracks."""
+        feed = Feed(codes=self.codes, schedule=self.schedule, k=self.k - 1)
+        for track in (self.track, self.partner):
+            if track is not None:
+                track.go_on(feed, "codes")
+
+    @property
+    def finished(self) -> bool:
+        """All scales are sampled."""
+        return self.k == len(self.schedule)
+
+
+class Job:
+    """One request under way. ``number``: what its events call it."""
+
+    def __init__(
+        self, number: int, request: Request, vocab: Vocabulary, layout: LayoutOptions, limit: int
+    ) -> None:
+        self.number, self.request, self.vocab, self.layout = number, request, vocab, layout
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self.done = False
+        self.drawing: Drawing | None = None
+        self.images = 0
+        self.written: list[int] = []
+        self.counted = 0
+        self.shown = ""
+        prefix = self._prefix()
+        self._fits(prefix, limit)
+        wants = "codes" if isinstance(request, ImageRequest) else "text"
+        self.track = Track(wants, Feed(sample=prefix))
+        if isinstance(request, ImageRequest):
+            self.drawing = Drawing(self.track, self._partner(), request.schedule, request.settings)
+
+    def _prefix(self) -> Sample:
+        request = self.request
+        if isinstance(request, ImageRequest):
+            return image_prefix(request.document, request.schedule, self.vocab, self.layout)
+        return build(request.document, self.vocab, self.layout, close_last=True)
+
+    def _fits(self, prefix: Sample, limit: int) -> None:
+        request = self.request
+        need = len(prefix)
+        if isinstance(request, ImageRequest):
+            need += request.schedule.num_tokens - 1
+            if request.settings.guided:
+                without = image_prefix(request.unconditional, request.schedule, self.vocab, self.layout)
+                need = max(need, len(without) + request.schedule.num_tokens - 1)
+        else:
+            need += request.max_tokens
+        if isinstance(request, WriteRequest):
+            need += request.max_images * _whole(request.schedule)
+        if need > limit:
+            raise ContextError(f"the request takes {need} tokens, the model's context holds {limit}")
+
+    def _partner(self) -> Track | None:
+        request = self.request
+        assert not isinstance(request, TextRequest)
+        settings = request.settings if isinstance(request, ImageRequest) else request.image_settings
+        if not settings.guided:
+            return None
+        sample = image_prefix(request.unconditional, request.schedule, self.vocab, self.layout)
+        return Track("codes", Feed(sample=sample))
+
+    @property
+    def tracks(self) -> list[Track]:
+        """All tracks that hold cache, or will: the job's own first."""
+        partner = self.drawing.partner if self.drawing is not None else None
+        return [self.track] if partner is None else [self.track, partner]
+
+    @property
+    def width(self) -> int:
+        """Most tracks that it has at once."""
+        request = self.request
+        if isinstance(request, TextRequest):
+            return 1
+        settings = request.settings if isinstance(request, ImageRequest) else request.image_settings
+        return 2 if settings.guided else 1
+
+    def advance(self) -> Iterator[Event]:
+        """Use the scores that the tracks were given: choose tokens or codes, say what is new, and set what to feed next."""
+        if self.drawing is not None:
+            yield from self._drawn(self.drawing)
+        elif self.track.scores is not None:
+            yield from self._wrote()
+        else:  # the closing block is fed; the mark behind it comes next
+            self.track.go_on(Feed(token=self.vocab.eoi), "text")
+
+    def _drawn(self, drawing: Drawing) -> Iterator[Event]:
+        drawing.sample(self.generator)
+        yield ScaleReady(self.number, drawing.k - 1, len(drawing.schedule), drawing.codes)
+        if not drawing.finished:
+            drawing.feed()
+            return
+        yield ImageReady(self.number, Codes.plain(drawing.schedule, drawing.codes))
+        self.drawing = None
+        if isinstance(self.request, ImageRequest):
+            yield from self._end("stop")
+        else:
+            feed = Feed(codes=drawing.codes, schedule=drawing.schedule, k=drawing.k - 1)
+            self.track.go_on(feed, "nothing")
+
+    def _wrote(self) -> Iterator[Event]:
+        request = self.request
+        assert not isinstance(request, ImageRequest) and self.track.scores is not None
+        token = self._next_token(self.track.scores)
+        ends = {self.vocab.special(name) for name in request.ends}
+        begins = isinstance(request, WriteRequest) and token == self.vocab.boi
+        if token in ends or begins:
+            yield from self._said(final=True)
+            if token in ends:
+                yield from self._end("stop")
+                return
+            assert isinstance(request, WriteRequest)
+            self.written, self.shown = [], ""
+            self.images += 1
+            self.track.go_on(Feed(token=token, image_scales=len(request.schedule)), "codes")
+            self.drawing = Drawing(self.track, self._partner(), request.schedule, request.image_settings)
+            return
+        self.written.append(token)
+        self.counted += 1
+        last = self.counted == request.max_tokens
+        yield from self._said(final=last)
+        if last:
+            yield from self._end("length")
+        else:
+            self.track.go_on(Feed(token=token), "text")
+
+    def _next_token(self, scores: Tensor) -> int:
+        request = self.request
+        assert not isinstance(request, ImageRequest)
+        scores = scores.clone()
+        scores[:, self._never()] = float("-inf")
+        _, temperature, top_k, top_p = request.settings.at(0, 1)
+        return int(draw(scores, temperature, top_k, top_p, self.generator)[0])
+
+    def _never(self) -> list[int]:
+        """Entries that cannot be chosen now."""
+        request = self.request
+        allowed = set() if isinstance(request, ImageRequest) else set(request.ends)
+        if isinstance(request, WriteRequest) and self.images < request.max_images:
+            allowed.add(BOI)
+        marks = (END_OF_TEXT, TURN_START, TURN_END, BOI, EOI)
+        closed = [self.vocab.special(name) for name in marks if name not in allowed]
+        return closed + list(range(len(self.vocab.tokenizer), self.vocab.text_size))
+
+    def _said(self, *, final: bool) -> Iterator[Event]:
+        """The new text, held back while a character is incomplete."""
+        text = self.vocab.decode(self.written)
+        if not final and text.endswith("�"):
+            return
+        new, self.shown = text[len(self.shown) :], text
+        if new:
+            yield TextDelta(self.number, new)
+
+    def _end(self, reason: str) -> Iterator[Event]:
+        self.done = True
+        yield Done(self.number, reason)
+
+
+def _whole(schedule: ScaleSchedule) -> int:
+    """Places of an image with its marks and its closing block."""
+    return schedule.num_tokens + schedule.sizes[-1] + 1
+
+
+def settle(track: Track) -> None:
+    """Move a track's clock past what it was fed. While an image grows, the clock stays behind its ``<boi>``."""
+    feed = track.feed
+    assert feed is not None
+    if feed.sample is not None:
+        track.clock, track.block = next_clock(feed.sample)
+    elif feed.schedule is None:
+        track.clock, track.block = track.clock + 1, track.block + 1
+    elif feed.k + 1 == len(feed.schedule):  # the closing block
+        track.clock, track.block = track.clock + len(feed.schedule), track.block + len(feed.schedule)
+    track.feed = None

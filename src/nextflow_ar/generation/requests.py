@@ -1,0 +1,63 @@
+"""What the engine is asked for: an image, a text, or whatever the model writes, text and images in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.vocab import END_OF_TEXT, TURN_END
+from nextflow_ar.types import Document
+
+
+class ContextError(ValueError):
+    """A request does not fit the model's context: one line with both lengths."""
+
+
+class QueueFull(RuntimeError):
+    """Too many requests wait already: one line with the limit."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRequest:
+    """Draw an image after ``document``. ``unconditional``: the document that guidance contrasts with."""
+
+    document: Document
+    schedule: ScaleSchedule
+    seed: int
+    settings: SamplingSettings
+    unconditional: Document = field(default_factory=lambda: Document(()))
+
+
+@dataclass(frozen=True, eq=False)
+class TextRequest:
+    """Write text after ``document`` until a token of ``ends``, at most ``max_tokens`` tokens."""
+
+    document: Document
+    max_tokens: int
+    seed: int
+    settings: SamplingSettings
+    ends: tuple[str, ...] = (END_OF_TEXT,)
+
+
+@dataclass(frozen=True, eq=False)
+class WriteRequest:
+    """Write after ``document`` what the model will: text, and an image wherever it begins one (``<boi>``), until a token of
+    ``ends``.
+
+    At most ``max_tokens`` text tokens and ``max_images`` images of ``schedule``; where no image is left, none can begin.
+    ``settings`` are the text's, ``image_settings`` the images'.
+    """
+
+    document: Document
+    max_tokens: int
+    max_images: int
+    schedule: ScaleSchedule
+    seed: int
+    settings: SamplingSettings
+    image_settings: SamplingSettings
+    ends: tuple[str, ...] = (END_OF_TEXT, TURN_END)
+    unconditional: Document = field(default_factory=lambda: Document(()))
+
+
+Request = ImageRequest | TextRequest | WriteRequest
