@@ -97,7 +97,9 @@ def main():
         measure(given.case, given)
         return
     print(f"{given.places} places, {given.entries} entries, hidden {given.hidden}, {given.dtype}")
-    print(f"{'':20s}{'peak MiB':>10s}{'above inputs':>14s}{'CPU s':>9s}{'loss':>11s}{'gradients differ':>18s}")
+    print(
+        f"{'':20s}{'peak MiB':>10s}{'above inputs':>14s}{'CPU s':>9s}{'loss':>11s}{'gradients differ':>18s}"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), {}
         cases = given.cases.split(";")
@@ -116,7 +118,9 @@ def main():
     plain, ours = found[cases[0]], found[cases[-1]]
     if "peak" in plain and "peak" in ours:
         above = (plain["peak"] - plain["before"]) / (ours["peak"] - ours["before"])
-        print(f"{cases[0]} / {cases[-1]}: {plain['peak'] / ours['peak']:.1f} of all, {above:.1f} above inputs")
+        print(
+            f"{cases[0]} / {cases[-1]}: {plain['peak'] / ours['peak']:.1f} of all, {above:.1f} above inputs"
+        )
 
 
 if __name__ == "__main__":

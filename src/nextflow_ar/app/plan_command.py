@@ -84,6 +84,6 @@ def table(plan: Plan) -> str:
         f"days         {plan.days:.3g}",
     ]
     if not plan.fits:
-        lines.append("what helps, each alone (GiB per GPU, time per token):")
+        lines.append("what helps, each alone (GiB per GPU; time of an update):")
         lines += [f"  {k.name:<38}{k.memory / _GIB:8.1f}{k.slower:8.2f}x" for k in plan.knobs]
     return "\n".join(lines)

@@ -45,17 +45,15 @@ class Counts:
     predicted: float
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.tokens + other.tokens, self.pairs + other.pairs, self.predicted + other.predicted
-        )
+        return Counts(self.tokens + other.tokens, self.pairs + other.pairs, self.predicted + other.predicted)
 
     def times(self, n: float) -> Counts:
         """Of ``n`` such documents."""
         return Counts(n * self.tokens, n * self.pairs, n * self.predicted)
 
 
-def count(shapes: Sequence[Shape]) -> Counts:
-    """Counts of one document in the layout's order, without marks of dialogue."""
+def count(shapes: Sequence[Shape], context_images: str = "scales") -> Counts:
+    """Counts of one document in the layout's order, without marks of dialogue. ``context_images``: as in LayoutOptions."""
     tokens = pairs = predicted = 0
     free = False  # whether the last place predicts nothing yet
     for number, shape in enumerate(shapes):
@@ -69,10 +67,12 @@ def count(shapes: Sequence[Shape]) -> Counts:
             continue
         if shape.supervised:
             predicted += free + shape.schedule.num_tokens  # <boi> by the place before it, and every cell
-        for size in shape.schedule.sizes:
+        closed = number < len(shapes) - 1
+        alone = closed and not shape.supervised and context_images == "closing"
+        for size in (1,) if alone else shape.schedule.sizes:
             tokens += size
             pairs += size * tokens
-        if number < len(shapes) - 1:
+        if closed:
             for size in (shape.schedule.sizes[-1], 1):  # the closing block and <eoi>
                 tokens += size
                 pairs += size * tokens

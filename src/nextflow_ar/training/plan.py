@@ -141,12 +141,12 @@ def documents_of(kind: str, plan: DocumentPlan, schedule: ScaleSchedule) -> list
     raise ConfigError(f"plan.documents: unknown kind {kind!r}: one of {kinds}")
 
 
-def stage_counts(plan: PlanConfig) -> Counts:
-    """Counts of all documents of a stage."""
+def stage_counts(plan: PlanConfig, context_images: str = "scales") -> Counts:
+    """Counts of all documents of a stage. ``context_images``: as in LayoutOptions."""
     schedule, total = ScaleSchedule.square(plan.scales), Counts(0, 0, 0)
     for kind, documents in plan.documents.items():
         for number, shapes in documents_of(kind, documents, schedule):
-            total += count(shapes).times(number)
+            total += count(shapes, context_images).times(number)
     return total
 
 
@@ -161,10 +161,13 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
             raise ConfigError(f"{where}: missing key '{key}'")
     model = from_dict(ModelConfig, values["model"], f"{where}: model")
     optimizer = from_dict(OptimizerConfig, values["optimizer"], f"{where}: optimizer")
-    alignment, averaged = str(values.get("trains", "")).startswith("alignment"), float(values.get("ema", 0.0)) > 0
+    alignment, averaged = (
+        str(values.get("trains", "")).startswith("alignment"),
+        float(values.get("ema", 0.0)) > 0,
+    )
     if "plan" in values:
         plan = from_dict(PlanConfig, values["plan"], f"{where}: plan")
-        counts = stage_counts(plan)
+        counts = stage_counts(plan, model.context_images)
         return Stage(
             model, optimizer, alignment, averaged, counts, counts.times(plan.row / counts.tokens),
             plan.micro_steps, plan.checkpointing, plan.chunked_head, plan.state_bytes, plan.paper_tokens, None,
@@ -233,7 +236,9 @@ def memory(stage: Stage, gpus: int) -> Memory:
     outside = p.total - p.layers
     alone = gpus == 1
     layer = tokens * saved_bytes(config)
-    kept = 2 * tokens * config.hidden * config.layers + layer if stage.checkpointing else config.layers * layer
+    kept = (
+        2 * tokens * config.hidden * config.layers + layer if stage.checkpointing else config.layers * layer
+    )
     edges = tokens * config.hidden * (2 + 4 + 4)  # embeddings, and the last norm in fp32
     predicted = stage.row_counts.predicted
     logits = 2.0 * min(HELD_LOGITS, predicted * config.vocab) + 4 * p.head
@@ -262,9 +267,7 @@ def communication(stage: Stage, gpu: Gpu, gpus: int) -> float:
     return stage.micro_steps * moved / rate
 
 
-def times(
-    stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: float | None = None
-) -> Times:
+def times(stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: float | None = None) -> Times:
     """Seconds of one update. ``efficiency``: share of the peak that products reach; ``attention``: FLOP/s of attention
     where that was measured apart.
     """
@@ -314,9 +317,7 @@ def knobs(stage: Stage, gpu: Gpu, gpus: int, efficiency: float) -> list[Knob]:
     if stage.averaged:
         tried.append(("no moving average", replace(stage, averaged=False), gpus))
     now = times(stage, gpu, gpus, efficiency).step
-    found = [
-        Knob(name, memory(s, n).total, times(s, gpu, n, efficiency).step / now) for name, s, n in tried
-    ]
+    found = [Knob(name, memory(s, n).total, times(s, gpu, n, efficiency).step / now) for name, s, n in tried]
     return sorted(found, key=lambda knob: knob.memory)
 
 
@@ -353,12 +354,12 @@ class Plan:
         return self.flops / (self.steps * self.times.step * self.gpus * self.gpu.flops)
 
 
-def make_plan(
-    stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: float | None = None
-) -> Plan:
+def make_plan(stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: float | None = None) -> Plan:
     """The plan of a stage. ``attention``: see :func:`times`. Raises ConfigError for senseless numbers."""
     if gpus < 1 or not 0 < efficiency <= 1:
-        raise ConfigError(f"--gpus is at least 1 and --efficiency above 0 and at most 1, got {gpus}, {efficiency:g}")
+        raise ConfigError(
+            f"--gpus is at least 1 and --efficiency above 0 and at most 1, got {gpus}, {efficiency:g}"
+        )
     per_update = stage.row_counts.tokens * stage.micro_steps * gpus
     return Plan(
         gpu=gpu,
