@@ -76,6 +76,41 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk: int) -> None:
     torch.testing.assert_close(found[1], weight.grad)
 
 
+@pytest.mark.parametrize(("dtype", "closeness"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_large_vocabulary_is_taken_in_bands(dtype: torch.dtype, closeness: float) -> None:
+    """20,000 entries: three bands of the head, twelve rows of the softmax at a time, chunks of 64 places."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(150, 16, generator=generator).to(dtype).requires_grad_()
+    weight = (0.5 * torch.randn(20000, 16, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 20000, (150,), generator=generator)
+    weights = torch.rand(150, generator=generator)
+    total, losses, best = chunked_linear_cross_entropy(hidden, weight, targets, weights, 64)
+    (total / 3).backward()
+    found = hidden.grad.float(), weight.grad
+    assert found[1].dtype == torch.float32
+    other, head = hidden.detach().float().requires_grad_(), weight.detach().requires_grad_()
+    logits = other @ head.T
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    ((plain * weights).sum() / 3).backward()
+    torch.testing.assert_close(losses, plain, atol=0.05 if dtype == torch.bfloat16 else 1e-4, rtol=1e-3)
+    assert float((best == logits.argmax(1)).float().mean()) > 0.9  # bf16 logits may tie
+    for ours, theirs in zip(found, (other.grad, head.grad), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < closeness
+    with pytest.raises(RuntimeError, match="once only"):
+        total.backward()
+
+
+def test_a_place_that_is_nearly_right_keeps_its_small_gradient_in_bf16() -> None:
+    """The slope of the target is p - 1, taken in fp32: 1 - p of 4e-4 would be nothing in bf16."""
+    hidden = torch.tensor([[8.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    total = chunked_linear_cross_entropy(hidden, weight, torch.tensor([0]), torch.ones(1))[0]
+    total.backward()
+    p = 1 / (1 + math.exp(-8.0))
+    assert float(hidden.grad) == pytest.approx(p - 1, rel=0.01)
+    assert weight.grad[:, 0].tolist() == pytest.approx([8 * (p - 1), 8 * (1 - p)], rel=0.01)
+
+
 def test_the_loss_of_a_batch_is_the_weighted_cross_entropy_of_its_targets(bundle: Bundle) -> None:
     options = LayoutOptions(12.0, alpha=0.9, text_weight=2.0)
     document = Document((Text("two dogs"), Image(codes(1), True), Text("a cat", True)))

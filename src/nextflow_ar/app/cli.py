@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nextflow_ar.app.data_commands import data_app, extract
+from nextflow_ar.app.plan_command import plan
 from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 app.command()(extract)
+app.command()(plan)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")

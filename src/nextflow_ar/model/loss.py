@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+HELD_LOGITS = 2**26
+"""Logits held at once, whatever the vocabulary: 128 MiB in bf16."""
+_ENTRIES = 2**13
+"""Entries of the vocabulary whose rows of the head are cast or summed at once."""
+_SOFTMAX_CPU, _SOFTMAX_GPU = 2**18, 2**24
+"""Logits brought to fp32 at once: on a CPU as many as its second cache holds (measured: twice as fast as 2**22)."""
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -19,38 +27,91 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        compute = hidden.dtype
-        matrix = weight.to(compute)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ matrix.T).float()
-            index = targets[part, None]
-            best[part] = logits.argmax(1)
-            picked = logits.gather(1, index)[:, 0]
-            normaliser = logits.logsumexp(1)
-            losses[part] = normaliser - picked
-            if need_hidden or need_weight:
-                slope = logits.sub_(normaliser[:, None]).exp_()
-                slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=slope.dtype))
-                slope = slope.mul_(weights[part, None]).to(compute)
-                if grad_hidden is not None:
-                    grad_hidden[part] = slope @ matrix
-                if grad_weight is not None:
-                    grad_weight += (slope.T @ hidden[part]).float()
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            logits = _logits(hidden[part], weight)
+            losses[part], best[part] = _softmax(
+                logits, targets[part], weights[part], need_hidden or need_weight
+            )
+            if grad_hidden is not None:
+                grad_hidden[part] = _product(logits, weight)
+            if grad_weight is not None:
+                _add_product(grad_weight, logits, hidden[part])
+            del logits  # before the next chunk's are made
+        ctx.found = grad_hidden, grad_weight
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses, best)
         return (losses * weights).sum(), losses, best
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.found is None:
+            raise RuntimeError("the chunked loss scales its gradients in place: go back through it once only")
+        # Scaled in place and let go of, so that no second gradient of the head's size is ever made.
+        (grad_hidden, grad_weight), ctx.found = ctx.found, None
         scale = grads[0]
-        grad_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
-        grad_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(scale.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _bands(entries: int) -> Iterator[slice]:
+    return (slice(start, start + _ENTRIES) for start in range(0, entries, _ENTRIES))
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden @ weight.T`` in ``hidden``'s dtype."""
+    if len(weight) <= _ENTRIES:
+        return hidden @ weight.to(hidden.dtype).T
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for band in _bands(len(weight)):
+        logits[:, band] = hidden @ weight[band].to(hidden.dtype).T
+    return logits
+
+
+def _softmax(logits: Tensor, targets: Tensor, weights: Tensor, slope: bool) -> tuple[Tensor, Tensor]:
+    """(N,) losses and (N,) best entries of (N, V) logits, in fp32.
+
+    With ``slope`` the logits are overwritten by the gradient of the weighted losses with respect to them.
+    """
+    losses, best = torch.empty_like(weights, dtype=torch.float32), torch.empty_like(targets)
+    held = _SOFTMAX_CPU if logits.device.type == "cpu" else _SOFTMAX_GPU
+    rows = max(1, held // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        chance = logits[part].float()  # the logits themselves where those are fp32
+        index, weight = targets[part, None], weights[part, None].float()
+        top, best[part] = chance.amax(1, keepdim=True), chance.argmax(1)
+        picked = chance.gather(1, index) - top
+        total = chance.sub_(top).exp_().sum(1, keepdim=True)
+        losses[part] = (total.log() - picked)[:, 0]
+        if slope:
+            chance.mul_(weight / total).scatter_add_(1, index, -weight)
+            logits[part] = chance
+    return losses, best
+
+
+def _product(slope: Tensor, weight: Tensor) -> Tensor:
+    """``slope @ weight``, summed over bands of the vocabulary in fp32."""
+    if len(weight) <= _ENTRIES:
+        return slope @ weight.to(slope.dtype)
+    total = torch.zeros(len(slope), weight.shape[1], dtype=torch.float32, device=slope.device)
+    for band in _bands(len(weight)):
+        total += slope[:, band] @ weight[band].to(slope.dtype)
+    return total
+
+
+def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """``total += slope.T @ hidden``, a band of the vocabulary at a time."""
+    for band in _bands(len(total)):
+        if hidden.dtype == torch.float32:
+            total[band].addmm_(slope[:, band].T, hidden)
+        else:
+            total[band] += slope[:, band].T @ hidden
 
 
 def chunked_linear_cross_entropy(
@@ -62,7 +123,9 @@ def chunked_linear_cross_entropy(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Sum over places of ``weights * cross_entropy(hidden @ weight.T, targets)``.
 
-    Returns (the sum, differentiable in ``hidden`` and ``weight``; (N,) unweighted losses in nats; (N,) best entries).
-    Products run in ``hidden``'s dtype, the softmax in fp32; at most (chunk, V) logits are held.
+    Returns (the sum, differentiable once in ``hidden`` and ``weight``; (N,) unweighted losses in nats; (N,) best entries).
+    Products run in ``hidden``'s dtype, the softmax in fp32. ``chunk``: places at once; fewer with a large vocabulary, so
+    that at most 2**26 logits are held (paper section 3.3, fused loss).
     """
+    chunk = min(chunk, max(64, HELD_LOGITS // len(weight)))
     return _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)  # pyright: ignore

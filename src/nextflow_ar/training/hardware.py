@@ -1,0 +1,121 @@
+"""What machines can do: a table of GPUs, and measuring the machine at hand."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nextflow_ar.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``flops``: dense bf16 products per second. ``memory``: bytes that a program can use. ``bandwidth``: of its memory,
+    bytes per second. ``link``: to the others of its node, one way. ``network``: to other nodes, per GPU, one way.
+    ``node``: GPUs of a node. ``source``: where the figures are from.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    node: int
+    source: str
+
+
+_GIB = 2.0**30
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 312e12, 79 * _GIB, 2.039e12, 300e9, 25e9, 8,
+            "A100 80GB SXM data sheet: 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100: 200 Gb/s per GPU"),
+        Gpu("h100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9, 8,
+            "H100 SXM data sheet: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100: 400 Gb/s per GPU"),
+        Gpu("h200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9, 8,
+            "H200 SXM data sheet: 1,979 TFLOPS sparse, 141 GB, 4.8 TB/s, NVLink 900 GB/s both ways; 400 Gb/s per GPU"),
+        Gpu("b200", 2250e12, 178 * _GIB, 8.0e12, 900e9, 50e9, 8,
+            "DGX B200 data sheet: 36 PFLOPS sparse bf16 and 1,440 GB by 8, 8 TB/s, NVLink 1.8 TB/s both ways; 400 Gb/s"),
+        Gpu("l40s", 362e12, 44 * _GIB, 0.864e12, 32e9, 25e9, 8,
+            "L40S data sheet: 733 TFLOPS sparse, 48 GB, 864 GB/s, PCIe 4 x16; network 200 Gb/s per GPU assumed"),
+    )
+}  # fmt: skip
+"""Dense figures: half of what the data sheets give with sparsity."""
+
+
+def seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
+    """Least seconds of ``work`` after one call to warm up: the processor's own time on one CPU thread, where what else
+    runs on the machine does not count, else by the clock.
+    """
+    cuda = torch.cuda.is_available()
+    clock = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
+    least = float("inf")
+    for number in range(repeats + 1):
+        began = clock()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        if number:
+            least = min(least, clock() - began)
+    return least
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _normal(*shape: int) -> Tensor:
+    device = _device()
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device).bfloat16()
+
+
+def measure_machine(size: int = 2048) -> Gpu:
+    """The machine at hand as a row of the table: bf16 products of ``size`` squared, and elementwise work as a layer has it
+    (the gated product of the feed-forward part in bf16), bytes read and written per second.
+    """
+    a, b = _normal(size, size), _normal(size, size)
+    flops = 2 * size**3 / seconds_of(lambda: a @ b)
+    x, y = _normal(4096, 704), _normal(4096, 704)
+    out = torch.empty_like(x)
+    # silu reads and writes once, the product reads two and writes one
+    bandwidth = 5 * x.nbytes / seconds_of(lambda: torch.mul(torch.nn.functional.silu(x), y, out=out), 10)
+    if torch.cuda.is_available():
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Gpu("this", flops, memory, bandwidth, bandwidth, bandwidth, 1, "measured on this machine")
+
+
+def product_flops(config: ModelConfig, tokens: int) -> float:
+    """Products per second in a layer of this shape over ``tokens`` places, forward and backward, measured."""
+    hidden, wide = config.hidden, config.intermediate
+    work, seconds = 0.0, 0.0
+    for many, rows, columns in ((2, hidden, hidden), (3, hidden, wide)):
+        x, weight, slope = _normal(tokens, rows), _normal(columns, rows), _normal(tokens, columns)
+
+        def passes(x: Tensor = x, weight: Tensor = weight, slope: Tensor = slope) -> None:
+            _ = x @ weight.T, slope @ weight, slope.T @ x
+
+        work += many * 6 * tokens * rows * columns
+        seconds += many * seconds_of(passes)
+    return work / seconds
+
+
+def attention_flops(config: ModelConfig, rows: int, length: int) -> float:
+    """Products per second of masked attention, forward and backward, over whole (length, length) squares, measured."""
+    head = config.hidden // config.heads
+    q, k, v = (_normal(rows, config.heads, length, head).requires_grad_() for _ in range(3))
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device=q.device).tril()
+
+    def passes() -> None:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.autograd.grad(out, (q, k, v), out)
+
+    return 3 * 4 * rows * length**2 * config.hidden / seconds_of(passes)

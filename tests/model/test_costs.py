@@ -1,0 +1,123 @@
+"""Closed forms against the layout's own samples, the real model's parameters, and what autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.costs import (
+    Counts,
+    ImageShape,
+    Shape,
+    TextShape,
+    count,
+    forward_flops,
+    parameters,
+    saved_bytes,
+)
+from nextflow_ar.model.flops import sample_flops, visible_pairs
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
+from nextflow_ar.types import Codes, Document, Image, Segment, Text
+from tests.conftest import TINY_MODEL, tiny_bundle
+
+QWEN = replace(
+    TINY_MODEL, text_vocab=152064, codes=16384, code_dim=40, hidden=3584, layers=28, heads=28, kv_heads=4,
+    intermediate=18944, max_positions=128000, rope="qwen", rope_theta=1e6, rope_sections=(16, 24, 24),
+)  # fmt: skip
+
+
+def test_a_document_by_hand() -> None:
+    two = ScaleSchedule.square(2)  # 1 + 4 cells
+    # three tokens see 1 + 2 + 3; <boi> (4) sees 4; the 2x2 block sees 8 each
+    assert count([TextShape(3), ImageShape(two, True)]) == Counts(8, 6 + 4 + 4 * 8, 1 + 5)
+    # <boi> 1, grid 4 x 5, closing block 4 x 9, <eoi> 10, two tokens 11 + 12; <eoi> predicts the first, and so on to the end
+    assert count([ImageShape(two), TextShape(2, True)]) == Counts(12, 1 + 20 + 36 + 10 + 23, 3)
+    assert count([ImageShape(two), TextShape(2, True)], "closing") == Counts(8, 1 + 4 * 5 + 6 + 15, 3)
+    assert count([TextShape(4, True)]) == Counts(4, 10, 4)
+    assert Counts(1, 2, 3).times(2) + Counts(1, 1, 1) == Counts(3, 5, 7)
+
+
+@pytest.mark.parametrize("scales", [1, 4, 12, 16, 18])
+@pytest.mark.parametrize("context", ["scales", "closing"])
+def test_every_kind_of_document_counts_as_the_layout_lays_it_out(scales: int, context: str) -> None:
+    if scales > 12 and context == "closing":
+        scales = 12
+    bundle, schedule = tiny_bundle(), ScaleSchedule.square(scales)
+    codes = Codes.plain(schedule, torch.zeros(schedule.num_tokens, dtype=torch.long))
+    words = "two dogs and a cat"
+    n = len(bundle.vocab.encode(words))
+    kinds: list[tuple[list[Segment], list[Shape]]] = [
+        ([Text(words, True)], [TextShape(n, True)]),
+        ([Text(words), Image(codes, True)], [TextShape(n), ImageShape(schedule, True)]),
+        ([Image(codes), Text(words, True)], [ImageShape(schedule), TextShape(n, True)]),
+        (
+            [Image(codes), Text(words), Image(codes, True)],
+            [ImageShape(schedule), TextShape(n), ImageShape(schedule, True)],
+        ),
+        (
+            [Text(words, True), Image(codes, True)] * 2,
+            [TextShape(n, True), ImageShape(schedule, True)] * 2,
+        ),
+    ]
+    config = replace(TINY_MODEL, closing_input="accumulated")
+    for segments, shapes in kinds:
+        options = LayoutOptions(12.0, context_images=context)  # type: ignore[arg-type]
+        sample, found = build(Document(tuple(segments)), bundle.vocab, options), count(shapes, context)
+        predicted = int((sample.targets != IGNORED).sum())
+        assert found == Counts(len(sample), visible_pairs(sample.blocks), predicted), shapes
+        assert 3 * sum(forward_flops(found, config)) == sample_flops(sample, config)
+
+
+@pytest.mark.parametrize("config", [TINY_MODEL, replace(TINY_MODEL, positions="learned"), QWEN])
+def test_parameters_are_what_the_model_holds(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = NextFlowModel(config)
+    found = parameters(config)
+    assert found.total == sum(p.numel() for p in model.parameters())
+    assert found.layer == sum(p.numel() for p in model.backbone.layers[0].parameters())
+    assert found.head == model.head.weight.numel()
+    assert found.inputs == sum(p.numel() for p in model.scale_inputs.parameters())
+
+
+def test_the_paper_s_model_is_a_7b() -> None:
+    found = parameters(QWEN)
+    assert (found.layer, found.head) == (233_057_792, 168_448 * 3584)
+    assert found.total == pytest.approx(7.7e9, rel=0.02)
+
+
+def test_saved_bytes_are_near_what_autograd_keeps() -> None:
+    """A layer more keeps so much more, counted at the tensors that autograd saves (weights and masks left out)."""
+    length = 64
+
+    def kept(layers: int) -> int:
+        config = replace(TINY_MODEL, hidden=96, heads=3, kv_heads=1, intermediate=256, layers=layers,
+                         rope_sections=(4, 6, 6))  # fmt: skip
+        model = NextFlowModel(config)
+        model.initialise(torch.Generator().manual_seed(0))
+        model = model.bfloat16()
+        own = {p.data_ptr() for p in model.parameters()}
+        seen: dict[int, int] = {}
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            if x.data_ptr() not in own and x.is_floating_point() and x.shape[-2:] != (length, length):
+                seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        positions = torch.zeros(3, 1, length)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        x = torch.randn(1, length, 96, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            out = model.backbone.run(x, positions, mask)
+            total = sum(seen.values())
+            del out
+        return total
+
+    config = replace(TINY_MODEL, hidden=96, heads=3, kv_heads=1, intermediate=256)
+    found = (kept(3) - kept(1)) / 2 / length
+    assert saved_bytes(config) == 2 * 6 * 96 + 2 * (2 * 96 + 64) + 8 * 256
+    assert 0.8 < found / saved_bytes(config) < 1.25, found

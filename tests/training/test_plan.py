@@ -1,0 +1,189 @@
+"""Plans by hand, and the recipes of the paper's 7B."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nextflow_ar.app.cli import run
+from nextflow_ar.config import ConfigError, load_yaml, override
+from nextflow_ar.model.costs import Counts, count
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.training.hardware import GPUS, Gpu
+from nextflow_ar.training.plan import (
+    DocumentPlan,
+    Stage,
+    communication,
+    documents_of,
+    executed_flops,
+    make_plan,
+    memory,
+    moments,
+    muon_flops,
+    read_stage,
+    times,
+    trained,
+    useful_flops,
+)
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+MACHINE = Gpu("toy", 1e12, 2.0**30, 1e9, 1e9, 1e8, 2, "made up")
+TINY = {
+    "kind": "model", "ema": 0.9, "trains": "everything",
+    "optimizer": {"lr": 1.0, "muon_lr": 0.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9, "warmup": 1,
+                  "schedule": "constant", "decay": 0.1, "final": 0.1, "clip": 1.0},
+    "model": {"text_vocab": 6, "codes": 4, "code_dim": 2, "hidden": 4, "layers": 3, "heads": 2, "kv_heads": 1,
+              "intermediate": 8, "max_positions": 64, "rms_eps": 1e-6, "rope": "qwen", "rope_theta": 100.0,
+              "rope_sections": [1, 0, 0], "rope_range": 4.0, "max_scales": 2, "scale_input": "residual",
+              "closing_input": "residual", "context_images": "scales", "positions": "rope"},
+    "plan": {"scales": 2, "row": 8, "micro_steps": 2, "checkpointing": False,
+             "documents": {"text_to_image": {"samples": 100, "text": 3}}},
+}  # fmt: skip
+
+
+def tiny(*changes: str) -> Stage:
+    return read_stage(override(TINY, list(changes)), "tiny")
+
+
+def test_flops_by_hand() -> None:
+    """A document: 3 words and an image of 1 + 4 cells: 8 places, 42 visible pairs, 6 predictions (<boi> too)."""
+    stage = tiny()
+    assert stage.row_counts == Counts(8, 42, 6) and stage.counts == Counts(800, 4200, 600)
+    # a place and layer: q, o 4x4, k, v 4x2, three of 4x8: 16 + 16 + 16 + 96 = 144 multiply-adds; a pair 2 * 4 of them
+    layers, head = 3 * 2 * (8 * 144 + 42 * 8), 2 * 6 * 4 * 10
+    assert useful_flops(stage, stage.row_counts) == 3 * (layers + head)
+    assert executed_flops(stage, stage.row_counts) == 3 * (layers + head)
+    again = tiny("plan.checkpointing=true")
+    assert executed_flops(again, again.row_counts) == 4 * layers + 3 * head
+    frozen = tiny("trains=alignment")
+    assert useful_flops(frozen, frozen.row_counts) == 2 * layers + 3 * head
+
+
+def test_memory_by_hand() -> None:
+    stage = tiny()
+    # a layer: q, k, v with biases 5 * 8, o 16, feed-forward 96, norms 8; and the last norm
+    layer, outside = 160, 6 * 4 + 10 * 4 + (4 * 2 + 3 * 4 + 5 * 4 + 3 * 4 + 16)
+    total = 3 * layer + 4 + outside
+    assert trained(stage) == total and moments(stage) == 2 * total
+    # trained rows of an alignment: <boi>, <eoi> in both tables and four codes in the head
+    assert trained(tiny("trains=alignment")) == 68 + (2 + 2 + 4) * 4
+    assert moments(tiny("optimizer.muon_lr=1.0")) == 2 * total - (3 * layer + 4)
+    found = memory(stage, 4)
+    assert found.weights == found.average == total
+    assert found.gradients == total + 2 * layer and found.optimizer == 2 * total
+    assert found.gathered == 2 * (2 * layer + outside)
+    # a place and layer keeps 12 * 4 + 2 * (2 * 4 + 4) + 8 * 8 = 136 bytes; 10 bytes of 4 at the edges
+    assert found.activations == 8 * (3 * 136 + 40)
+    assert memory(tiny("plan.checkpointing=true"), 4).activations == 8 * (3 * 8 + 136 + 40)
+    assert found.logits == 2 * 6 * 10 + 4 * 40
+    assert memory(tiny("plan.chunked_head=false"), 4).logits == 6 * 10 * 10
+    assert found.total == pytest.approx(sum(vars(found).values()) / 0.94)
+    alone = memory(stage, 1)
+    assert alone.gathered == 0 and alone.gradients == alone.weights == 4 * total
+
+
+def test_times_by_hand() -> None:
+    stage, total = tiny(), 3 * 160 + 4 + 24 + 40 + 68
+    found = times(stage, MACHINE, 4, 0.5)
+    assert found.products == pytest.approx(2 * useful_flops(stage, stage.row_counts) / 0.5e12)
+    assert found.elementwise == pytest.approx(2 * (5 * 136 * 8 * 3 + 12 * 6 * 10) / 1e9)
+    assert found.optimizer == pytest.approx((8 * 2 * total + 12 * total + 12 * total) / 4 / 1e9)
+    # two gathers in bf16 and one scatter in fp32 per micro step; two GPUs of a node share 2 * 1e8 bytes/s
+    assert communication(stage, MACHINE, 4) == pytest.approx(2 * 8 * total * 0.75 / 2e8)
+    assert communication(stage, MACHINE, 2) == pytest.approx(2 * 8 * total * 0.5 / 1e9)
+    assert communication(stage, MACHINE, 1) == 0
+    assert found.step == found.communication + found.optimizer  # longer than computing here
+    apart = times(stage, MACHINE, 4, 0.5, attention=1e11)
+    pairs = 3 * 3 * 2 * 42 * 8
+    assert apart.products - found.products == pytest.approx(2 * pairs * (1 / 1e11 - 1 / 0.5e12))
+    # Muon: per matrix five times 4 r r c + 2 r r r
+    four, two, wide = 4 * 16 * 4 + 2 * 64, 4 * 4 * 4 + 2 * 8, 4 * 16 * 8 + 2 * 64
+    assert muon_flops(tiny("optimizer.muon_lr=1.0")) == 3 * 5 * (2 * four + 2 * two + 3 * wide)
+
+
+def test_what_helps_where_it_does_not_fit() -> None:
+    stage = tiny()
+    small = replace(MACHINE, memory=5000.0)
+    found = make_plan(stage, small, 4, 0.5)
+    assert not found.fits and make_plan(stage, MACHINE, 4, 0.5).fits
+    assert found.steps == pytest.approx(800 / (8 * 2 * 4))
+    helps = {knob.name: knob for knob in found.knobs}
+    now = memory(stage, 4).total
+    assert helps["activation checkpointing"].memory == memory(tiny("plan.checkpointing=true"), 4).total
+    assert helps["8 GPUs"].memory == memory(stage, 8).total
+    assert helps["bf16 optimiser state"].memory == pytest.approx(now - 2 * moments(stage) / 4 / 0.94)
+    assert helps["half the row, twice the micro steps"].slower >= 1
+    assert all(knob.memory < now for knob in found.knobs)
+    with pytest.raises(ConfigError, match="--efficiency above 0"):
+        make_plan(stage, MACHINE, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "scales", "samples", "tokens", "closeness"),
+    [
+        ("alignment", 1e-3, 12, {"text_to_image": 5, "image_to_text": 5}, 0.01e12, 0.15),
+        ("pretrain_256", 1e-4, 12,
+         {"text": 662, "text_to_image": 1891, "image_to_text": 520, "interleaved": 147}, 3.4e12, 0.07),
+        ("pretrain_512", 1e-4, 16, {"text": 700, "text_to_image": 345, "edit": 20, "interleaved": 5}, 1.8e12, 0.05),
+        ("pretrain_1024", 1e-4, 18, {"text": 47, "text_to_image": 10, "edit": 2, "interleaved": 0.5}, 0.2e12, 0.1),
+        ("ct", 5e-5, 18, {"text": 47, "text_to_image": 9, "edit": 2}, 0.2e12, 0.25),
+        ("sft", 1e-5, 18, {"text": 5, "text_to_image": 1, "edit": 0.1}, 0.02e12, 0.3),
+    ],
+)  # fmt: skip
+def test_the_7b_recipes_are_the_paper_s_table(
+    name: str, lr: float, scales: int, samples: dict[str, float], tokens: float, closeness: float
+) -> None:
+    path = RECIPES / f"7b_{name}.yaml"
+    values = load_yaml(path)
+    stage = read_stage(values, str(path))
+    assert (stage.optimizer.lr, values["plan"]["scales"]) == (lr, scales)
+    assert {k: d["samples"] / 1e6 for k, d in values["plan"]["documents"].items()} == pytest.approx(samples)
+    (source,) = values["sources"]
+    assert [folder["weight"] for folder in source["folders"]] == list(samples.values())
+    assert stage.alignment == (name == "alignment") and values["correction"]["share"] == 0.6
+    assert values["alpha"] == (0.9 if scales > 12 else 0.0)
+    inverted = name in ("pretrain_512", "pretrain_1024", "ct")
+    drawn = next(f for f in source["folders"] if f["folder"].endswith("text_to_image"))
+    assert drawn.get("invert", 0.0) == values["plan"]["documents"]["text_to_image"].get("inverted", 0.0)
+    assert drawn.get("invert", 0.0) == (0.1 if inverted else 0.0)
+    plan = make_plan(stage, GPUS["h100"], 1024, 0.55)
+    assert plan.fits and plan.tokens == pytest.approx(tokens, rel=closeness) == plan.paper_tokens
+    assert values["steps"] == pytest.approx(plan.steps, rel=0.01)
+    assert source["packing"]["budget"] == pytest.approx(_tflops(stage, stage.row_counts), rel=0.01)
+    for kind, documents in values["plan"]["documents"].items():  # every kind of document fits a row
+        for _, shapes in documents_of(kind, DocumentPlan(**documents), ScaleSchedule.square(scales)):
+            one = count(shapes)
+            assert _tflops(stage, one) < source["packing"]["budget"], kind
+            assert one.tokens < source["packing"]["longest"], kind
+    baseline = override(values, ["model.scale_input=accumulated", "model.positions=learned", "alpha=0"])
+    assert read_stage(baseline, "").model.positions == "learned"
+
+
+def _tflops(stage: Stage, counts: Counts) -> float:
+    return useful_flops(replace(stage, alignment=False), counts) / 1e12
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES / "7b_pretrain_512.yaml")
+    assert run(["plan", recipe, "--gpus", "1024", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"] == 7_700_900_864 and told["fits"] and 2 < told["days"] < 4
+    assert run(["plan", recipe, "--gpus", "8", "--set", "plan.checkpointing=false"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "activation checkpointing" in out
+    nano = load_yaml(RECIPES / "nano_read.yaml")
+    assert run(["plan", str(RECIPES / "nano_read.yaml"), "--json"]) == 0
+    places = sum(source["rows"] * source["length"] for source in nano["sources"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == places * nano["steps"]
+    for arguments, line in (
+        ([recipe, "--gpu", "tpu"], "--gpu is one of a100, h100"),
+        ([recipe, "--gpu", "this", "--gpus", "2"], "leave --gpus at 1"),
+        ([str(RECIPES / "nano_pixel.yaml")], "plan is for recipes of kind model, got 'tokenizer'"),
+        ([recipe, "--set", "plan.documents.songs.samples=1"], "missing key 'documents.songs.text'"),
+        ([recipe, "--set", "sources=[]", "--set", "plan.rows=1"], "unknown key 'rows'"),
+    ):
+        assert run(["plan", *arguments]) == 2, arguments
+        assert line in capsys.readouterr().err, arguments
