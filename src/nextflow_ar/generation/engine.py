@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from nextflow_ar.generation.requests import (
     TextRequest,
     WriteRequest,
 )
+from nextflow_ar.model.backbone import Cache
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.steady import LEAST_ROWS, keep_steady, steady_scores
 from nextflow_ar.sequence.batch import collate
@@ -99,7 +101,7 @@ class Engine:
             x, positions = self._scale_inputs(fed)
         else:
             x, positions = self._token_inputs(fed)
-        hidden = self.model.step(x, positions, cache.mask(new, inner).to(self.device), cache)
+        hidden = self.model.step(x, positions, cache.mask(new, inner).to(self.device), cast(Cache, cache))
         cache.advance(real)
         if feed.sample is not None:  # only what stands behind the prefix is asked for
             last = torch.tensor(real, device=self.device) - 1

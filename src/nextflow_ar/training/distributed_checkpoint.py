@@ -21,11 +21,14 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save as save_state_later
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.checkpoint import write_bundle
@@ -57,7 +60,7 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, keep: int = 2) -> None:
         self.folder, self.world, self.keep = folder, world, keep
         # A background save must not mix its messages with those of the training.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._saving: Future[Any] | None = None
 
     def steps(self) -> list[int]:
@@ -90,13 +93,13 @@ class Checkpoints:
         alone = self.world.size == 1
         try:
             if background:
-                future = dcp.async_save(
+                future = save_state_later(
                     tensors, storage_writer=writer, process_group=self._group, no_dist=alone
                 )
                 self._saving = cast("Future[Any]", future)
             else:
                 with _quietly():
-                    dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+                    save_state(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
         except (CheckpointException, OSError, RuntimeError) as error:
             self._fail(error)
 
@@ -123,7 +126,7 @@ class Checkpoints:
             facts = json.loads((where / FACTS_FILE).read_text())
             reader, alone = FileSystemReader(where), self.world.size == 1
             with _quietly():
-                dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
+                load_state(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
             raise StorageError(f"{where}: the checkpoint cannot be read: {_reason(error)}") from None
         return facts
@@ -233,7 +236,9 @@ def _read(checkpoint: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[st
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in wanted.items()}
     try:
         with _quietly():
-            dcp.load(cast(dict[str, Any], tensors), storage_reader=FileSystemReader(checkpoint), no_dist=True)
+            load_state(
+                cast(dict[str, Any], tensors), storage_reader=FileSystemReader(checkpoint), no_dist=True
+            )
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise StorageError(f"{checkpoint}: the checkpoint cannot be read: {_reason(error)}") from None
     return tensors

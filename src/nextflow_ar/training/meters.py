@@ -105,7 +105,7 @@ def measured_peak(device: torch.device, seconds: float = 0.5) -> float:
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds:
         begun = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begun)

@@ -115,6 +115,7 @@ def _check_round_trip(
     if answer != _ANSWER:
         raise SelfTestError(f"self-test: {_ANSWER!r} comes back from the layout as {answer!r}")
     picture = tokenizer.decode(Codes.plain(codes.schedule, drawn))
+    assert not isinstance(picture, list)
     if picture.size != (width, height):
         raise SelfTestError(
             f"self-test: codes of a {width}x{height} picture decode to {picture.size[0]}x{picture.size[1]}"
