@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/plan.py [--rows 16] [--length 284] [--repeats 3] [--eager]
 
-The model of recipes/nano_read.yaml on rows of random places, compiled, bf16. On one thread the processor's own time is
+The model of recipes/nano_finish.yaml on rows of random places, compiled, bf16. On one thread the processor's own time is
 measured, so other programs disturb it little; on more, the clock.
 """
 
@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--eager", action="store_true", help="do not compile, as the recipe says to")
     given = parser.parse_args()
     keep_freed_memory()
-    path = Path(__file__).parent.parent / "recipes" / "nano_read.yaml"
+    path = Path(__file__).parent.parent / "recipes" / "nano_finish.yaml"
     values = load_yaml(path)
     values["sources"] = [{"rows": given.rows, "length": given.length}]
     stage = read_stage(values, str(path))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nextflow_ar.app.cli import run
-from nextflow_ar.config import ConfigError, load_yaml, override
+from nextflow_ar.config import ConfigError, from_dict, load_yaml, override
 from nextflow_ar.model.costs import Counts, count
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.training.hardware import GPUS, Gpu
@@ -28,6 +28,7 @@ from nextflow_ar.training.plan import (
     trained,
     useful_flops,
 )
+from nextflow_ar.training.recipe import ModelRecipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 MACHINE = Gpu("toy", 1e12, 2.0**30, 1e9, 1e9, 1e8, 2, "made up")
@@ -174,8 +175,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", recipe, "--gpus", "8", "--set", "plan.checkpointing=false"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "activation checkpointing" in out
-    nano = load_yaml(RECIPES / "nano_read.yaml")
-    assert run(["plan", str(RECIPES / "nano_read.yaml"), "--json"]) == 0
+    nano = load_yaml(RECIPES / "nano_finish.yaml")
+    assert run(["plan", str(RECIPES / "nano_finish.yaml"), "--json"]) == 0
     places = sum(source["rows"] * source["length"] for source in nano["sources"])
     assert json.loads(capsys.readouterr().out)["tokens"] == places * nano["steps"]
     for arguments, line in (
@@ -187,3 +188,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert run(["plan", *arguments]) == 2, arguments
         assert line in capsys.readouterr().err, arguments
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_a_transformer_is_complete(path: Path) -> None:
+    values = load_yaml(path)
+    if values["kind"] != "model":
+        pytest.skip("a recipe of another kind")
+    recipe = from_dict(ModelRecipe, values, str(path))
+    assert recipe.steps > 0 and recipe.sources

@@ -13,6 +13,7 @@ from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
 from nextflow_ar.training.optim import OptimizerConfig
+from nextflow_ar.training.plan import PlanConfig
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class ModelRecipe:
 
     ``accumulate``: parts that a step's rows are computed in, one after the other. ``checkpointing``: activations of the
     layers are computed again in the backward pass. ``peak``: TFLOP/s of one device, or "measured"; null tells no
-    utilisation. ``tensorboard``: write event files beside metrics.jsonl.
+    utilisation. ``tensorboard``: write event files beside metrics.jsonl. ``plan``: for ``nextflow-ar plan`` only.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -127,6 +128,7 @@ class ModelRecipe:
     checkpointing: bool = False
     peak: float | Literal["measured"] | None = None
     tensorboard: bool = False
+    plan: PlanConfig | None = None
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
