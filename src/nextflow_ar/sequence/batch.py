@@ -58,9 +58,8 @@ class Batch:
             on = g.rows % step == start
             if not bool(on.any()):
                 continue
-            closing = None if g.closing is None else g.closing[on]
             rows = g.rows[on] // step
-            groups.append(replace(g, codes=g.codes[on], rows=rows, starts=g.starts[on], closing=closing))
+            groups.append(replace(g, codes=g.codes[on], rows=rows, starts=g.starts[on]))
         return Batch(**columns, positions=self.positions[:, start::step], images=tuple(groups))
 
     def to(self, device: torch.device | str) -> Batch:

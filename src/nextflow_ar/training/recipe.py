@@ -13,6 +13,7 @@ from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
 from nextflow_ar.training.optim import OptimizerConfig
+from nextflow_ar.training.sharded import ShardingConfig
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class ModelRecipe:
     ``accumulate``: parts that a step's rows are computed in, one after the other. ``checkpointing``: activations of the
     layers are computed again in the backward pass. ``peak``: TFLOP/s of one device, or "measured"; null tells no
     utilisation. ``tensorboard``: write event files beside metrics.jsonl.
+
+    ``sharding``: weights, moments and averages are spread over the processes, checkpoints are written by all and read by
+    any number of them, one alone too; null: every process holds all of them.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -127,6 +131,7 @@ class ModelRecipe:
     checkpointing: bool = False
     peak: float | Literal["measured"] | None = None
     tensorboard: bool = False
+    sharding: ShardingConfig | None = None
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
@@ -137,6 +142,12 @@ class ModelRecipe:
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):
             raise ConfigError(
                 "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"
+            )
+        if self.sharding is not None and self.trains == "lora":
+            raise ConfigError("adapters are not trained in shards: leave out the key sharding")
+        if self.sharding is not None and (self.compile or self.checkpointing):
+            raise ConfigError(
+                "compile and checkpointing are for runs that are not sharded: set sharding.compile and sharding.recompute"
             )
         if not self.sources:
             raise ConfigError("a recipe needs at least one source")
