@@ -122,7 +122,13 @@ def test_a_step_in_parts_is_the_same_step(make: Make) -> None:
 def test_two_processes_do_what_one_does(make: Make) -> None:
     class Second(World):
         def add(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(float(sum(weights)))
+            return torch.tensor([sum(weights), 0.0, 0.0])  # tokens and documents are not looked at
+
+        def any(self, said: bool) -> bool:
+            return said
+
+        def gather(self, said: Any) -> list[Any]:
+            return [said]
 
     alone = make("a")
     alone._update = lambda: 0.0  # type: ignore[method-assign]

@@ -118,6 +118,11 @@ def load_bundle(
     return Bundle(model, image_tokenizer.to(device), vocab, generation)
 
 
+def load_architecture(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerFast]:
+    """A checkpoint folder's configuration and text tokenizer; no weights are read. Raises StorageError."""
+    return _config(folder), load_text_tokenizer(folder / "text_tokenizer")
+
+
 def _config(folder: Path) -> ModelConfig:
     try:
         return from_dict(

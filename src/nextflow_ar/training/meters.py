@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,9 @@ from nextflow_ar.sequence.layout import IGNORED
 
 Tasks = Sequence[Sequence[str]]
 """For every row of a batch, the tasks of its documents, in order."""
+Means = dict[str, tuple[float, int]]
+"""By name, a mean and how many tokens it is of."""
+_ALL, _IMAGE = "all", "image"
 
 
 class LossMeter:
@@ -42,25 +45,40 @@ class LossMeter:
         self._scales.append(report.scales)
         self._right.append(report.right)
 
-    def values(self) -> dict[str, float]:
+    def values(self, gather: Callable[[Means], list[Means]] = lambda mine: [mine]) -> dict[str, float]:
         """``loss``: mean over image tokens (over all, where there are none). ``scale_K``, ``text``: mean loss of scale K's
         tokens, of text tokens; with ``_right``, the share whose best entry is the target. ``TASK_loss`` and ``TASK_right``:
-        the same of all that a task teaches.
+        the same of all that a task teaches. ``gather``: brings every process's means; those of all tokens are returned.
         """
+        all_means = gather(dict(self._means()))
+        out: dict[str, float] = {}
+        for name in dict.fromkeys(name for means in all_means for name in means):
+            found = [means[name] for means in all_means if name in means]
+            mean = found[0][0]
+            if len(found) > 1:
+                mean = sum(value * count for value, count in found) / sum(count for _, count in found)
+            out[name] = mean
+        image, every = out.pop(_IMAGE, None), out.pop(_ALL, float("nan"))
+        return {"loss": every if image is None else image} | out
+
+    def _means(self) -> Iterator[tuple[str, tuple[float, int]]]:
+        """Name, mean and number of tokens of all that can be told of this process's batches."""
         losses, scales = torch.cat(self._losses).cpu(), torch.cat(self._scales).cpu()
         right, tasks = torch.cat(self._right).float().cpu(), torch.cat(self._tasks).cpu()
         image = scales >= 0
-        out = {"loss": float(losses[image].mean()) if bool(image.any()) else float(losses.mean())}
+        if len(losses):
+            yield _ALL, (float(losses.mean()), len(losses))
+        if bool(image.any()):
+            yield _IMAGE, (float(losses[image].mean()), int(image.sum()))
         for scale in scales.unique().tolist():
             on, name = scales == scale, "text" if scale < 0 else f"scale_{scale + 1}"
-            out[name] = float(losses[on].mean())
-            out[f"{name}_right"] = float(right[on].mean())
+            yield name, (float(losses[on].mean()), int(on.sum()))
+            yield f"{name}_right", (float(right[on].mean()), int(on.sum()))
         for number, name in enumerate(self._names):
             on = tasks == number
             if bool(on.any()):
-                out[f"{name}_loss"] = float(losses[on].mean())
-                out[f"{name}_right"] = float(right[on].mean())
-        return out
+                yield f"{name}_loss", (float(losses[on].mean()), int(on.sum()))
+                yield f"{name}_right", (float(right[on].mean()), int(on.sum()))
 
 
 class Speedometer:
@@ -76,7 +94,7 @@ class Speedometer:
     def _clear(self) -> None:
         self._seconds, self._flops, self._tokens, self._documents = 0.0, 0, 0, 0
 
-    def add(self, seconds: float, flops: int, tokens: int, documents: int) -> None:
+    def add(self, seconds: float, flops: float, tokens: float, documents: float) -> None:
         """Work of one step of this process. ``flops``: of the model, forward and backward, padding left out."""
         self._seconds += seconds
         self._flops += flops

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextflow_ar.config import ConfigError, from_dict, to_dict
+from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.data.playground.mixture import SceneMixture
-from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
+from nextflow_ar.model.checkpoint import Bundle, load_architecture, load_bundle, save_bundle
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
@@ -31,6 +32,7 @@ from nextflow_ar.storage import write_folder
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training import adapters
+from nextflow_ar.training.distributed_checkpoint import export_bundle
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
@@ -38,8 +40,11 @@ from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
-from nextflow_ar.training.selftest import check_agreement, check_data, self_test
-from nextflow_ar.training.trainable import choose
+from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, self_test
+from nextflow_ar.training.sharded import move_averages, start_averages, trained
+from nextflow_ar.training.sharded_optim import ShardedOptimizer
+from nextflow_ar.training.sharded_stage import Shards, State
+from nextflow_ar.training.trainable import Trainable, choose
 from nextflow_ar.types import Document
 
 Preview = Callable[[Bundle, int], list[np.ndarray]]
@@ -54,9 +59,10 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 }
 MAY_CHANGE = (
     "out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing", "peak",
-    "tensorboard",
+    "tensorboard", "sharding",
 )  # fmt: skip
 """Keys that a resumed run may have otherwise than before."""
+_LOG = logging.getLogger(__name__)
 _CORPUS = 4000
 _LOOK = 64
 """Documents of every source that the self-test looks at."""
@@ -82,7 +88,9 @@ class ModelTrainer:
         self.recipe = recipe
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        self.run = RunFolder(recipe.out, values, MAY_CHANGE, known=_with_defaults)
+        spread = recipe.sharding
+        self.run = RunFolder(recipe.out, values, MAY_CHANGE, _with_defaults, spread is not None)
+        self.shards = None if spread is None else Shards(spread, self.world, recipe.out)
         self.image_tokenizer = ImageTokenizer.from_pretrained(recipe.image_tokenizer, self.device)
         self.schedule = ScaleSchedule.square(self.image_tokenizer.config.num_scales)
         self.scenes = {
@@ -91,10 +99,9 @@ class ModelTrainer:
             if isinstance(source, Source)
         }
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.model, self.text_tokenizer = self._start()
-        self.config = self.model.config
+        self.config, self.text_tokenizer = self._architecture()
         self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
-        check_agreement(self.model, self.image_tokenizer, self.vocab)
+        self.model, self.trainable = self._start()
         self.word_classes = word_classes(self.vocab)
         self.layout = LayoutOptions(
             self.config.rope_range, recipe.alpha, recipe.text_weight, self.config.context_images
@@ -104,54 +111,79 @@ class ModelTrainer:
             for i, source in enumerate(recipe.sources)
             if isinstance(source, ShardSource)
         }
-        if recipe.lora is not None:
-            adapters.add_adapters(self.model, recipe.lora, self.generator)
-        self.model = self.model.to(self.device)
-        self.trainable = choose(self.model, self.vocab, recipe)
-        if recipe.checkpointing:
-            self.model.checkpoint_activations()
-        named = [(k, p) for k, p in self.model.named_parameters() if p.requires_grad]
-        self.averages = {k: p.detach().clone() for k, p in named}
-        self.optimizer = StageOptimizer(named, recipe.optimizer, self.trainable.rows)
+        self.parameters = trained(self.model)
+        self.averages = start_averages(self.parameters)
+        rates, rows = recipe.optimizer, self.trainable.rows
+        self.optimizer: StageOptimizer | ShardedOptimizer = (
+            StageOptimizer(self.parameters.items(), rates, rows)
+            if self.shards is None
+            else self.shards.optimizer(self.parameters, rates, rows)
+        )
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
-        if (state := self.run.load()) is not None:
-            self._restore(state)
+        self._resume()
         if self.world.rank == 0:
             self.run.rewind(self.step)
-        if recipe.compile:
+        if recipe.compile or (spread is not None and spread.compile and not self.spread):
             self.model.compile_backbone()
+
+    @property
+    def spread(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.shards is not None and self.shards.spread
 
     @property
     def mixtures(self) -> list[SceneMixture]:
         """The playground sources' scenes."""
         return [scenes.mixture for scenes in self.scenes.values()]
 
-    def _start(self) -> tuple[NextFlowModel, PreTrainedTokenizerFast]:
-        """The untrained or started model, and the text tokenizer that goes with it."""
+    def _architecture(self) -> tuple[ModelConfig, PreTrainedTokenizerFast]:
+        """The model's configuration and the text tokenizer that goes with it."""
         recipe = self.recipe
+        if recipe.start is None:
+            assert recipe.model is not None
+            return recipe.model, self._text_tokenizer()
+        stored, tokenizer = load_architecture(recipe.start)
+        if recipe.model is not None and stored != recipe.model:
+            ours, theirs = to_dict(recipe.model), to_dict(stored)
+            differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
+            # What is fed to the closing block is no weight: a stage may change it.
+            if any(ours[k] != theirs[k] for k in ours if k not in _NO_WEIGHT):
+                raise ConfigError(
+                    f"{recipe.start}: its architecture is not the recipe's (differs in {differ})"
+                )
+        return recipe.model or stored, tokenizer
+
+    def _start(self) -> tuple[NextFlowModel, Trainable]:
+        """The untrained or started model, in shards or on its device, and what of it trains."""
+        recipe, chosen = self.recipe, []
+        codebook = self.image_tokenizer.quantizer.codebook.cpu()
+        fits = codebook.shape == (self.config.codes, self.config.code_dim)  # the self-test tells where not
+        if self.shards is not None and self.shards.spread:
+            model = self.shards.model(
+                self.config,
+                lambda empty: chosen.append(choose(empty, self.vocab, recipe)),
+                recipe.start,
+                self.generator,
+                codebook if fits else None,
+            )
+            check_agreement(model, self.image_tokenizer, self.vocab)
+            return model, chosen[0]
+        model = NextFlowModel(self.config)
         if recipe.start is not None:
-            bundle = load_bundle(recipe.start)
-            if recipe.model is not None and bundle.model.config != recipe.model:
-                ours, theirs = to_dict(recipe.model), to_dict(bundle.model.config)
-                differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
-                # What is fed to the closing block is no weight: a stage may change it.
-                if any(ours[k] != theirs[k] for k in ours if k not in _NO_WEIGHT):
-                    raise ConfigError(
-                        f"{recipe.start}: its architecture is not the recipe's (differs in {differ})"
-                    )
-            model = NextFlowModel(recipe.model or bundle.model.config)
-            model.load_state_dict(bundle.model.state_dict())
-            return model, bundle.vocab.tokenizer
-        assert recipe.model is not None
-        model = NextFlowModel(recipe.model)
-        model.initialise(self.generator)
-        codebook = self.image_tokenizer.quantizer.codebook
-        if (
-            codebook.shape == model.scale_inputs.code_embed.weight.shape
-        ):  # the self-test tells where it is not
-            model.scale_inputs.start_from(codebook.cpu())
-        return model, self._text_tokenizer()
+            model.load_state_dict(load_bundle(recipe.start).model.state_dict())
+        else:
+            model.initialise(self.generator)
+            if fits:
+                model.scale_inputs.start_from(codebook)
+        check_agreement(model, self.image_tokenizer, self.vocab)
+        if recipe.lora is not None:
+            adapters.add_adapters(model, recipe.lora, self.generator)
+        model = model.to(self.device)
+        trainable = choose(model, self.vocab, recipe)
+        if recipe.checkpointing or (recipe.sharding is not None and recipe.sharding.recompute):
+            model.checkpoint_activations()
+        return model, trainable
 
     def _text_tokenizer(self) -> PreTrainedTokenizerFast:
         """The run's own text tokenizer, trained on what the sources say; the first process makes it."""
@@ -173,20 +205,40 @@ class ModelTrainer:
 
         write_folder(folder, fill)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"], strict=self.recipe.lora is None)
-        self.averages = {k: v.to(self.device) for k, v in state["averages"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+    def _state(self) -> State:
+        assert isinstance(self.optimizer, ShardedOptimizer)
+        return State(self.model, self.averages, self.optimizer, self.generator)
+
+    def _resume(self) -> None:
+        state = self.run.load() if self.shards is None else self.shards.load(self._state())
+        if state is None:
+            return
+        if isinstance(self.optimizer, StageOptimizer):
+            self.model.load_state_dict(state["model"], strict=self.recipe.lora is None)
+            self.averages = {k: v.to(self.device) for k, v in state["averages"].items()}
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
         self.step = state["step"]
         self.documents, self.tokens = state.get("seen", (0, 0))
         for number, loader in self.loaders.items():
             loader.restore(state["loaders"][str(number)])
 
-    def save(self) -> None:
-        """Checkpoint everything that a bit-exact resume needs (playground batches follow from the step)."""
+    def save(self, *, background: bool = False) -> None:
+        """Checkpoint everything that a bit-exact resume needs (playground batches follow from the step).
+
+        Of a sharded run, all processes call this together; ``background`` lets its training go on meanwhile.
+        """
+        facts = {
+            "step": self.step,
+            "seen": (self.documents, self.tokens),
+            "loaders": {str(number): loader.state() for number, loader in self.loaders.items()},
+        }
+        if self.shards is not None:
+            self.shards.save(self.step, self._state(), facts, background=background)
+            return
         if self.world.rank:
             return
+        assert isinstance(self.optimizer, StageOptimizer)
         model = self.model.state_dict()
         if self.recipe.lora is not None:  # the rest is in the folder that the run starts from
             model = {k: v for k, v in model.items() if k in self.averages}
@@ -196,10 +248,8 @@ class ModelTrainer:
                 "averages": self.averages,
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.generator.get_state(),
-                "step": self.step,
-                "seen": (self.documents, self.tokens),
-                "loaders": {str(number): loader.state() for number, loader in self.loaders.items()},
             }
+            | facts
         )
 
     def correction(self) -> SelfCorrection | None:
@@ -234,24 +284,31 @@ class ModelTrainer:
         return Material(batches, (((source.task,),) * (source.rows // step),) * parts)
 
     def advance(self) -> dict[str, float]:
-        """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm."""
-        begun, flops, seen, documents = time.perf_counter(), 0, 0, 0
+        """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm.
+
+        All of it, and what is counted, is of all processes' rows.
+        """
+        begun, flops, size = time.perf_counter(), 0, self.world.size
         material = [self.material(i, self.recipe.accumulate) for i in range(len(self.recipe.sources))]
         parts = [(b, t) for m in material for b, t in zip(m.batches, m.tasks, strict=True)]
         weight = sum(float(batch.weights.sum()) for batch, _ in parts)
-        if self.world.size > 1:
+        seen = sum(int((batch.documents >= 0).sum()) for batch, _ in parts)
+        documents = sum(len(row) for _, tasks in parts for row in tasks)
+        if size > 1:
             # Gradients are averaged over processes, the loss is one over all of their tokens.
-            weight = float(self.world.add(torch.tensor(weight, device=self.device))) / self.world.size
+            mine = torch.tensor([weight, seen, documents], dtype=torch.float64, device=self.device)
+            weight, *counts = self.world.add(mine).tolist()
+            weight, (seen, documents) = weight / size, map(int, counts)
         meter = LossMeter()
-        for batch, tasks in parts:
+        for number, (batch, tasks) in enumerate(parts, 1):
+            if self.shards is not None:
+                self.shards.before_part(self.model, number == len(parts))
             flops += batch_flops(batch, self.config)
-            seen += int((batch.documents >= 0).sum())
-            documents += sum(map(len, tasks))
             batch = batch.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with self._precision():
                 report = self.model.losses(batch)
             total = report.total / weight
-            if not torch.isfinite(total):
+            if self.world.any(not torch.isfinite(total)):  # one for all: the others would wait for ever
                 raise FloatingPointError(
                     f"the loss is not finite at step {self.step}: the last checkpoint is kept"
                 )
@@ -259,25 +316,34 @@ class ModelTrainer:
             meter.add(batch, tasks, report)
         norm = self._update()
         self.step += 1
-        self.documents += documents * self.world.size
-        self.tokens += seen * self.world.size
-        self.speed.add(time.perf_counter() - begun, flops, seen, documents)
-        return meter.values() | {"norm": norm}
+        self.documents += documents
+        self.tokens += seen
+        self.speed.add(time.perf_counter() - begun, flops, seen / size, documents / size)
+        return meter.values(self.world.gather) | {"norm": norm}
+
+    def _precision(self) -> torch.autocast:
+        """bf16 where the recipe's sharding says nothing else; shards are gathered in the dtype that they compute in."""
+        sharding = self.recipe.sharding
+        on = sharding is None or (sharding.params == "bfloat16" and not self.spread)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def _update(self) -> float:
         recipe = self.recipe
-        self.world.average_gradients(self.model.parameters())
+        if self.shards is None:
+            self.world.average_gradients(self.model.parameters())
+        else:
+            self.shards.before_update(self.parameters.values())
         idle = self.trainable.idle(self.step, self.optimizer.names)
         norm = self.optimizer.step(recipe.optimizer.factor(self.step, recipe.steps), idle)
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
-        trained = (p for p in self.model.parameters() if p.requires_grad)
-        with torch.no_grad():
-            for average, parameter in zip(self.averages.values(), trained, strict=True):
-                average.lerp_(parameter, 1 - decay)
+        move_averages(self.averages, self.parameters, decay)
         return norm
 
     def bundle(self) -> Bundle:
-        """The averaged weights as a model ready to draw (shares nothing with the one in training), adapters merged."""
+        """The averaged weights as a model ready to draw (shares nothing with the one in training), adapters merged.
+
+        Not of a model that is spread over processes: :meth:`export` writes that from its checkpoint.
+        """
         weights: dict[str, Tensor] = dict(self.model.state_dict()) | self.averages
         model = NextFlowModel(self.config)
         model.load_state_dict(
@@ -294,7 +360,15 @@ class ModelTrainer:
         )
 
     def export(self, folder: Path, card: str) -> Path:
-        """Write the averaged weights as a checkpoint folder; of adapters, themselves, as ``adapter`` beside it, too."""
+        """Write the averaged weights as a checkpoint folder; of adapters, themselves, as ``adapter`` beside it, too.
+
+        A sharded run's come from this step's checkpoint, which has to be there; one process calls this.
+        """
+        if self.shards is not None:
+            return export_bundle(
+                self.shards.checkpoints.place(self.step), folder, self.config, self.image_tokenizer,
+                self.text_tokenizer, dict(GENERATION_DEFAULTS), card,
+            )  # fmt: skip
         if self.recipe.lora is not None and self.recipe.start is not None:
             adapters.save_adapter(
                 folder.parent / "adapter", self.averages, self.recipe.lora, self.recipe.start
@@ -309,9 +383,25 @@ class ModelTrainer:
             yield from (self.loaders.get(number) or self.scenes[number]).peek(_LOOK)
 
     def self_test(self) -> None:
-        """What is checked before the first step. Raises SelfTestError, one line; logs what the data does not teach."""
-        self_test(self.model, self.image_tokenizer, self.vocab, self.layout)
-        check_data(self.documents_ahead())
+        """What is checked before the first step, by the first process. Raises SelfTestError, one line, on every one; logs
+        what the data does not teach. Of a model in shards, an untrained one of two layers is tried instead.
+        """
+        trouble = ""
+        if self.world.rank == 0:
+            try:
+                self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
+            except SelfTestError as error:
+                trouble = str(error)
+            check_data(self.documents_ahead())
+        if trouble := self.world.gather(trouble)[0]:
+            raise SelfTestError(trouble)
+
+    def _whole_model(self) -> NextFlowModel:
+        if not self.spread:
+            return self.model
+        small = NextFlowModel(replace(self.config, layers=min(2, self.config.layers), intermediate=64))
+        small.initialise(torch.Generator().manual_seed(self.recipe.seed))
+        return small.to(self.device)
 
     def fit(self, preview: Preview | None = None) -> Path:
         """Train to the recipe's last step; returns the finished checkpoint folder."""
@@ -321,17 +411,22 @@ class ModelTrainer:
         self.speed = Speedometer(peak_of(recipe.peak, self.device), self.world.size)
         board = Board(recipe.out) if recipe.tensorboard and first else None
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
-        with progress_bar("transformer", recipe.steps, self.step) as update, stop_request() as stop:
+        if self.spread and first and preview is not None:
+            _LOG.warning("sample sheets are not drawn while the model is spread over processes")
+        drawn = preview if first and not self.spread else None
+        bar = progress_bar("transformer", recipe.steps, self.step, shown=first)
+        with bar as update, stop_request() as stop:
             while self.step < recipe.steps:
                 found = self.advance()
                 last = self.step == recipe.steps
                 if (self.step % 20 == 0 or last) and first:
                     update(self.step, self._report(found, board))
-                if preview is not None and first and (sheet() or last):
-                    self.run.sheet(f"sheet_{self.step:06d}", preview(self.bundle(), self.step))
-                if save() or last or stop():
-                    self.save()
-                if stop() and not last:
+                if drawn is not None and (sheet() or last):
+                    self.run.sheet(f"sheet_{self.step:06d}", drawn(self.bundle(), self.step))
+                asked = self.world.any(stop())
+                if self.world.any(first and save()) or last or asked:
+                    self.save(background=not (last or asked))
+                if asked and not last:
                     raise KeyboardInterrupt
         if board is not None:
             board.close()

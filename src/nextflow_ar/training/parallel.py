@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,14 @@ class World:
     def any(self, said: bool) -> bool:
         """Whether any process says so; the same answer for all, who may then act together."""
         return bool(self.add(torch.tensor(int(said), device=self.device)))
+
+    def gather(self, said: Any) -> list[Any]:
+        """What every process says, by rank: small plain values."""
+        if self.size == 1:
+            return [said]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, said)
+        return found
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Mean gradient over all processes; one message for all of them. A missing gradient counts as zero."""

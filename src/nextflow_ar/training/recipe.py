@@ -14,6 +14,7 @@ from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan import PlanConfig
+from nextflow_ar.training.sharded import ShardingConfig
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class ModelRecipe:
     ``accumulate``: parts that a step's rows are computed in, one after the other. ``checkpointing``: activations of the
     layers are computed again in the backward pass. ``peak``: TFLOP/s of one device, or "measured"; null tells no
     utilisation. ``tensorboard``: write event files beside metrics.jsonl. ``plan``: for ``nextflow-ar plan`` only.
+
+    ``sharding``: weights, moments and averages are spread over the processes, checkpoints are written by all and read by
+    any number of them, one alone too; null: every process holds all of them.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -129,6 +133,7 @@ class ModelRecipe:
     peak: float | Literal["measured"] | None = None
     tensorboard: bool = False
     plan: PlanConfig | None = None
+    sharding: ShardingConfig | None = None
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
@@ -139,6 +144,12 @@ class ModelRecipe:
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):
             raise ConfigError(
                 "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"
+            )
+        if self.sharding is not None and self.trains == "lora":
+            raise ConfigError("adapters are not trained in shards: leave out the key sharding")
+        if self.sharding is not None and (self.compile or self.checkpointing):
+            raise ConfigError(
+                "compile and checkpointing are for runs that are not sharded: set sharding.compile and sharding.recompute"
             )
         if not self.sources:
             raise ConfigError("a recipe needs at least one source")

@@ -30,6 +30,8 @@ from rich.progress import (
 from nextflow_ar.storage import StorageError, write_atomic
 
 _CHECKPOINT = "checkpoint.pt"
+SHARDED = "checkpoints"
+"""Name of the folder of a sharded run's checkpoints."""
 
 
 class RunFolder:
@@ -37,7 +39,7 @@ class RunFolder:
 
     Raises StorageError when the folder is not writable, or holds a run of another recipe (a resume must continue what
     was started; only the keys named in ``may_change`` may differ). ``known``: brings the recipe of an earlier version to
-    the present keys; where it fails, the recipes are compared as they are.
+    the present keys; where it fails, the recipes are compared as they are. ``sharded``: whether checkpoints are in parts.
     """
 
     def __init__(
@@ -46,15 +48,17 @@ class RunFolder:
         recipe: dict[str, Any],
         may_change: tuple[str, ...] = ("out",),
         known: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values,
+        sharded: bool = False,
     ) -> None:
         self.path = path
         resolved = path / "recipe.yaml"
         text = yaml.safe_dump(recipe, sort_keys=False)
-        if (path / _CHECKPOINT).is_file() and not resolved.is_file():
+        whole, parts = (path / _CHECKPOINT).is_file(), any((path / SHARDED).glob("step_*"))
+        if (whole or parts) and not resolved.is_file():
             raise StorageError(
                 f"{path} holds a checkpoint but not its recipe.yaml: remove it, or name another folder"
             )
-        if (path / _CHECKPOINT).is_file():
+        if whole or parts:
             old = yaml.safe_load(resolved.read_text())
             with contextlib.suppress(ValueError):
                 old = known(old)
@@ -64,6 +68,11 @@ class RunFolder:
                     f"{path} holds a run of another recipe (differs in {', '.join(sorted(changed))}): "
                     "name another folder with --set out=FOLDER, or remove it"
                 )
+        if whole if sharded else parts:
+            raise StorageError(
+                f"{path} holds a run {'without' if sharded else 'with'} the key sharding: name another folder with "
+                "--set out=FOLDER, or remove it"
+            )
         write_atomic(resolved, text.encode())
         for left in path.glob(f".{_CHECKPOINT}.*.tmp"):  # by a run that was killed while it saved
             left.unlink(missing_ok=True)
@@ -121,11 +130,12 @@ class RunFolder:
 
 
 @contextmanager
-def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Any]:
-    """A rich progress bar on stderr; yields ``update(completed, note)``."""
+def progress_bar(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Any]:
+    """A rich progress bar on stderr; yields ``update(completed, note)``. ``shown``: one of several processes shows it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
+    note = TextColumn("{task.fields[note]}")
+    with Progress(*columns, TimeRemainingColumn(), note, console=console, disable=not shown) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
 
         def update(completed: int, note: str) -> None:

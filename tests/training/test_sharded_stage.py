@@ -1,0 +1,174 @@
+"""A recipe on two processes (gloo) against one: loss curve, resume with another number of processes, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.distributed.tensor import DTensor
+
+from nextflow_ar.config import ConfigError, from_dict, to_dict
+from nextflow_ar.model.checkpoint import load_bundle
+from nextflow_ar.storage import StorageError
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training.model_stage import ModelTrainer
+from nextflow_ar.training.parallel import World
+from nextflow_ar.training.recipe import ModelRecipe
+from nextflow_ar.training.sharded import local
+from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER
+from tests.shards import make_shards, mixed
+from tests.training.test_from_shards import OPTIMIZER, recipe
+
+SHARDING = {
+    "replicas": 1, "params": "float32", "reduce": "float32", "reshard": True, "recompute": False, "compile": False,
+    "reduce_each": False,
+}  # fmt: skip
+SAVED, FINISHED, STEPS = 2, 4, 6
+
+
+def trainer(place: Path, name: str, steps: int = STEPS, **changes: Any) -> ModelTrainer:
+    """One source of shards, whose documents differ in kind, and one of the playground with self-correction."""
+    values = recipe(place, place / name, steps=steps, sharding=SHARDING)
+    values["image_tokenizer"] = str(place / "tokenizer")
+    values["optimizer"] = OPTIMIZER | {"lr": 3e-3, "muon_lr": 0.0, "schedule": "constant"}
+    values["ema"] = 0.9
+    values["correction"] = {"share": 0.3, "top_k": 4, "temperature": 1.0, "start": 0, "ramp": 1}
+    values |= {"start": None, "model": to_dict(replace(TINY_MODEL, max_positions=512))} | changes
+    shapes = {"levels": {"shapes": 1.0}, "split": "train", "seed": 5}
+    values["sources"][0]["folders"] = [{"folder": str(place / "a" / "shards"), "invert": 0.3}]
+    drawn = {"task": "think_to_image", "rows": 2, "length": 130, "scales": 4, "data": shapes}
+    values["sources"] = [values["sources"][0], drawn]
+    built = from_dict(ModelRecipe, values)
+    return ModelTrainer(built, to_dict(built))
+
+
+def curve(training: ModelTrainer, until: int) -> list[dict[str, float]]:
+    return [training.advance() for _ in range(training.step, until)]
+
+
+def close(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert set(ours) == set(theirs)
+        for name in ours:
+            if name.endswith("_right"):  # a near tie may tip one of few tokens
+                assert abs(ours[name] - theirs[name]) < 0.1, name
+            else:
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
+
+
+def _process(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    place = Path(folder)
+    resumed = trainer(place, "one")
+    found: dict[str, Any] = {"resumed": [resumed.step, curve(resumed, STEPS)]}
+    training = trainer(place, "two", FINISHED)
+    parameters = list(training.model.parameters())
+    found["held"] = sum(local(p.detach()).numel() for p in parameters)
+    found["spread"] = all(isinstance(p, DTensor) for p in parameters)
+    found["curve"] = curve(training, SAVED)
+    training.save(background=True)
+    found["curve"] += curve(training, FINISHED - 1)
+    training.fit(preview=None)
+    found["seen"] = [training.documents, training.tokens]
+    torch.save(found, place / f"found{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tokenizer of eight scales and an extraction; one thread, so that all see the same codes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("stage")
+    torch.manual_seed(3)
+    semantic = replace(TINY_SEMANTIC, position_grid=8)
+    tokenizer = ImageTokenizer(replace(TINY_TOKENIZER, num_scales=8, semantic=semantic)).eval()
+    tokenizer.quantizer.codebook.normal_(0, 0.5)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    make_shards(folder / "a", mixed(8), ImageTokenizer.from_pretrained(folder / "tokenizer"))
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one(place: Path) -> dict[str, Any]:
+    """One process; it leaves a checkpoint on its way."""
+    training = trainer(place, "one")
+    told = curve(training, SAVED)
+    training.save()
+    at = []
+    for _ in range(SAVED, STEPS):
+        told.append(training.advance())
+        at.append([training.documents, training.tokens])
+    return {"curve": told, "seen": at[FINISHED - SAVED - 1]}
+
+
+@pytest.fixture(scope="module")
+def two(place: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(place)), nprocs=2)
+    return [torch.load(place / f"found{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_follow_one_step_by_step(
+    place: Path, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    assert one["curve"][-1]["loss"] < one["curve"][0]["loss"]
+    for found in two:
+        assert found["spread"] and found["seen"] == one["seen"]
+        close(found["curve"], one["curve"][: FINISHED - 1])
+    whole = sum(p.numel() for p in trainer(place, "unused").parameters.values())
+    assert sum(found["held"] for found in two) == whole and two[0]["held"] < 0.51 * whole
+    (line,) = [json.loads(x) for x in (place / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert line["step"] == FINISHED and [line["documents"], line["tokens"]] == one["seen"]
+    close([{"loss": line["loss"], "text": line["text"]}], [
+        {name: one["curve"][FINISHED - 1][name] for name in ("loss", "text")}
+    ])  # fmt: skip
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    place: Path, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    for found in two:  # one, then two
+        assert found["resumed"][0] == SAVED
+        close(found["resumed"][1], one["curve"][SAVED:])
+    alone = trainer(place, "two")  # two, then one
+    assert alone.step == FINISHED
+    close(curve(alone, STEPS), one["curve"][FINISHED:])
+
+
+def test_the_export_of_two_processes_is_one_bundle(place: Path, two: list[dict[str, Any]]) -> None:
+    model = load_bundle(place / "two" / "final").model
+    averages = trainer(place, "two", FINISHED).averages
+    assert set(averages) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, averages[name].bfloat16().float()), name
+
+
+def test_what_does_not_go_together_is_one_line(place: Path, one: dict[str, Any]) -> None:
+    with pytest.raises(StorageError, match=r"holds a run of another recipe \(differs in alpha\)"):
+        trainer(place, "one", alpha=0.5)
+    written = yaml.safe_load((place / "one" / "recipe.yaml").read_text())
+    whole = from_dict(ModelRecipe, written | {"sharding": None})
+    with pytest.raises(StorageError, match="holds a run with the key sharding"):
+        ModelTrainer(whole, to_dict(whole))
+    for changes, told in (
+        ({"trains": "lora", "lora": {}, "start": "x"}, "adapters are not trained in shards"),
+        ({"checkpointing": True}, r"set sharding\.compile and sharding\.recompute"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            from_dict(ModelRecipe, written | changes).check()
+    with pytest.raises(ConfigError, match="2 rows do not divide"):
+        from_dict(ModelRecipe, written).check(World(0, 3).size)
