@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
+from nextflow_ar.data.episodes import EpisodeSource, episode_texts
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.model.checkpoint import Bundle, load_architecture, load_bundle, save_bundle
@@ -33,6 +34,7 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training import adapters
 from nextflow_ar.training.distributed_checkpoint import export_bundle
+from nextflow_ar.training.episode_sources import EpisodeBatches, EpisodeRows
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
@@ -59,7 +61,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 }
 MAY_CHANGE = (
     "out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing", "peak",
-    "tensorboard", "sharding",
+    "tensorboard", "sharding", "prefetch",
 )  # fmt: skip
 """Keys that a resumed run may have otherwise than before."""
 _LOG = logging.getLogger(__name__)
@@ -111,6 +113,14 @@ class ModelTrainer:
             for i, source in enumerate(recipe.sources)
             if isinstance(source, ShardSource)
         }
+        episodes = {
+            i: EpisodeBatches(source, self.image_tokenizer, self.vocab, self.layout, self.config)
+            for i, source in enumerate(recipe.sources)
+            if isinstance(source, EpisodeSource)
+        }
+        self.episodes = EpisodeRows(
+            episodes, recipe.correction.at, self.world.rank, self.world.size, recipe.prefetch, recipe.steps
+        )
         self.parameters = trained(self.model)
         self.averages = start_averages(self.parameters)
         rates, rows = recipe.optimizer, self.trainable.rows
@@ -198,6 +208,8 @@ class ModelTrainer:
         for source in self.recipe.sources:
             if isinstance(source, ShardSource):
                 corpus += shard_texts(source, self.image_tokenizer, _CORPUS)
+            elif isinstance(source, EpisodeSource):
+                corpus += episode_texts(source, _CORPUS)
         tokenizer = train_text_tokenizer(corpus, self.recipe.text_entries)
 
         def fill(target: Path) -> None:
@@ -254,10 +266,7 @@ class ModelTrainer:
 
     def correction(self) -> SelfCorrection | None:
         """Self-correction at this step, or None while it is off."""
-        c = self.recipe.correction
-        reached = min(1.0, max(0.0, (self.step - c.start) / max(1, c.ramp)))
-        share = c.share * reached
-        return SelfCorrection(share, c.top_k, c.temperature) if share > 0 else None
+        return self.recipe.correction.at(self.step)
 
     def batch(self, number: int) -> Batch:
         """This step's batch of source ``number``; a source of shards moves on by it."""
@@ -273,6 +282,11 @@ class ModelTrainer:
             samples = [[row.sample for row in some] for some in split]
             widths = [source.packing.width(max(map(len, some))) for some in samples]
             batches = tuple(collate(some, width) for some, width in zip(samples, widths, strict=True))
+            return Material(batches, tuple(tuple(row.tasks for row in some) for some in split))
+        if isinstance(source, EpisodeSource):
+            rows = self.episodes.rows(number, self.step)
+            split = [rows[i::parts] for i in range(parts)]
+            batches = tuple(self.episodes.sources[number].batch(some, self.step) for some in split)
             return Material(batches, tuple(tuple(row.tasks for row in some) for some in split))
         batch = self.scenes[number].batch(
             self.step, self.vocab, self.layout, self.word_classes, self.correction(), self.generator
@@ -380,7 +394,8 @@ class ModelTrainer:
     def documents_ahead(self) -> Iterator[Document]:
         """The first documents of every source from here on; nothing moves."""
         for number in range(len(self.recipe.sources)):
-            yield from (self.loaders.get(number) or self.scenes[number]).peek(_LOOK)
+            source = self.loaders.get(number) or self.episodes.sources.get(number)
+            yield from (source or self.scenes[number]).peek(_LOOK)
 
     def self_test(self) -> None:
         """What is checked before the first step, by the first process. Raises SelfTestError, one line, on every one; logs
@@ -430,6 +445,7 @@ class ModelTrainer:
                     raise KeyboardInterrupt
         if board is not None:
             board.close()
+        self.episodes.close()
         if first:
             card = f"# {recipe.out.name}\n\nTrained for {self.step} steps.\n"
             self.export(recipe.out / "final", card)
@@ -440,8 +456,9 @@ class ModelTrainer:
         """Write a line of metrics; returns the progress bar's note."""
         speed = self.speed.read()
         counts = {"documents": self.documents, "tokens": self.tokens}
-        if self.loaders:
+        if self.loaders or self.episodes.sources:
             counts["skipped"] = sum(loader.skipped for loader in self.loaders.values())
+            counts["skipped"] += self.episodes.skipped
         self.run.log(step=self.step, **counts, **speed, **found)
         if board is not None:
             board.log(self.step, counts | speed | found)

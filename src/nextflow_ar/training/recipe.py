@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Tag
 
 from nextflow_ar.config import ConfigError, ModelConfig
+from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
+from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan import PlanConfig
 from nextflow_ar.training.sharded import ShardingConfig
@@ -44,20 +46,25 @@ class Source:
 
 def _kind(source: Any) -> str:
     kind = source.get("kind", "playground") if isinstance(source, dict) else getattr(source, "kind", None)
-    return "shards" if kind == "shards" else "playground"
+    return kind if kind in ("shards", "episodes") else "playground"
 
 
 AnySource = Annotated[
-    Annotated[Source, Tag("playground")] | Annotated[ShardSource, Tag("shards")], Discriminator(_kind)
+    Annotated[Source, Tag("playground")]
+    | Annotated[ShardSource, Tag("shards")]
+    | Annotated[EpisodeSource, Tag("episodes")],
+    Discriminator(_kind),
 ]
-"""A playground task, or, with ``kind: shards``, a mixture of extractions."""
+"""A playground task, or, with ``kind: shards``, a mixture of extractions, or, with ``kind: episodes``, of the wide world's
+tasks.
+"""
 
 
 @dataclass(frozen=True)
 class CorrectionConfig:
     """Self-correction of input codes: ``share`` of the cells from step ``start`` on, reached over ``ramp`` steps.
 
-    For playground tasks; shards were extracted with it.
+    For the playground's pictures that are drawn; shards were extracted with it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -66,6 +73,12 @@ class CorrectionConfig:
     temperature: float
     start: int
     ramp: int
+
+    def at(self, step: int) -> SelfCorrection | None:
+        """Self-correction at a step, or None while it is off."""
+        reached = min(1.0, max(0.0, (step - self.start) / max(1, self.ramp)))
+        share = self.share * reached
+        return SelfCorrection(share, self.top_k, self.temperature) if share > 0 else None
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,8 @@ class ModelRecipe:
     utilisation. ``tensorboard``: write event files beside metrics.jsonl. ``plan``: for ``nextflow-ar plan`` only.
 
     ``sharding``: weights, moments and averages are spread over the processes, checkpoints are written by all and read by
-    any number of them, one alone too; null: every process holds all of them.
+    any number of them, one alone too; null: every process holds all of them. ``prefetch``:
+    episodes of the next step are made by a thread while this one is computed; worth it where a device or a core is idle.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -134,6 +148,7 @@ class ModelRecipe:
     tensorboard: bool = False
     plan: PlanConfig | None = None
     sharding: ShardingConfig | None = None
+    prefetch: bool = False
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, where parts do not go together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -89,9 +89,9 @@ class SceneBatches:
         return caption_corpus(self.mixture, count)
 
 
-def word_classes(vocab: Vocabulary) -> list[Tensor]:
-    """Ids of the words of every class of WORD_CLASSES that are one token within a sentence; classes of one are left out."""
-    classes = [[ids[0] for w in words if len(ids := vocab.encode(" " + w)) == 1] for words in WORD_CLASSES]
+def word_classes(vocab: Vocabulary, words: Sequence[Sequence[str]] = WORD_CLASSES) -> list[Tensor]:
+    """Ids of the words of every class that are one token within a sentence; classes of one are left out."""
+    classes = [[ids[0] for w in several if len(ids := vocab.encode(" " + w)) == 1] for several in words]
     return [torch.tensor(ids) for ids in classes if len(ids) > 1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nextflow_ar.data.playground import asking, drawing, editing, talking, telling, thinking
@@ -108,6 +108,25 @@ def held_out_of(found: Episode) -> int:
     """How many held-out combinations an episode has, in its pictures and between its clues."""
     pairs = frozenset(found.truth.combinations).union(*(combinations(p.canvas) for p in found.pictures))
     return held_out(pairs)
+
+
+def by_task(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights of tasks from weights of tasks and groups: a group's is spread evenly over its tasks, what a task gets
+    twice is added, and tasks without any are left out. Raises ValueError for an unknown name or where nothing has weight.
+    """
+    unknown = [name for name in weights if name not in BUILDERS and name not in GROUPED]
+    if unknown:
+        raise ValueError(
+            f"unknown playground task {unknown[0]!r}: a group ({', '.join(GROUPED)}) or one of {', '.join(TASK_NAMES)}"
+        )
+    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ValueError("tasks needs at least one task with a weight above 0")
+    found = dict.fromkeys(TASK_NAMES, 0.0)
+    for name, weight in weights.items():
+        several = tuple(GROUPED.get(name, (name,)))
+        for task in several:
+            found[task] += weight / len(several)
+    return {task: weight for task, weight in found.items() if weight > 0}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""Settings of a mixture of the wide world's tasks, as a source of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from nextflow_ar.data.loader import Packing
+from nextflow_ar.data.playground.curriculum import GROUPED, by_task, corpus
+from nextflow_ar.data.playground.scenes import Split
+
+READING: tuple[str, ...] = (*GROUPED["caption"], *GROUPED["ask"], "video_caption")
+"""Tasks whose responses are words that no picture follows."""
+
+
+@dataclass(frozen=True)
+class EpisodeSource:
+    """Part of every step: ``rows`` rows, over all processes, of the wide world's tasks (docs/playground.md).
+
+    ``tasks``: name of a task or of a group -> weight; a group's is spread over its tasks. ``canvases``: WIDTHxHEIGHT ->
+    weight. ``packing``: how episodes share rows. ``dialogue``: chat marks around every turn. ``scales``: of a picture that
+    ends an episode, lay out the first so many scales only. ``condition_dropout``: probability that what stands before the
+    first drawn picture is left out, for guidance. ``swap``: share of the colours and names in a response that are fed as
+    another one, targets unchanged (tasks that answer in words about a picture only).
+
+    There is no inversion: people's requests are worded loosely, and the captioning tasks have the canonical words.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    kind: Literal["episodes"]
+    tasks: dict[str, float]
+    rows: int
+    packing: Packing
+    canvases: dict[str, float]
+    seed: int
+    level: Literal["world", "wide"] = "world"
+    split: Split = "train"
+    dialogue: bool = False
+    scales: int | None = None
+    condition_dropout: float = 0.0
+    swap: float = 0.0
+
+    def __post_init__(self) -> None:
+        answers = by_task(self.tasks)
+        if self.rows < 1:
+            raise ValueError("a source of episodes has at least one row")
+        for name in self.canvases:
+            canvas_size(name)
+        if not self.canvases or min(self.canvases.values()) < 0 or sum(self.canvases.values()) <= 0:
+            raise ValueError("canvases needs at least one canvas with a weight above 0")
+        for name in ("condition_dropout", "swap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
+        others = [task for task in answers if task not in READING]
+        if self.swap and others:
+            raise ValueError(f"swap is for tasks that answer in words about a picture, not for {others[0]}")
+        if self.scales is not None and self.scales < 1:
+            raise ValueError(f"scales is at least 1, got {self.scales}")
+
+
+def canvas_size(name: str) -> tuple[int, int]:
+    """(height, width) of WIDTHxHEIGHT. Raises ValueError."""
+    width, _, height = name.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"a canvas is its width and height in pixels such as 96x64, got {name!r}")
+    return int(height), int(width)
+
+
+def episode_texts(source: EpisodeSource, number: int) -> Iterator[str]:
+    """Texts of about ``number`` episodes with the words that open their turns, to train a text tokenizer on."""
+    tasks = tuple(by_task(source.tasks))
+    each = -(-number // len(tasks))
+    yield from corpus(tasks, each, source.seed, source.level)
+    for role in ("user", "assistant"):
+        yield from [f"{role}\n"] * each
