@@ -25,13 +25,13 @@ from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
 from nextflow_ar.data.sources import Source, SourceError
 from nextflow_ar.data.video import VideoSource
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.vocab import TURN_END, TURN_START
+from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.storage import StorageError, write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pictures import Fit, PictureError, place
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
-from nextflow_ar.types import Codes, Document, Image, Mark, Segment, Text
+from nextflow_ar.types import Codes, Document, Image, Text
 
 MANIFEST = "manifest.json"
 
@@ -298,26 +298,16 @@ class CodeShards:
 
 
 def as_document(parts: list[dict[str, Any]], *, dialogue: bool = False) -> Document:
-    """The document of a record's parts. With ``dialogue`` every turn stands as ``<|im_start|>role``, its parts,
-    ``<|im_end|>`` (Qwen's form); a turn that holds a response learns to end with that mark.
-    """
-    segments: list[Segment] = []
-    previous, learned = None, False
-    for part in parts:
-        if dialogue and part["role"] != previous:
-            if previous is not None:
-                segments += [Mark(TURN_END, supervised=learned), Text("\n")]
-            segments += [Mark(TURN_START), Text(part["role"] + "\n")]
-            previous, learned = part["role"], False
-        learned = learned or part["supervised"]
-        if part["text"] is not None:
-            segments.append(Text(part["text"], part["supervised"]))
-            continue
-        height, width = part["final"]
-        schedule = ScaleSchedule.from_final((height, width), part["scales"])
-        target = torch.tensor(part["target"])
-        fed = target if part["input"] is None else torch.tensor(part["input"])
-        segments.append(Image(Codes(schedule, target, fed), part["supervised"]))
-    if dialogue:
-        segments.append(Mark(TURN_END, supervised=learned))
-    return Document(tuple(segments))
+    """The document of a record's parts. ``dialogue``: with chat marks around every turn (:func:`turns`)."""
+    pairs = [(part["role"], _segment(part)) for part in parts]
+    return Document(turns(pairs) if dialogue else tuple(segment for _, segment in pairs))
+
+
+def _segment(part: dict[str, Any]) -> Text | Image:
+    if part["text"] is not None:
+        return Text(part["text"], part["supervised"])
+    height, width = part["final"]
+    schedule = ScaleSchedule.from_final((height, width), part["scales"])
+    target = torch.tensor(part["target"])
+    fed = target if part["input"] is None else torch.tensor(part["input"])
+    return Image(Codes(schedule, target, fed), part["supervised"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -78,7 +79,7 @@ def _only_rows(folder: Path) -> bool:
     return all(p.suffix.lower() in (".json", ".txt", ".md", "") for p in files if p.name[0] != ".")
 
 
-class _Files:
+class _Files(ABC):
     """A source of files that are read from their beginning. Whole files before ``start`` are counted, not read."""
 
     def __init__(self, files: list[Path]) -> None:
@@ -105,11 +106,11 @@ class _Files:
             self._counts[path] = self._count(path)
         return self._counts[path]
 
-    def _count(self, path: Path) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _count(self, path: Path) -> int: ...
 
-    def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, path: Path, start: int) -> Iterator[Row | RowError]: ...
 
 
 class JsonlSource(_Files):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,8 +13,8 @@ from nextflow_ar.data.playground.episodes import Episode, Said
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.data.playground.scenes import Scene, is_held_out
 from nextflow_ar.data.playground.words import COLOURS, NOUNS, SHAPES, plural
-from nextflow_ar.sequence.vocab import TURN_END, TURN_START
-from nextflow_ar.types import Codes, Document, Image, Mark, Segment, Text
+from nextflow_ar.sequence.dialogue import turns
+from nextflow_ar.types import Codes, Document, Image, Text
 
 TaskName = Literal["text_to_image", "think_to_image", "image_to_text", "image_and_text", "plan"]
 """Drawing from words; the same with a plan written first; describing a picture; both at once: an image without
@@ -101,22 +101,3 @@ def to_document(
     segments = turns(parts) if dialogue else tuple(segment for _, segment in parts)
     unfinished = scales is not None and isinstance(parts[-1][1], Image)
     return Document(segments[:-1] if dialogue and unfinished else segments)
-
-
-def turns(parts: Iterable[tuple[str, Text | Image]]) -> tuple[Segment, ...]:
-    """(role, segment) pairs as a conversation: every turn stands as ``<|im_start|>role``, its segments, ``<|im_end|>``
-    (Qwen's
-    form); a turn that holds a response learns to end with that mark.
-    """
-    segments: list[Segment] = []
-    previous, learned = None, False
-    for role, segment in parts:
-        if role != previous:
-            if previous is not None:
-                segments += [Mark(TURN_END, supervised=learned), Text("\n")]
-            segments += [Mark(TURN_START), Text(role + "\n")]
-            previous, learned = role, False
-        learned = learned or segment.supervised
-        segments.append(segment)
-    segments.append(Mark(TURN_END, supervised=learned))
-    return tuple(segments)

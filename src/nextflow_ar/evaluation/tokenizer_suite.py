@@ -172,7 +172,8 @@ def _photos(
         with torch.inference_mode():
             indices = tokenizer.quantize(to_unit(torch.from_numpy(canvas))[None], schedule).target
             after = tokenizer.decode_bytes(indices, schedule)[0].numpy()
-            prefixes.append(_prefix_psnr(tokenizer, indices, schedule, canvas))
+            if crop == CROPS[0]:  # decoding larger ones after every scale takes a core half an hour
+                prefixes.append(_prefix_psnr(tokenizer, indices, schedule, canvas))
         codes = Codes.plain(schedule, indices[0], frame)
         _count(counts, codes)
         height, width = canvas.shape[:2]
@@ -199,7 +200,7 @@ def _photos(
         "pictures": len(photos),
         "tokenizer": _means(rows),
         **{codec.lower(): _means(values) for codec, values in codecs.items()},
-        "psnr_by_scales": [round(float(x), 2) for x in np.mean(prefixes, axis=0)],
+        "psnr_by_scales": [round(float(x), 2) for x in np.mean(prefixes, axis=0)] if prefixes else [],
     }
 
 
@@ -257,7 +258,8 @@ def table(found: dict[str, Any]) -> str:
             v = values[codec]
             undone = f"  ({v['undone']:.2f} dB at the picture's own size)" if "undone" in v else ""
             lines.append(f"  {codec:22s} {v['psnr']:8.2f} {v['ssim']:7.3f} {v['bits']:8.3f}{undone}")
-        lines.append("  by scales decoded: " + " ".join(f"{v:.1f}" for v in values["psnr_by_scales"]))
+        if values["psnr_by_scales"]:
+            lines.append("  by scales decoded: " + " ".join(f"{v:.1f}" for v in values["psnr_by_scales"]))
     lines.append(f"\ncodes used: {usage['all']:.3f} of {found['codes']}")
     for key in ("by_scale", "perplexity", "tokens"):
         lines.append(f"{key:11s} " + " ".join(f"{v}" for v in usage[key]))

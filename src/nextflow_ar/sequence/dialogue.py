@@ -1,0 +1,27 @@
+"""Conversations as documents: Qwen's chat marks around every turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nextflow_ar.sequence.vocab import TURN_END, TURN_START
+from nextflow_ar.types import Image, Mark, Segment, Text
+
+
+def turns(parts: Iterable[tuple[str, Text | Image]]) -> tuple[Segment, ...]:
+    """(role, segment) pairs with every turn as ``<|im_start|>role``, its segments, ``<|im_end|>``.
+
+    Consecutive segments of one role are one turn. A turn that holds a response learns to end with its mark.
+    """
+    segments: list[Segment] = []
+    previous, learned = None, False
+    for role, segment in parts:
+        if role != previous:
+            if previous is not None:
+                segments += [Mark(TURN_END, supervised=learned), Text("\n")]
+            segments += [Mark(TURN_START), Text(role + "\n")]
+            previous, learned = role, False
+        learned = learned or segment.supervised
+        segments.append(segment)
+    segments.append(Mark(TURN_END, supervised=learned))
+    return tuple(segments)
