@@ -116,10 +116,11 @@ def test_the_suite_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     again = found["playground"]["again"]
     assert again["to_first"] > again["to_original"] > scenes["psnr"][-1] - 3  # the second pass loses little
     assert set(found["photos"]) == {"crop_256", "crop_512", "whole"}
-    for values in found["photos"].values():
+    for kind, values in found["photos"].items():
         assert values["tokenizer"]["bits"] == pytest.approx(values["webp"]["bits"], rel=0.25)
         assert values["webp"]["psnr"] > 15 and values["jpeg"]["psnr"] > 15
-        assert len(values["psnr_by_scales"]) >= 16
+        # each prefix is decoded for the small crops only: elsewhere it would cost as many decodings as scales
+        assert len(values["psnr_by_scales"]) == (16 if kind == "crop_256" else 0)
     assert 0 < found["usage"]["all"] <= 1 and len(found["usage"]["by_scale"]) == 18
     text = (tmp_path / "e" / "report.txt").read_text()
     assert "photographs, crop_256" in text and "codes used" in text
