@@ -49,6 +49,7 @@ GROUPED: dict[str, dict[str, Builder]] = {
         "wish": thinking.wish,
         "sum_drawn": thinking.sum_drawn,
         "odd_one": thinking.odd_one,
+        "planned": thinking.planned,
     },
     "in_context": {"in_context": editing.in_context},
     "chat": {"chat": talking.chat, "plain": talking.plain},
@@ -76,7 +77,7 @@ def episode(
     """Episode ``index`` of a task: the same arguments give the same episode, whatever was asked before.
 
     ``split``: "train" never shows a held-out combination in any picture nor joins held-out clues; "test" does at
-    least once where the task can; "any" ignores it. ``canvas``: (height, width) in pixels. ``level``: "world" or
+    least once where the task can; "any" ignores it. ``canvas``: (height, width) in pixels. ``level``: "world", "blocks" or
     "wide". Raises ValueError for an unknown task or level, RuntimeError when nothing fits such a canvas.
     """
     if task not in BUILDERS:

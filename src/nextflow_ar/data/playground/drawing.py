@@ -24,13 +24,18 @@ def _episode(draft: Draft, words: str, canvas: Canvas, kind: str) -> Episode:
     return Episode("", (draft.person(asked_to_draw(draft.rng, words)), draws(canvas)), Truth(kind))
 
 
-def draw_scene(draft: Draft) -> Episode:
-    """One of GenEval's six types; three in four name the background."""
+def scene_asked(draft: Draft) -> tuple[str, Canvas, str]:
+    """(words, canvas, type) of one of GenEval's six types; three in four name the background."""
     task, canvas = draft.maker.scene(TASKS[draft.index % len(TASKS)])
     words = things_asked(draft.rng, canvas, bare=task == "single_object")
     if draft.rng.random() < 0.75:
         words = grounded(draft.rng, canvas, words)
-    return _episode(draft, words, canvas, task)
+    return words, canvas, task
+
+
+def draw_scene(draft: Draft) -> Episode:
+    """One of GenEval's six types."""
+    return _episode(draft, *scene_asked(draft))
 
 
 def draw_sizes(draft: Draft) -> Episode:

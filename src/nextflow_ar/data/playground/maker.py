@@ -2,7 +2,8 @@
 size.
 
 ``world`` is the easier level: corners on the 8-pixel lattice of the codes, three sizes, plain backgrounds in palette
-colours. ``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
+colours. ``blocks``: as coarse as the small world's easy level, every second point of the lattice and one size however
+many things there are. ``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class WorldLevel:
 
 WORLD_LEVELS: dict[str, WorldLevel] = {
     "world": WorldLevel("world", 8, (18, 18), (32, 32), (40, 40), (24, 24), 4, 0.0, 0),
+    "blocks": WorldLevel("blocks", 16, (18, 18), (32, 32), (40, 40), (32, 32), 4, 0.0, 0),
     "wide": WorldLevel("wide", 0, (17, 19), (27, 36), (42, 48), (22, 27), 5, 0.35, 12),
 }
 _FIVE = (20, 20)  # five things fit only when they are as small as can be without being called small

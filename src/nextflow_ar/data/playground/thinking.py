@@ -1,4 +1,5 @@
-"""Tasks that think before they draw: riddles, sums and implicit wishes become reasoning and a plan, then a picture.
+"""Tasks that think before they draw: riddles, sums, implicit wishes and plain requests become reasoning and a plan, then a
+picture.
 
 A thought names what every clue means and ends with "plan: " and the canvas in the form of ``full_caption``.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nextflow_ar.data.playground.canvases import Canvas, Kind, stands
+from nextflow_ar.data.playground.drawing import scene_asked
 from nextflow_ar.data.playground.episodes import Answer, Draft, Episode, Truth, draws, tells
 from nextflow_ar.data.playground.knowledge import CLUES, COLOUR_CLUES, WISHES
 from nextflow_ar.data.playground.maker import Reject
@@ -119,6 +121,12 @@ def sum_drawn(draft: Draft) -> Episode:
     request = words if "draw" in words else asked_to_draw(rng, words)
     step = f"{number_words(a if sign > 0 else c)} {'plus' if sign > 0 else 'minus'} {number_words(b)} is {NUMBERS[number]}"
     return _thought(draft, request, [step], canvas, "sum")
+
+
+def planned(draft: Draft) -> Episode:
+    """One of GenEval's six types as anyone would ask for it, laid out in words before it is drawn."""
+    words, canvas, task = scene_asked(draft)
+    return _thought(draft, asked_to_draw(draft.rng, words), [], canvas, task)
 
 
 def odd_one(draft: Draft) -> Episode:
