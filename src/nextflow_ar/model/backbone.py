@@ -17,6 +17,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.model import attention
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.semantic import quiet_transformers
 
@@ -47,7 +48,7 @@ def text_config(config: ModelConfig) -> Qwen2_5_VLTextConfig:
             "rope_theta": config.rope_theta,
             "mrope_section": list(config.rope_sections),
         },
-        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
+        attn_implementation=attention.NAME,  # pyright: ignore[reportCallIssue]
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -46,6 +46,9 @@ _IN_VAIN = 2000
 """Episodes in a row that fit no row, until the recipe is held to be wrong."""
 _PIXELS = 1 << 18
 """Pixels of pictures that are encoded at once (64 pictures of 64 px)."""
+_FILLED = (2, 4, 8, 16)
+"""Pictures encoded at once are filled up to one of these or a multiple of the last: convolutions are compiled anew for
+every size of batch on a CPU, which costs more than the pictures too many."""
 
 
 class EpisodeBatches:
@@ -174,7 +177,9 @@ class EpisodeBatches:
         for (size, corrected), members in groups.items():
             step, schedule = max(1, _PIXELS // (size[0] * size[1])), self.schedules[size]
             for some in (members[i : i + step] for i in range(0, len(members), step)):
-                shown = torch.from_numpy(np.stack([pictures[i].render() for i in some]))
+                filled = next((n for n in _FILLED if n >= len(some)), -(-len(some) // _FILLED[-1]) * _FILLED[-1])
+                rendered = [pictures[i].render() for i in some]
+                shown = torch.from_numpy(np.stack(rendered + rendered[-1:] * (filled - len(some))))
                 target, fed = self._quantized(shown, schedule, correction if corrected else None, generator)
                 found |= {i: Codes(schedule, target[j], fed[j]) for j, i in enumerate(some)}
         return [found[i] for i in range(len(pictures))]
