@@ -65,7 +65,7 @@ def episodes(task: str, count: int, **settings: object) -> list[Episode]:
 
 
 def test_the_names() -> None:
-    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 45
+    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 46
     assert set(UNSPLIT) < set(TASK_NAMES) and {f"edit_{kind}" for kind in EDITS} < set(TASK_NAMES)
     with pytest.raises(ValueError, match="unknown playground task 'dance': one of draw_scene"):
         episode("dance", 0, 0)
@@ -390,7 +390,7 @@ def test_films_move_as_they_say() -> None:
 
 
 def test_thoughts_end_with_the_plan_of_the_picture() -> None:
-    for task in ("riddle", "wish", "sum_drawn", "odd_one"):
+    for task in ("riddle", "wish", "sum_drawn", "odd_one", "planned"):
         for found in episodes(task, 40):
             thought = found.parts[1]
             assert isinstance(thought, Said) and thought.supervised and isinstance(found.parts[2], Shown)

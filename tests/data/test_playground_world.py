@@ -22,6 +22,7 @@ from nextflow_ar.data.playground.canvases import (
     stands,
 )
 from nextflow_ar.data.playground.captions import caption, prompt
+from nextflow_ar.data.playground.curriculum import episode
 from nextflow_ar.data.playground.knowledge import CLUES, COLOUR_CLUES, WISHES
 from nextflow_ar.data.playground.looks import render, word_box
 from nextflow_ar.data.playground.maker import WORLD_LEVELS, Maker, Reject, world_level
@@ -273,6 +274,31 @@ def test_wide_has_gradients_many_sizes_and_shades() -> None:
     assert len({item.size for canvas in wide for item in canvas.items}) > 12
     assert len({canvas.tint for canvas in wide}) > 250
     assert all(canvas.second is None and canvas.tint == (0, 0, 0) for canvas in made(50))
+
+
+def test_hues_are_shades_that_no_other_palette_colour_is_nearer_to() -> None:
+    palette = np.array(list(COLOURS.values()))
+    shaded = grounds = shapes = things = 0
+    for canvas in made(300, "hues"):
+        ground = np.array(COLOURS[canvas.background]) + canvas.tint
+        assert list(COLOURS)[int(((palette - ground) ** 2).sum(1).argmin())] == canvas.background
+        grounds += any(canvas.tint)
+        for item in canvas.items:
+            things, shapes = things + 1, shapes + (item.name in SHAPES)
+            if item.rgb is None:
+                assert item.name not in SHAPES
+                continue
+            nearest = int(((palette - np.array(item.rgb)) ** 2).sum(1).argmin())
+            assert list(COLOURS)[nearest] == item.colour and item.name in SHAPES
+            assert ((np.array(item.rgb) - ground) ** 2).sum() >= 70**2
+            shaded += item.rgb != COLOURS[str(item.colour)]
+            middle = render(canvas)[int(item.centre[1]), int(item.centre[0])]
+            assert item.name == "ring" or canvas.style != "full" or tuple(middle) == item.rgb
+    assert 0.4 < shapes / things < 0.6 and 0.5 < shaded / shapes < 0.7 and 150 < grounds < 210
+    with pytest.raises(
+        ValueError, match="the level hues is for captions and questions, not for 'edit_colour'"
+    ):
+        episode("edit_colour", 0, 1, level="hues")
 
 
 def test_captions_by_hand() -> None:

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "nextflow_ar"
 """Under which transformers' registry knows :func:`attend`."""
-_LONGEST = 640
+LONGEST = 640
 """Keys up to which whole matrices of scores are faster; beyond it the fused kernel catches up and needs less memory."""
 
 
@@ -31,7 +31,7 @@ def attend(
     else, generation first of all, goes through the fused kernel.
     """
     trained = torch.is_grad_enabled() and query.requires_grad
-    short = key.shape[2] <= _LONGEST and key.shape[1] == query.shape[1]
+    short = key.shape[2] <= LONGEST and key.shape[1] == query.shape[1]
     if attention_mask is None or not (trained and short) or _dtype(query) != torch.bfloat16:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     query, key, value = (t.to(torch.bfloat16) for t in (query * kwargs["scaling"], key, value))

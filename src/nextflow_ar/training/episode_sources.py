@@ -177,7 +177,9 @@ class EpisodeBatches:
         for (size, corrected), members in groups.items():
             step, schedule = max(1, _PIXELS // (size[0] * size[1])), self.schedules[size]
             for some in (members[i : i + step] for i in range(0, len(members), step)):
-                filled = next((n for n in _FILLED if n >= len(some)), -(-len(some) // _FILLED[-1]) * _FILLED[-1])
+                filled = next(
+                    (n for n in _FILLED if n >= len(some)), -(-len(some) // _FILLED[-1]) * _FILLED[-1]
+                )
                 rendered = [pictures[i].render() for i in some]
                 shown = torch.from_numpy(np.stack(rendered + rendered[-1:] * (filled - len(some))))
                 target, fed = self._quantized(shown, schedule, correction if corrected else None, generator)

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from nextflow_ar.data.playground.scenes import is_held_out
+from nextflow_ar.data.playground.scenes import RGB, is_held_out
 from nextflow_ar.data.playground.world import NATIVE, Light, Mood, Size, Style
 from nextflow_ar.scales import FINAL_GRIDS, ScaleSchedule
 
@@ -24,7 +24,7 @@ Box = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class Item:
     """One thing: name, colour (None: it has but its own look), corner and side of its square box, quarter turns
-    counterclockwise.
+    counterclockwise. ``rgb``: of a shape, the shade of its colour (None: the palette's).
     """
 
     name: str
@@ -33,6 +33,7 @@ class Item:
     y: int
     size: int
     turn: int = 0
+    rgb: RGB | None = None
 
     @property
     def kind(self) -> Kind:

@@ -68,11 +68,29 @@ def _native(name: str, colour: str | None, folder: Path | None) -> Image.Image:
     return _recoloured(name, colour, folder)
 
 
-def _inside(name: str, colour: str | None, size: int, folder: Path | None) -> Image.Image:
-    """The thing in a square box with a small margin, RGBA."""
+@lru_cache(maxsize=1)
+def _all_shades() -> dict[str, list[RGB]]:
+    tries = np.random.default_rng(20_000).integers(0, 256, (20_000, 3))
+    palette = np.array(list(COLOURS.values()))
+    nearest = ((tries[:, None] - palette) ** 2).sum(-1).argmin(1)
+    return {
+        name: [(int(r), int(g), int(b)) for r, g, b in tries[nearest == number]]
+        for number, name in enumerate(COLOURS)
+    }
+
+
+def shades(colour: str) -> list[RGB]:
+    """Many colours that go by this name: those to which no other palette colour is nearer."""
+    return _all_shades()[colour]
+
+
+def _inside(
+    name: str, colour: str | None, size: int, folder: Path | None, rgb: RGB | None = None
+) -> Image.Image:
+    """The thing in a square box with a small margin, RGBA. ``rgb``: shade of a shape."""
     inner = size - 2 * max(1, size // 16)
     if name in SHAPES:
-        picture = draw_shape(name, inner, COLOURS[colour or "black"])
+        picture = draw_shape(name, inner, rgb or COLOURS[colour or "black"])
     else:
         picture = _native(name, colour, folder)
         scale = inner / max(picture.size)
@@ -104,13 +122,20 @@ def _lines(name: str, colour: str | None, size: int, folder: Path | None) -> np.
 
 @lru_cache(maxsize=4096)
 def patch(
-    name: str, colour: str | None, size: int, turn: int, ink: RGB | None, lines: bool, folder: Path | None
+    name: str,
+    colour: str | None,
+    size: int,
+    turn: int,
+    ink: RGB | None,
+    lines: bool,
+    folder: Path | None,
+    rgb: RGB | None = None,
 ) -> np.ndarray:
     """A thing in its box, (size, size, 4) float32 RGBA: premultiplied 0..255, alpha 0..1.
 
-    ``ink``: its one colour in a silhouette or a line drawing (``lines``), None in full colour.
+    ``ink``: its one colour in a silhouette or a line drawing (``lines``), None in full colour. ``rgb``: shade of a shape.
     """
-    out = np.asarray(_inside(name, colour, size, folder), np.float32).copy()
+    out = np.asarray(_inside(name, colour, size, folder, rgb), np.float32).copy()
     out[..., 3] /= 255.0
     if ink is not None:
         if lines:
@@ -213,7 +238,8 @@ def _backdrop(canvas: Canvas) -> np.ndarray:
 def _blend(picture: np.ndarray, item: Item, canvas: Canvas, folder: Path | None) -> None:
     lines = canvas.style == "line"
     ink = None if canvas.style == "full" else INK if lines else ink_on(canvas.background)
-    drawn = patch(item.name, item.colour, item.size, item.turn % 4, ink, lines, folder)
+    make = patch if item.rgb is None else patch.__wrapped__  # shades hardly ever come twice
+    drawn = make(item.name, item.colour, item.size, item.turn % 4, ink, lines, folder, item.rgb)
     window = picture[item.y : item.y + item.size, item.x : item.x + item.size]
     window *= 1.0 - drawn[..., 3:]
     window += drawn[..., :3]

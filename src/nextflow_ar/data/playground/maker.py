@@ -3,7 +3,7 @@ size.
 
 ``world`` is the easier level: corners on the 8-pixel lattice of the codes, three sizes, plain backgrounds in palette
 colours. ``blocks``: as coarse as the small world's easy level, every second point of the lattice and one size however
-many things there are. ``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
+many things there are, every other one a shape; ``hues``: the same in all shades. ``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nextflow_ar.data.playground.canvases import Box, Canvas, Item, Kind, Word, base_of, place_words, stands
-from nextflow_ar.data.playground.looks import stands_out, word_box
-from nextflow_ar.data.playground.scenes import RELATIONS, TASKS, Task
+from nextflow_ar.data.playground.looks import shades, stands_out, word_box
+from nextflow_ar.data.playground.scenes import RELATIONS, RGB, TASKS, Task
+from nextflow_ar.data.playground.words import COLOURS
 from nextflow_ar.data.playground.world import (
     ALIKE_FLAT,
     COLOUR_NAMES,
@@ -41,7 +42,9 @@ class WorldLevel:
     """One setting of the dial. ``lattice``: pixels between possible corners, 0 is any pixel.
 
     ``small``, ``normal``, ``large``: ranges of sizes in 64ths of the base. ``crowded``: the normal range from three
-    things on. ``gradient``: share of gradients. ``tint``: how far a background may be off the palette.
+    things on. ``gradient``: share of gradients. ``tint``: how far a background may be off the palette. ``shapes``: share of
+    shapes among things, 0: about one in eight. ``hues``: how often a shape or a background has any shade that goes by its
+    colour's name instead of the palette's.
     """
 
     name: str
@@ -53,13 +56,17 @@ class WorldLevel:
     max_count: int
     gradient: float
     tint: int
+    shapes: float = 0.0
+    hues: float = 0.0
 
 
 WORLD_LEVELS: dict[str, WorldLevel] = {
     "world": WorldLevel("world", 8, (18, 18), (32, 32), (40, 40), (24, 24), 4, 0.0, 0),
-    "blocks": WorldLevel("blocks", 16, (18, 18), (32, 32), (40, 40), (32, 32), 4, 0.0, 0),
+    "blocks": WorldLevel("blocks", 16, (18, 18), (32, 32), (40, 40), (32, 32), 4, 0.0, 0, shapes=0.4),
+    "hues": WorldLevel("hues", 16, (18, 18), (32, 32), (40, 40), (32, 32), 4, 0.0, 0, shapes=0.5, hues=0.6),
     "wide": WorldLevel("wide", 0, (17, 19), (27, 36), (42, 48), (22, 27), 5, 0.35, 12),
 }
+_APART = 70  # between the colours of a shape and its background, in RGB
 _FIVE = (20, 20)  # five things fit only when they are as small as can be without being called small
 _WEIGHTED = (*NAMES[:20], *NAMES)
 _SPRITES = tuple(name for name in _WEIGHTED if name not in SHAPES)
@@ -85,6 +92,8 @@ class Maker:
         name.
         """
         rng = self.rng
+        if self.level.shapes and pool in ("any", "coloured") and rng.random() < self.level.shapes:
+            pool = "shape"
         if pool == "any":
             pool = "coloured" if rng.random() < 0.3 else "sprite"
         names: Sequence[str] = {
@@ -160,6 +169,8 @@ class Maker:
         second = None
         if not plain and self.rng.random() < self.level.gradient:
             second = self.background(items, (background,))
+        if self.level.hues:
+            return self._shaded(Canvas(*self.size, background, tuple(items), relation=relation))
         span = self.level.tint
         tint = (0, 0, 0)
         if span:
@@ -169,6 +180,25 @@ class Maker:
                 self.rng.randint(-span, span),
             )
         return Canvas(*self.size, background, tuple(items), second, tint, relation=relation)
+
+    def _shaded(self, canvas: Canvas) -> Canvas:
+        """The canvas with its shapes and its background in other shades of their colours, now and then."""
+        rgb: dict[Kind, RGB] = {}
+        for item in canvas.items:
+            if item.name in SHAPES and item.kind not in rgb:
+                rgb[item.kind] = self._shade(str(item.colour))
+        ground = self._shade(canvas.background)
+        if any(
+            sum((a - b) ** 2 for a, b in zip(one, ground, strict=True)) < _APART**2 for one in rgb.values()
+        ):
+            raise Reject
+        plain = COLOURS[canvas.background]
+        tint = (ground[0] - plain[0], ground[1] - plain[1], ground[2] - plain[2])
+        items = tuple(replace(item, rgb=rgb.get(item.kind)) for item in canvas.items)
+        return replace(canvas, items=items, tint=tint)
+
+    def _shade(self, colour: str) -> RGB:
+        return self.rng.choice(shades(colour)) if self.rng.random() < self.level.hues else COLOURS[colour]
 
     def items(self, kinds: Sequence[Kind], sizes: Sequence[Size] = ()) -> list[Item]:
         """The kinds as items in free places; equal kinds are equally large."""

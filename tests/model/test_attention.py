@@ -1,0 +1,52 @@
+"""Attention in two products is the fused kernel's, forwards and backwards, and is used where it should be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from nextflow_ar.model import attention
+
+
+def _inputs(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(3)
+    query, key, value = (torch.randn(2, 3, length, 64).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.rand(2, 1, length, length) < 0.6
+    return query, key, value, mask | torch.eye(length, dtype=torch.bool)
+
+
+def _run(length: int, dtype: torch.dtype) -> Tensor:
+    query, key, value, mask = _inputs(length, dtype)
+    return attention.attend(torch.nn.Module(), query, key, value, mask, scaling=0.125)[0]
+
+
+def test_as_the_fused_kernel_forwards_and_backwards() -> None:
+    query, key, value, mask = _inputs(40, torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (query, key, value)]
+    want = scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.125).transpose(1, 2)
+    found, _ = attention.attend(torch.nn.Module(), query, key, value, mask, scaling=0.125)
+    goal = torch.randn(want.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad((want * goal).sum(), exact)
+    got = torch.autograd.grad((found.double() * goal).sum(), (query, key, value))
+    for a, b in zip((found, *got), (want, *wanted), strict=True):
+        assert (a.double() - b).abs().max() < 0.02 * b.abs().max()
+
+
+def test_used_in_training_for_short_rows_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    full = attention._in_full
+    monkeypatch.setattr(attention, "_in_full", lambda *given: calls.append(1) or full(*given))
+    _run(24, torch.bfloat16)
+    assert len(calls) == 1
+    _run(24, torch.float32)
+    with torch.no_grad():
+        _run(24, torch.bfloat16)
+    monkeypatch.setattr(attention, "LONGEST", 23)
+    _run(24, torch.bfloat16)
+    assert len(calls) == 1
+    monkeypatch.setattr(attention, "LONGEST", 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _run(24, torch.float32).dtype == torch.bfloat16
+    assert len(calls) == 2
