@@ -39,7 +39,10 @@ def attend(
 
 
 def _dtype(query: Tensor) -> torch.dtype | None:
-    """What the products of attention would be computed in; None away from a CPU. Rotated queries are fp32 under autocast."""
+    """What the products of attention would be computed in; None away from a CPU.
+
+    Rotated queries are fp32 under autocast.
+    """
     if query.device.type != "cpu":
         return None
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype

@@ -77,8 +77,8 @@ def episode(
     """Episode ``index`` of a task: the same arguments give the same episode, whatever was asked before.
 
     ``split``: "train" never shows a held-out combination in any picture nor joins held-out clues; "test" does at
-    least once where the task can; "any" ignores it. ``canvas``: (height, width) in pixels. ``level``: "world", "blocks", "hues" or
-    "wide". Raises ValueError for an unknown task or level, RuntimeError when nothing fits such a canvas.
+    least once where the task can; "any" ignores it. ``canvas``: (height, width) in pixels. ``level``: "world", "blocks",
+    "hues" or "wide". Raises ValueError for an unknown task or level, RuntimeError when nothing fits such a canvas.
     """
     if task not in BUILDERS:
         raise ValueError(f"unknown playground task {task!r}: one of {', '.join(TASK_NAMES)}")

@@ -3,7 +3,8 @@ size.
 
 ``world`` is the easier level: corners on the 8-pixel lattice of the codes, three sizes, plain backgrounds in palette
 colours. ``blocks``: as coarse as the small world's easy level, every second point of the lattice and one size however
-many things there are, every other one a shape; ``hues``: the same in all shades. ``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
+many things there are, every other one a shape; ``hues``: the same in all shades. ``wide``: any pixel, a range of sizes,
+gradients, backgrounds off the palette.
 """
 
 from __future__ import annotations
