@@ -23,7 +23,8 @@ class EpisodeSource:
     ``tasks``: name of a task or of a group -> weight; a group's is spread over its tasks. ``canvases``: WIDTHxHEIGHT ->
     weight. ``packing``: how episodes share rows. ``dialogue``: chat marks around every turn. ``scales``: of a picture that
     ends an episode, lay out the first so many scales only. ``condition_dropout``: probability that what stands before the
-    first drawn picture is left out, for guidance. ``swap``: share of the colours and names in a response that are fed as
+    first drawn picture is left out, for guidance. ``picture_dropout``: the same of the given pictures before an answer in
+    words (tasks of reading only): what is likely to be said of any picture, for the guidance of answers. ``swap``: share of the colours and names in a response that are fed as
     another one, targets unchanged (tasks that answer in words about a picture only).
 
     There is no inversion: people's requests are worded loosely, and the captioning tasks have the canonical words.
@@ -41,6 +42,7 @@ class EpisodeSource:
     dialogue: bool = False
     scales: int | None = None
     condition_dropout: float = 0.0
+    picture_dropout: float = 0.0
     swap: float = 0.0
 
     def __post_init__(self) -> None:
@@ -51,12 +53,16 @@ class EpisodeSource:
             canvas_size(name)
         if not self.canvases or min(self.canvases.values()) < 0 or sum(self.canvases.values()) <= 0:
             raise ValueError("canvases needs at least one canvas with a weight above 0")
-        for name in ("condition_dropout", "swap"):
+        for name in ("condition_dropout", "picture_dropout", "swap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
         others = [task for task in answers if task not in READING]
         if self.swap and others:
             raise ValueError(f"swap is for tasks that answer in words about a picture, not for {others[0]}")
+        if self.picture_dropout and others:
+            raise ValueError(
+                f"picture_dropout is for tasks that answer in words about a picture, not for {others[0]}"
+            )
         if self.scales is not None and self.scales < 1:
             raise ValueError(f"scales is at least 1, got {self.scales}")
 

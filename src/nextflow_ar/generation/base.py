@@ -33,7 +33,7 @@ from nextflow_ar.types import Codes, Document, Event, ImageReady, Text, TextDelt
 Picture = PILImage.Image | np.ndarray | Codes
 """A Pillow image, (H, W, 3) uint8, or codes, such as those of a picture that was drawn."""
 BUNDLED = ("nano",)
-OPTIONS = ("think", "dialogue", "canvases", "caption", "video", "next_frame")
+OPTIONS = ("think", "dialogue", "canvases", "caption", "answer_guidance", "video", "next_frame")
 """Keys of ``generation.json`` beside the sampling settings."""
 THOUGHT_TOKENS = 96
 THOUGHT_SETTINGS = SamplingSettings(top_p=0.9)

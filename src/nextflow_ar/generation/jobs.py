@@ -15,7 +15,7 @@ from torch import Tensor
 from nextflow_ar.generation.cache import RowCache, rounded
 from nextflow_ar.generation.forcing import Forcing
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
-from nextflow_ar.generation.sampling import SamplingSettings, draw, guide
+from nextflow_ar.generation.sampling import SamplingSettings, draw, guide, guide_words
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.layout import LayoutOptions, Sample, build, image_prefix, next_clock
 from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_END, TURN_START, Vocabulary
@@ -146,6 +146,11 @@ class Job:
         self._fits(prefix, limit)
         wants = "codes" if isinstance(request, ImageRequest) else "text"
         self.track = Track(wants, Feed(sample=prefix))
+        self.other: Track | None = None  # the unconditional one of a text
+        if isinstance(request, TextRequest) and request.guided and request.unconditional is not None:
+            self.other = Track(
+                "text", Feed(sample=build(request.unconditional, vocab, layout, close_last=True))
+            )
         if isinstance(request, ImageRequest):
             forcing = None if request.forced is None else Forcing(request.forced, quantizer)
             self.drawing = Drawing(self.track, self._partner(), request.schedule, request.settings, forcing)
@@ -183,7 +188,7 @@ class Job:
     @property
     def tracks(self) -> list[Track]:
         """All tracks that hold cache, or will: the job's own first."""
-        partner = self.drawing.partner if self.drawing is not None else None
+        partner = self.drawing.partner if self.drawing is not None else self.other
         return [self.track] if partner is None else [self.track, partner]
 
     @property
@@ -191,7 +196,7 @@ class Job:
         """Most tracks that it has at once."""
         request = self.request
         if isinstance(request, TextRequest):
-            return 1
+            return 2 if request.guided else 1
         settings = request.settings if isinstance(request, ImageRequest) else request.image_settings
         return 2 if settings.guided else 1
 
@@ -247,16 +252,20 @@ class Job:
         if last:
             yield from self._end("length")
         else:
-            self.track.go_on(Feed(token=token), "text")
+            for track in self.tracks:
+                track.go_on(Feed(token=token), "text")
 
     def _next_token(self, scores: Tensor) -> int:
         request = self.request
         assert not isinstance(request, ImageRequest)
         if not request.max_tokens:  # images alone
             return self.vocab.boi
-        scores = scores.clone()
-        scores[:, self._never()] = float("-inf")
-        _, temperature, top_k, top_p = request.settings.at(0, 1)
+        scores, never = scores.clone(), self._never()
+        scores[:, never] = float("-inf")
+        guidance, temperature, top_k, top_p = request.settings.at(0, 1)
+        if self.other is not None:
+            assert self.other.scores is not None
+            scores = guide_words(scores, self.other.scores, guidance)
         return int(draw(scores, temperature, top_k, top_p, self.generator)[0])
 
     def _never(self) -> list[int]:

@@ -68,14 +68,20 @@ class NextFlowPipeline(Editing, Telling):
         max_tokens: int = 64,
         seed: int = 0,
         settings: SamplingSettings | None = None,
+        guidance: float | None = None,
     ) -> list[str]:
         """A caption (or an answer to ``question``) for every picture; greedy unless ``settings`` say otherwise. Without a
         question the checkpoint's own is asked, if it has one (``caption`` in generation.json).
+
+        ``guidance``: how far what any picture would be called is held against a word; 1 is not at all (None: as the
+        checkpoint says, ``answer_guidance``).
         """
         asked = question.strip() if question else ""
         asked = asked or str(self.bundle.generation.get("caption", ""))
         said = [part("user", asked)] if asked else []
-        chosen = settings or SamplingSettings(temperature=0.0)
+        strength = float(self.bundle.generation.get("answer_guidance", 1.0)) if guidance is None else guidance
+        chosen = (settings or SamplingSettings(temperature=0.0)).changed(guidance=strength)
+        blind = self.manner.document(said) if said else None
         requests = [
             TextRequest(
                 self.manner.document([part("user", self.encode(picture)), *said]),
@@ -83,6 +89,7 @@ class NextFlowPipeline(Editing, Telling):
                 seed,
                 chosen,
                 self.manner.ends,
+                unconditional=blind,
             )
             for picture in listed(pictures)
         ]

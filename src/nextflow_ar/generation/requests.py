@@ -39,7 +39,10 @@ class ImageRequest:
 
 @dataclass(frozen=True, eq=False)
 class TextRequest:
-    """Write text after ``document`` until a token of ``ends``: ``min_tokens`` to ``max_tokens`` tokens."""
+    """Write text after ``document`` until a token of ``ends``: ``min_tokens`` to ``max_tokens`` tokens.
+
+    ``unconditional``: the document that guidance contrasts with (the question without its picture, say); none without it.
+    """
 
     document: Document
     max_tokens: int
@@ -47,6 +50,12 @@ class TextRequest:
     settings: SamplingSettings
     ends: tuple[str, ...] = (END_OF_TEXT,)
     min_tokens: int = 0
+    unconditional: Document | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether it takes a second track."""
+        return self.unconditional is not None and self.settings.at(0, 1)[0] != 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ which other rows share its batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,6 +17,11 @@ from torch import Tensor
 
 PerScale = float | tuple[float, ...]
 """One value for all scales, two (a straight line from the first scale to the last), or one for each scale."""
+
+_LIKELY = 0.05
+"""Share of the best word's probability that a word needs to be chosen under guidance."""
+_LEAST = 1e-3
+"""Probability without the picture below which a word counts as no rarer still."""
 
 
 class SettingError(ValueError):
@@ -90,6 +96,19 @@ def guide(
 ) -> Float[Tensor, "n v"]:
     """Classifier-free guidance on logits."""
     return unconditional + guidance * (conditional - unconditional)
+
+
+def guide_words(
+    conditional: Float[Tensor, "n v"], unconditional: Float[Tensor, "n v"], guidance: float
+) -> Float[Tensor, "n v"]:
+    """Guidance on the next word: on log-probabilities, among words that are at all likely (a twentieth of the best).
+
+    What is said of any picture counts less, what this one shows counts more; a word that hardly fits the picture cannot
+    win by being rare.
+    """
+    seen, blind = conditional.log_softmax(-1), unconditional.log_softmax(-1)
+    scores = guide(seen, blind.clamp(min=math.log(_LEAST)), guidance)
+    return scores.masked_fill(seen < seen.amax(-1, keepdim=True) + math.log(_LIKELY), float("-inf"))
 
 
 def keep_best(logits: Float[Tensor, "n v"], top_k: int, top_p: float) -> Float[Tensor, "n v"]:

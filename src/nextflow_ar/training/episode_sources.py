@@ -101,6 +101,8 @@ class EpisodeBatches:
         if rng.random() < source.condition_dropout:
             drawn = [i for i, p in enumerate(found.parts) if isinstance(p, Shown) and p.supervised]
             found = replace(found, parts=found.parts[drawn[0] if drawn else 0 :])
+        if source.picture_dropout and rng.random() < source.picture_dropout:
+            found = replace(found, parts=tuple(p for p in found.parts if not isinstance(p, Shown)))
         return found
 
     def document(self, found: Episode, codes: Sequence[Codes]) -> Document:
