@@ -1,0 +1,38 @@
+"""How the page looks: theme, style sheet, and the two kinds of HTML block with their script."""
+
+from __future__ import annotations
+
+import importlib.resources
+from typing import Any
+
+import gradio as gr
+
+
+def resource(name: str) -> str:
+    """A text file beside this module."""
+    return (importlib.resources.files("nextflow_ar.app.ui") / name).read_text(encoding="utf-8")
+
+
+def look() -> dict[str, Any]:
+    """Theme and style sheet, as ``launch`` and ``mount_gradio_app`` take them. No font and no file comes from elsewhere."""
+    sans = ["Inter", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    theme = gr.themes.Soft(
+        primary_hue="indigo",
+        secondary_hue="rose",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=sans,
+        font_mono=["ui-monospace", "Menlo", "monospace"],
+    )
+    return {"theme": theme, "css": resource("page.css")}
+
+
+def status_html(name: str) -> gr.HTML:
+    """A live region: what is written into it is read out by screen readers."""
+    script = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+    return gr.HTML("", elem_id=name, elem_classes="nf-live", js_on_load=script)
+
+
+def stage_html(value: str, name: str) -> gr.HTML:
+    """A block of figures whose strips can be chosen from by mouse and by arrow keys."""
+    return gr.HTML(value, elem_id=name, elem_classes="nf-stage-block", js_on_load=resource("stage.js"))
