@@ -137,6 +137,7 @@ def _rectangle() -> list[gr.components.Component]:
         sides = []
         with gr.Row():
             for name, start in (("Left", 25), ("Top", 25), ("Right", 75), ("Bottom", 75)):
+                across = "width" if name in ("Left", "Right") else "height"
                 sides.append(
                     gr.Slider(
                         0,
@@ -145,7 +146,7 @@ def _rectangle() -> list[gr.components.Component]:
                         step=1,
                         label=name,
                         min_width=120,
-                        info=f"{name} edge in percent of the picture's {'width' if name in ('Left', 'Right') else 'height'}.",
+                        info=f"{name} edge in percent of the picture's {across}.",
                     )
                 )
     return [use, *sides]
@@ -157,7 +158,7 @@ def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
             editor = gr.ImageEditor(
-                label="Picture (paint over what is to be redrawn)",
+                label="Picture: paint over what is to be redrawn",
                 type="pil",
                 format="png",
                 height=440,

@@ -40,12 +40,14 @@ class History:
     def __init__(self) -> None:
         self.kept = gr.State([])
         self.selected = gr.State(0)
+        self.section = gr.Column(visible=False, elem_classes="nf-history", render=False)
         self.gallery = gr.Gallery(
             label="Made in this session",
             format="png",
-            columns=[3, 4, 6, 8],
+            columns=8,
             height="auto",
             object_fit="contain",
+            fit_columns=False,
             buttons=["download", "download_all", "fullscreen"],
             interactive=False,
             elem_classes="nf-gallery",
@@ -55,7 +57,7 @@ class History:
     @property
     def outputs(self) -> list[gr.components.Component]:
         """What :meth:`added` gives values for."""
-        return [self.kept, self.gallery, self.selected]
+        return [self.kept, self.gallery, self.selected, self.section]
 
     def added(
         self,
@@ -73,11 +75,13 @@ class History:
             path = processing_utils.save_pil_to_cache(noted, self.gallery.GRADIO_CACHE, format="png")
             new.append(Kept(path, words, seed, kind))
         found = [*new, *kept][:MOST_KEPT]
-        return [found, gr.Gallery([(k.path, k.caption) for k in found], selected_index=None), 0]
+        shown = gr.Gallery([(k.path, k.caption) for k in found], selected_index=None)
+        return [found, shown, 0, gr.Column(visible=bool(found))]
 
     def show(self) -> tuple[gr.Button, gr.Button, gr.Button, gr.Button, gr.Button]:
         """Build the section; returns the buttons: draw again, edit, describe, animate, clear."""
-        with gr.Column(elem_classes="nf-history"):
+        self.section.render()
+        with self.section:
             gr.HTML(
                 "<h2>History</h2><p>Choose a picture to take it further. It is gone when you close the page.</p>"
             )
@@ -90,7 +94,10 @@ class History:
                 clear = gr.Button("Clear history", size="sm", variant="stop")
         self.gallery.select(_index, outputs=self.selected, api_visibility="private", show_progress="hidden")
         clear.click(
-            lambda: [[], [], 0], outputs=self.outputs, api_visibility="private", show_progress="hidden"
+            lambda: [[], [], 0, gr.Column(visible=False)],
+            outputs=self.outputs,
+            api_visibility="private",
+            show_progress="hidden",
         )
         return again, edit, describe, animate, clear
 

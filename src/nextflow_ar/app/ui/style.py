@@ -23,6 +23,16 @@ def look() -> dict[str, Any]:
         radius_size="lg",
         font=sans,
         font_mono=["ui-monospace", "Menlo", "monospace"],
+    ).set(
+        block_title_background_fill="none",
+        block_title_padding="0",
+        block_title_text_color="*body_text_color",
+        block_label_background_fill="*background_fill_primary",
+        block_label_text_color="*body_text_color",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_300",
+        link_text_color="*primary_600",
+        link_text_color_dark="*primary_300",
     )
     return {"theme": theme, "css": resource("page.css")}
 

@@ -36,6 +36,12 @@ def gif_uri(frames: Sequence[PILImage.Image], speed: float) -> str:
     return "data:image/gif;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def frames_that_fit(pipeline: NextFlowPipeline) -> int:
+    """Frames, five at most, that the model's context holds behind a short request."""
+    schedule, room = pipeline.schedule_for(), pipeline.bundle.model.config.max_positions - 64
+    return max(2, min(5, room // (schedule.num_tokens + schedule.sizes[-1] + 2)))
+
+
 def story_steps(
     pipeline: NextFlowPipeline,
     history: History,
@@ -217,7 +223,14 @@ def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
             with gr.Row(elem_classes="nf-buttons"):
                 go = gr.Button("Animate", variant="primary", elem_id="nf-film")
                 stop = gr.Button("Stop", variant="stop")
-            frames = gr.Slider(2, 16, 5, step=1, label="Frames", info="How many pictures follow each other.")
+            frames = gr.Slider(
+                2,
+                16,
+                frames_that_fit(pipeline),
+                step=1,
+                label="Frames",
+                info="How many pictures follow each other. From words alone they all have to fit the model's context.",
+            )
             speed = gr.Slider(1, 12, 4, step=1, label="Frames a second", info="How fast they are played.")
             seed, fresh = seed_inputs()
             with gr.Accordion("More settings", open=False):
