@@ -113,8 +113,8 @@ def draw_steps(
 
 def draw_tab(pipeline: NextFlowPipeline, history: History, places: int) -> DrawTab:
     """Build the tab inside the open ``gr.Tab``."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=300):
+    with gr.Row(equal_height=False, elem_classes="nf-bench"):
+        with gr.Column(elem_classes="nf-ask"):
             prompt = gr.Textbox(
                 label="What to draw",
                 placeholder=f"such as: {EXAMPLES[0]}",
@@ -129,6 +129,7 @@ def draw_tab(pipeline: NextFlowPipeline, history: History, places: int) -> DrawT
             with gr.Row(elem_classes="nf-buttons"):
                 go = gr.Button("Draw", variant="primary", elem_id="nf-draw")
                 stop = gr.Button("Stop", variant="stop", elem_id="nf-draw-stop")
+        with gr.Column(elem_classes="nf-set"):
             n = gr.Slider(
                 1,
                 MOST_PICTURES,
@@ -146,7 +147,7 @@ def draw_tab(pipeline: NextFlowPipeline, history: History, places: int) -> DrawT
                     label="Show every scale",
                     info="A picture after each scale. Untick it for large pictures on a slow machine.",
                 )
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(elem_classes="nf-show"):
             said = status_html("nf-draw-status")
             stage = stage_html(EMPTY, "nf-draw-stage")
     inputs = [history.kept, prompt, n, size, seed, fresh, think, steps, *sampling.all]

@@ -155,8 +155,8 @@ def _rectangle() -> list[gr.components.Component]:
 def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.ImageEditor:
     """Build the tab inside the open ``gr.Tab``; returns where its picture goes."""
     scales = pipeline.image_tokenizer.config.num_scales
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=1, min_width=300):
+    with gr.Row(equal_height=False, elem_classes="nf-bench nf-even"):
+        with gr.Column(elem_classes="nf-ask"):
             editor = gr.ImageEditor(
                 label="Picture: paint over what is to be redrawn",
                 type="pil",
@@ -184,6 +184,7 @@ def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
             with gr.Row(elem_classes="nf-buttons"):
                 go = gr.Button("Change it", variant="primary", elem_id="nf-edit")
                 stop = gr.Button("Stop", variant="stop")
+        with gr.Column(elem_classes="nf-set"):
             how = gr.Radio(
                 [BY_WORDS, VARY],
                 value=BY_WORDS,
@@ -203,7 +204,7 @@ def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
                 n = gr.Slider(1, 4, 1, step=1, label="How many results", info="Each has a seed of its own.")
                 seed, fresh = seed_inputs()
                 sampling = sampling_inputs(pipeline)
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(elem_classes="nf-show"):
             said = status_html("nf-edit-status")
             slider = gr.ImageSlider(
                 label="Before and after: drag, or use the arrow keys",

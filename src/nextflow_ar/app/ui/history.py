@@ -43,6 +43,7 @@ class History:
         self.section = gr.Column(visible=False, elem_classes="nf-history", render=False)
         self.gallery = gr.Gallery(
             label="Made in this session",
+            show_label=False,
             format="png",
             columns=8,
             height="auto",

@@ -175,8 +175,8 @@ def _wire(
 
 def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
     """Build the tab inside the open ``gr.Tab``."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=300):
+    with gr.Row(equal_height=False, elem_classes="nf-bench"):
+        with gr.Column(elem_classes="nf-ask"):
             prompt = gr.Textbox(
                 label="What the story is about",
                 placeholder="such as: a story about a dog in three pictures",
@@ -187,13 +187,14 @@ def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None
             with gr.Row(elem_classes="nf-buttons"):
                 go = gr.Button("Tell it", variant="primary", elem_id="nf-story")
                 stop = gr.Button("Stop", variant="stop")
+        with gr.Column(elem_classes="nf-set"):
             pictures = gr.Slider(
                 1, 8, 3, step=1, label="Most pictures", info="The story ends by then; it may end before."
             )
             seed, fresh = seed_inputs()
             with gr.Accordion("More settings", open=False):
                 size, sampling = size_input(pipeline), sampling_inputs(pipeline)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(elem_classes="nf-show"):
             said = status_html("nf-story-status")
             page = stage_html(STORY_EMPTY, "nf-story-stage")
     inputs = [prompt, pictures, size, seed, fresh, *sampling.all]
@@ -202,8 +203,8 @@ def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None
 
 def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Image:
     """Build the tab inside the open ``gr.Tab``; returns where its first frame goes."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=300):
+    with gr.Row(equal_height=False, elem_classes="nf-bench"):
+        with gr.Column(elem_classes="nf-ask"):
             prompt = gr.Textbox(
                 label="What moves",
                 placeholder="such as: a red car moves left",
@@ -223,6 +224,7 @@ def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
             with gr.Row(elem_classes="nf-buttons"):
                 go = gr.Button("Animate", variant="primary", elem_id="nf-film")
                 stop = gr.Button("Stop", variant="stop")
+        with gr.Column(elem_classes="nf-set"):
             frames = gr.Slider(
                 2,
                 16,
@@ -235,7 +237,7 @@ def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
             seed, fresh = seed_inputs()
             with gr.Accordion("More settings", open=False):
                 size, sampling = size_input(pipeline), sampling_inputs(pipeline)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(elem_classes="nf-show"):
             said = status_html("nf-film-status")
             page = stage_html(FILM_EMPTY, "nf-film-stage")
     inputs = [prompt, first, frames, speed, size, seed, fresh, *sampling.all]
