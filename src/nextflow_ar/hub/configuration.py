@@ -30,7 +30,9 @@ class NextFlowConfig(PreTrainedConfig):
     def architecture(self) -> ModelConfig:
         """The strict configuration. Raises ConfigError, one line, when a field is missing or of another kind."""
         found: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(ModelConfig) if hasattr(self, field.name)
+            field.name: getattr(self, field.name)
+            for field in fields(ModelConfig)
+            if hasattr(self, field.name)
         }
         return from_dict(ModelConfig, found, "config.json")
 

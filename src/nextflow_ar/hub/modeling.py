@@ -86,7 +86,7 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
         """Text and pictures. transformers' any-to-any pipeline wants torchvision for models that name pictures here, which
         this one does not need; so pictures are named only where torchvision is installed.
         """
-        from transformers.utils import is_torchvision_available
+        from transformers.utils.import_utils import is_torchvision_available
 
         return ("text", "image") if is_torchvision_available() else ("text",)
 
@@ -143,7 +143,9 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
             out[number, kept] = scores[number, places]
         loss = None
         if labels is not None:
-            loss = cross_entropy(out[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+            loss = cross_entropy(
+                out[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
+            )
         return CausalLMOutput(loss=loss, logits=out)
 
     @torch.inference_mode()
@@ -184,7 +186,9 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
             raise ValueError(f"generation_mode is text or image, got {generation_mode!r}")
         settings = SamplingSettings().changed(**given) if do_sample else SamplingSettings(temperature=0.0)
         ends = pipeline.manner.ends
-        asked = [TextRequest(d, max_new_tokens, s, settings, ends) for d, s in zip(documents, seeds, strict=True)]
+        asked = [
+            TextRequest(d, max_new_tokens, s, settings, ends) for d, s in zip(documents, seeds, strict=True)
+        ]
         texts = [""] * len(asked)
         for event in pipeline.engine.texts(asked):
             if isinstance(event, TextDelta):

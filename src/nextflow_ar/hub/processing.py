@@ -37,8 +37,8 @@ def as_pixels(picture: Any) -> torch.Tensor:
 
 
 class NextFlowProcessor(ProcessorMixin):
-    """``processor(text=..., images=...)`` puts the pictures before the text; :meth:`apply_chat_template` lays a conversation
-    out as the checkpoint was trained. Rows are padded on the left.
+    """``processor(text=..., images=...)`` puts the pictures before the text; :meth:`apply_chat_template` lays out a
+    conversation as the checkpoint was trained. Rows are padded on the left.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, dialogue: bool = False) -> None:
@@ -131,9 +131,16 @@ class NextFlowProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def post_process_multimodal_output(  # pyright: ignore
-        self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **_: Any
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **_: Any,
     ) -> list[Any]:
         """Texts of token ids, or, in mode "image", the pictures as they are."""
         if generation_mode == "image":
             return list(generated_outputs)
-        return [str(self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens)) for row in generated_outputs]
+        return [
+            str(self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens))
+            for row in generated_outputs
+        ]

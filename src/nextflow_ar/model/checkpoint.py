@@ -33,7 +33,10 @@ from nextflow_ar.tokenizer.image_tokenizer import CONFIG_FILE, WEIGHTS_FILE, Ima
 GENERATION_FILE = "generation.json"
 CARD_FILE = "README.md"
 SHIM_FILE = "nextflow_hub.py"
-SHIM = '''"""Lets transformers load this folder (trust_remote_code=True). The model itself is in the package: pip install nextflow-ar."""
+SHIM = '''"""Lets transformers load this folder (trust_remote_code=True).
+
+The model itself is in the package: pip install nextflow-ar.
+"""
 
 from nextflow_ar.hub import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowProcessor
 
@@ -79,7 +82,6 @@ def save_bundle(
     card: str,
 ) -> None:
     """Write a checkpoint folder atomically. Raises StorageError; the old folder then stays."""
-
     bundle = Bundle(
         model,
         image_tokenizer,
@@ -122,9 +124,9 @@ def write_bundle(
     """:func:`save_bundle` for weights that need not be in memory: ``weights(folder)`` writes their file, or their parts
     and an index.
     """
-
     write_folder(
-        folder, lambda target: _fill(target, config, weights, image_tokenizer, text_tokenizer, generation, card)
+        folder,
+        lambda target: _fill(target, config, weights, image_tokenizer, text_tokenizer, generation, card),
     )
 
 

@@ -173,7 +173,7 @@ def chat_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
         )
         seed, fresh = seed_inputs()
         sampling = sampling_inputs(pipeline)
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def answer(*values: Any) -> Iterator[list[object]]:
         yield from chat_steps(pipeline, history, *values)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import numpy as np
+from gradio.components import Component
 from PIL import Image as PILImage
 
 from nextflow_ar.app.ui.history import History, Kept
@@ -65,7 +66,7 @@ def painted(
     factor = whole.width // picture.width
     if factor > 1:
         mask = mask.reshape(picture.height, factor, picture.width, factor).any((1, 3))
-    return picture, mask if mask.any() else None
+    return picture, np.asarray(mask) if np.any(mask) else None
 
 
 def edit_steps(
@@ -128,7 +129,7 @@ def edit_steps(
     yield [growing.html(), slider, status(told), skip, *added]
 
 
-def _rectangle() -> list[gr.components.Component]:
+def _rectangle() -> list[Component]:
     """The mask without a mouse."""
     with gr.Accordion("Mark a rectangle instead of painting", open=False):
         use = gr.Checkbox(

@@ -63,10 +63,8 @@ def build_page(pipeline: NextFlowPipeline, *, name: str = "nano", places: int = 
 
             return taken
 
-        which, quiet = (
-            [history.kept, history.selected],
-            {"api_visibility": "private", "show_progress": "hidden"},
-        )
+        which: list[Any] = [history.kept, history.selected]
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         again.click(draw_again, which, [tabs, draw.prompt, draw.seed, draw.fresh], **quiet)
         edit.click(to_editor, which, [tabs, editor], **quiet)
         animate.click(take("animate"), which, [tabs, first], **quiet)

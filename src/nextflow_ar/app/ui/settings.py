@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import gradio as gr
+from gradio.components import Component
 
 from nextflow_ar.generation.sampling import PerScale, SamplingSettings, values_of
 from nextflow_ar.scales import ScaleSchedule
@@ -35,7 +36,7 @@ class SamplingInputs:
     top_p: gr.Slider
 
     @property
-    def all(self) -> list[gr.components.Component]:
+    def all(self) -> list[Component]:
         """As inputs of an event."""
         return [self.guidance, self.temperature, self.top_k, self.top_p]
 

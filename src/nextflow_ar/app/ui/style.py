@@ -6,6 +6,7 @@ import importlib.resources
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Soft
 
 
 def resource(name: str) -> str:
@@ -16,7 +17,7 @@ def resource(name: str) -> str:
 def look() -> dict[str, Any]:
     """Theme and style sheet, as ``launch`` and ``mount_gradio_app`` take them. No font and no file comes from elsewhere."""
     sans = ["Inter", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-    theme = gr.themes.Soft(
+    theme = Soft(
         primary_hue="indigo",
         secondary_hue="rose",
         neutral_hue="slate",
