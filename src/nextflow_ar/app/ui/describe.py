@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -23,7 +24,9 @@ def described(pipeline: NextFlowPipeline, path: str | None, question: str, most:
         text = pipeline.describe(open_picture(path), question=question or None, max_tokens=int(most))[0]
     except Exception as error:
         return "", status(line_for(error), failed=True)
-    return text, status("Done." if text else "The model had nothing to say.")
+    if not text:
+        return "", status("The model had nothing to say.")
+    return f'<blockquote class="nf-answer">{html.escape(text)}</blockquote>', ""
 
 
 def describe_tab(pipeline: NextFlowPipeline, places: int) -> gr.Image:
@@ -57,13 +60,7 @@ def describe_tab(pipeline: NextFlowPipeline, places: int) -> gr.Image:
             )
             go = gr.Button("Describe", variant="primary", elem_id="nf-describe")
             said = status_html("nf-describe-status")
-            answer = gr.Textbox(
-                label="What the model says",
-                lines=3,
-                interactive=False,
-                buttons=["copy"],
-                elem_id="nf-answer",
-            )
+            answer = status_html("nf-answer")
 
     def describe(path: str | None, asked: str, tokens: float) -> tuple[object, str]:
         return described(pipeline, path, asked, tokens)

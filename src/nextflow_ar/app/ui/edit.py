@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from nextflow_ar.app.ui.history import History, Kept
 from nextflow_ar.app.ui.settings import chosen, next_seed, sampling_inputs, seed_inputs
-from nextflow_ar.app.ui.showing import Growing, enlarged, status
+from nextflow_ar.app.ui.showing import Growing, data_uri, status
 from nextflow_ar.app.ui.style import stage_html, status_html
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.generation.pipeline import RequestError, fold_seed
@@ -87,7 +87,7 @@ def edit_steps(
     fresh: bool,
     *sampling: float,
 ) -> Iterator[list[object]]:
-    """Values of (stage, slider, status, seed, *history) after every step."""
+    """Values of (stage, status, seed, *history) after every step."""
     skip, began = gr.skip(), time.perf_counter()
     nothing = [skip] * len(history.outputs)
     used, seeds = next_seed(seed, fresh), []
@@ -95,7 +95,7 @@ def edit_steps(
         picture, mask = painted(value, (left, top, right, bottom) if by_rectangle else None)
         settings = chosen(pipeline, *sampling)
         seeds = [fold_seed(used, j) for j in range(int(n))]
-        yield [skip, gr.ImageSlider(visible=False), status("Reading the picture …"), used, *nothing]
+        yield [skip, status("Reading the picture …"), used, *nothing]
         if how == VARY:
             title, requests = (
                 "varied",
@@ -109,7 +109,7 @@ def edit_steps(
         growing = Growing(
             [words.strip() or title] * len(seeds), lambda _, codes, k: pipeline.preview(schedule, codes, k)
         )
-        yield [growing.html(), skip, status("Drawing …"), skip, *nothing]
+        yield [growing.html(), status("Drawing …"), skip, *nothing]
 
         def draw(on_event: Follow) -> list[PILImage.Image]:
             return pipeline.draw(requests, think=False, on_event=on_event)
@@ -117,16 +117,17 @@ def edit_steps(
         with Work(draw) as work:
             for events in work:
                 growing.take(events)
-                yield [growing.html(), skip, skip, skip, *nothing]
+                yield [growing.html(), skip, skip, *nothing]
             pictures = work.result
     except Exception as error:
-        yield [skip, gr.ImageSlider(visible=False), status(line_for(error), failed=True), skip, *nothing]
+        yield [EMPTY, status(line_for(error), failed=True), skip, *nothing]
         return
-    before = PILImage.fromarray(pipeline.fit(picture))
-    slider = gr.ImageSlider((enlarged(before), enlarged(pictures[0])), visible=True)
+    before = data_uri(PILImage.fromarray(pipeline.fit(picture)))
+    for figure in growing.figures:
+        figure.before = before
     told = f"Done: {title} in {time.perf_counter() - began:.1f} s, seed {used}."
     added = history.added(kept, pictures, words.strip(), seeds, title)
-    yield [growing.html(), slider, status(told), skip, *added]
+    yield [growing.html(), status(told), skip, *added]
 
 
 def _rectangle() -> list[Component]:
@@ -207,19 +208,9 @@ def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
                 sampling = sampling_inputs(pipeline)
         with gr.Column(elem_classes="nf-show"):
             said = status_html("nf-edit-status")
-            slider = gr.ImageSlider(
-                label="Before and after: drag, or use the arrow keys",
-                type="pil",
-                format="png",
-                visible=False,
-                interactive=False,
-                buttons=["fullscreen"],
-                elem_id="nf-slider",
-                elem_classes="nf-input",
-            )
             stage = stage_html(EMPTY, "nf-edit-stage")
     inputs = [history.kept, editor, words, how, keep, *sides, n, seed, fresh, *sampling.all]
-    outputs = [stage, slider, said, seed, *history.outputs]
+    outputs = [stage, said, seed, *history.outputs]
 
     def edit(*values: Any) -> Iterator[list[object]]:
         yield from edit_steps(pipeline, history, *values)

@@ -125,11 +125,16 @@ def think_input() -> gr.Radio:
 
 
 def sizes(pipeline: NextFlowPipeline) -> list[tuple[str, str]]:
-    """(label, WIDTHxHEIGHT) of what the model draws: aspect ratios at its full size, and smaller squares."""
+    """(label, WIDTHxHEIGHT) of what the model draws: the canvases that it names, or else aspect ratios at its full size;
+    and smaller squares.
+    """
     config = pipeline.image_tokenizer.config
     found: dict[str, str] = {}
-    for width, height in ASPECTS:
-        h, w = ScaleSchedule.nearest(height, width, config.num_scales).image_size(config.downsample)
+    named = [pipeline.schedule_for(), *pipeline.canvases]
+    if len(named) == 1:
+        named = [ScaleSchedule.nearest(height, width, config.num_scales) for width, height in ASPECTS]
+    for schedule in named:
+        h, w = schedule.image_size(config.downsample)
         kind = "square" if w == h else ("wide" if w > h else "tall")
         found.setdefault(f"{w}x{h}", f"{w} × {h}, {kind}")
     for count in range(config.num_scales - 1, 3, -1):

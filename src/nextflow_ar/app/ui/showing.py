@@ -46,7 +46,7 @@ def status(text: str, *, failed: bool = False) -> str:
 @dataclass
 class Figure:
     """One picture on its way. ``steps``: addresses of its scales so far. ``total``: how many there will be (0: not known
-    yet). ``picture``: the finished one.
+    yet). ``picture``: the finished one. ``before``: address of what it was made from, to be compared with it.
     """
 
     title: str
@@ -55,6 +55,7 @@ class Figure:
     total: int = 0
     picture: PILImage.Image | None = None
     address: str = ""
+    before: str = ""
 
     def finish(self, picture: PILImage.Image, note: dict[str, str] | None = None) -> None:
         """Set the finished picture."""
@@ -175,6 +176,12 @@ def _figure(figure: Figure, number: int, kind: str = "scale", file: tuple[str, s
     if not done:
         share = f'value="{len(figure.steps)}" max="{figure.total}"' if figure.total else ""
         bar = f'<progress {share} aria-label="Picture {number} is being drawn"></progress>'
+    if done and figure.before:
+        label = "Before and after: how far the picture from before reaches, in percent"
+        image = (
+            f'<div class="nf-compare"><img class="nf-before" src="{figure.before}" alt="Before">{image}'
+            f'<input type="range" min="0" max="100" value="50" aria-label="{label}"></div>'
+        )
     note = f'<span class="nf-note">{html.escape(figure.note)}</span>' if figure.note else ""
     save = '<button type="button" class="nf-save nf-play">Pause</button>' if kind == "frame" else ""
     if done:

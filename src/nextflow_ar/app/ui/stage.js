@@ -50,3 +50,7 @@ watch("value", () => {
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   element.querySelectorAll(".nf-film").forEach((figure) => (still ? pause(figure) : play(figure)));
 });
+element.addEventListener("input", (event) => {
+  const compare = event.target.closest(".nf-compare");
+  if (compare) compare.style.setProperty("--at", `${event.target.value}%`);
+});
