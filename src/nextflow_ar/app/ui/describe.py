@@ -47,7 +47,8 @@ def describe_tab(pipeline: NextFlowPipeline, places: int) -> gr.Image:
                 label="Question (optional)",
                 placeholder="such as: how many frogs are there?",
                 info="Leave it empty for a description.",
-                lines=2,
+                lines=1,
+                max_lines=6,
                 elem_id="nf-question",
             )
             most = gr.Slider(

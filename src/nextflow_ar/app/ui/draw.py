@@ -119,7 +119,7 @@ def draw_tab(pipeline: NextFlowPipeline, history: History, places: int) -> DrawT
                 label="What to draw",
                 placeholder=f"such as: {EXAMPLES[0]}",
                 info="Say it in a sentence, then press Enter.",
-                lines=2,
+                lines=1,
                 max_lines=6,
                 autofocus=True,
                 submit_btn=False,

@@ -180,7 +180,8 @@ def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
                 label="What to change, or what it shows then",
                 placeholder="such as: make the circle green",
                 info="For a whole picture say the change; for a painted part say what the picture shows afterwards.",
-                lines=2,
+                lines=1,
+                max_lines=6,
                 elem_id="nf-instruction",
             )
             with gr.Row(elem_classes="nf-buttons"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 from gradio.components import Component
 
+from nextflow_ar.generation.pipeline import RequestError
 from nextflow_ar.generation.sampling import PerScale, SamplingSettings, values_of
 from nextflow_ar.scales import ScaleSchedule
 
@@ -140,7 +141,15 @@ def sizes(pipeline: NextFlowPipeline) -> list[tuple[str, str]]:
     for count in range(config.num_scales - 1, 3, -1):
         h, w = ScaleSchedule.square(count).image_size(config.downsample)
         found.setdefault(f"{w}x{h}", f"{w} × {h}, square, fewer scales")
-    return [(label, size) for size, label in found.items()]
+    return [(label, size) for size, label in found.items() if _drawn(pipeline, size)]
+
+
+def _drawn(pipeline: NextFlowPipeline, size: str) -> bool:
+    """Whether a size names a schedule: on small grids two aspect ratios may share one size, or round to none."""
+    try:
+        return bool(pipeline.schedule_for(as_size(size)))
+    except RequestError:
+        return False
 
 
 def size_input(pipeline: NextFlowPipeline) -> gr.Dropdown:

@@ -181,7 +181,8 @@ def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None
                 label="What the story is about",
                 placeholder="such as: a story about a dog in three pictures",
                 info="The model writes a sentence, draws a picture, and goes on.",
-                lines=2,
+                lines=1,
+                max_lines=6,
                 elem_id="nf-story-prompt",
             )
             with gr.Row(elem_classes="nf-buttons"):
@@ -209,7 +210,8 @@ def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
                 label="What moves",
                 placeholder="such as: a red car moves left",
                 info="May be empty when there is a first frame.",
-                lines=2,
+                lines=1,
+                max_lines=6,
                 elem_id="nf-film-prompt",
             )
             first = gr.Image(
