@@ -128,8 +128,10 @@ def test_draw_by_keyboard(browser: Any, address: str) -> None:
         page.click("#nf-draw-stage .nf-save")
     assert download.value.suggested_filename == "nextflow-a-cat-left-of-a-rocket-1.png"
     assert page.locator("#nf-draw-status [role=status][aria-live=polite]").count() == 1
-    visit.draw("three frogs on an orange background", 2)
+    visit.draw("a cat left of a rocket", 6)
     page.wait_for_selector(".nf-gallery img >> nth=1")
+    page.set_viewport_size({"width": 1200, "height": 1000})
+    page.locator("#nf-draw-stage button.nf-step").nth(7).click()
     visit.shot("draw")
     visit.end()
 
@@ -143,9 +145,9 @@ def test_an_error_is_one_line(browser: Any, address: str) -> None:
 
 
 def test_edit_with_a_mask(browser: Any, address: str) -> None:
-    visit = Visit(browser, address, viewport={"width": 1280, "height": 860})
+    visit = Visit(browser, address, viewport={"width": 1200, "height": 1000})
     page = visit.page
-    visit.draw("a cat left of a rocket", 4)
+    visit.draw("a cat left of a rocket", 6)
     page.wait_for_selector(".nf-gallery img")
     page.get_by_role("button", name="Edit it").click()
     canvas = page.locator("#nf-editor canvas").first
@@ -154,15 +156,20 @@ def test_edit_with_a_mask(browser: Any, address: str) -> None:
     box = canvas.bounding_box()
     side = 0.86 * box["height"]
     left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
-    page.mouse.move(left + side * 0.08, top + side * 0.12)
+    page.mouse.move(left + side * 0.05, top + side * 0.05)
     page.mouse.down()
-    for line in range(7):
-        page.mouse.move(
-            left + side * (0.42 if line % 2 == 0 else 0.08), top + side * (0.12 + 0.09 * line), steps=6
-        )
+    for line in range(14):  # the left half, in zigzag
+        page.mouse.move(left + side * (0.05, 0.44)[line % 2], top + side * (0.05 + 0.069 * line))
+        page.mouse.move(left + side * (0.44, 0.05)[line % 2], top + side * (0.05 + 0.069 * line))
     page.mouse.up()
     page.wait_for_timeout(800)
-    page.fill("#nf-instruction textarea", "a dog left of a rocket")
+    panel = page.get_by_role("tabpanel").filter(has=page.locator("#nf-editor"))
+    panel.get_by_role("button", name="More settings").click()
+    panel.get_by_label("Seed", exact=True).fill("1")
+    panel.get_by_label("A new seed each time").uncheck()
+    panel.get_by_role("button", name="More settings").click()
+    page.fill("#nf-instruction textarea", "a dog and a rocket on a white background")
+    page.evaluate("window.scrollTo(0, 0)")
     page.click("#nf-edit")
     page.wait_for_selector("#nf-edit-stage .nf-compare input")
     assert "redrawn" in page.inner_text("#nf-edit-status")
@@ -173,7 +180,8 @@ def test_edit_with_a_mask(browser: Any, address: str) -> None:
     assert compare.evaluate("e => e.style.getPropertyValue('--at')") == "49%"
     sources = [compare.locator(f".nf-{name}").get_attribute("src") for name in ("before", "big")]
     assert sources[0] != sources[1]
-    slider.evaluate("e => { e.value = 24; e.dispatchEvent(new Event('input', { bubbles: true })); }")
+    left_half = "e => { e.value = 24; e.dispatchEvent(new Event('input', { bubbles: true })); e.blur(); }"
+    slider.evaluate(left_half)
     visit.shot("edit")
     visit.end()
 

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
+from nextflow_ar.app.terminal import Model
+
 
 class PageError(RuntimeError):
     """The page cannot be served: one line that says why."""
 
 
 def ui(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")
-    ] = "nano",
+    model: Model = "nano",
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines too.")
     ] = "127.0.0.1",

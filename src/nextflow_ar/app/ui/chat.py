@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from nextflow_ar.app.ui.history import History, Kept
 from nextflow_ar.app.ui.settings import chosen, next_seed, sampling_inputs, seed_inputs
 from nextflow_ar.app.ui.showing import Telling, data_uri, enlarged, status
-from nextflow_ar.app.ui.style import status_html
+from nextflow_ar.app.ui.style import notice, status_html
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.generation.pipeline import RequestError
 from nextflow_ar.tokenizer.pictures import open_picture
@@ -132,6 +132,7 @@ def without_last(turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[Turn
 
 def chat_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
     """Build the tab inside the open ``gr.Tab``."""
+    notice(pipeline.manner.dialogue, "its answers")
     turns = gr.State([])
     chat = gr.Chatbot(
         label="Conversation",
@@ -194,5 +195,6 @@ def chat_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
         cancels=event,
         **quiet,
     )
+    chat.clear(lambda: [[], "", gr.MultimodalTextbox(interactive=True)], outputs=[turns, said, box], **quiet)
     undo.click(without_last, turns, [chat, turns, said], cancels=event, **quiet)
     clear.click(lambda: [[], [], ""], outputs=[chat, turns, said], cancels=event, **quiet)

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from nextflow_ar.app.ui.history import History, Kept
 from nextflow_ar.app.ui.settings import chosen, next_seed, sampling_inputs, seed_inputs
 from nextflow_ar.app.ui.showing import Growing, data_uri, status
-from nextflow_ar.app.ui.style import stage_html, status_html
+from nextflow_ar.app.ui.style import notice, stage_html, status_html
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.generation.pipeline import RequestError, fold_seed
 from nextflow_ar.tokenizer.pictures import to_rgb
@@ -157,6 +157,7 @@ def _rectangle() -> list[Component]:
 def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.ImageEditor:
     """Build the tab inside the open ``gr.Tab``; returns where its picture goes."""
     scales = pipeline.image_tokenizer.config.num_scales
+    notice(pipeline.manner.dialogue, "changes of a whole picture by words")
     with gr.Row(equal_height=False, elem_classes="nf-bench nf-even"):
         with gr.Column(elem_classes="nf-ask"):
             editor = gr.ImageEditor(

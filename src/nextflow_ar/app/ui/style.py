@@ -52,6 +52,13 @@ def status_html(name: str) -> gr.HTML:
     return gr.HTML("", elem_id=name, elem_classes="nf-live", js_on_load=script)
 
 
+def notice(dialogue: bool, what: str) -> None:
+    """Say so where a checkpoint without dialogue is asked for more than pictures and captions."""
+    if not dialogue:
+        text = f"This checkpoint was not trained on dialogue: {what} may be nothing, or a guess."
+        gr.HTML(f"<p>{text}</p>", elem_classes="nf-notice")
+
+
 def stage_html(value: str, name: str) -> gr.HTML:
     """A block of figures whose strips can be chosen from by mouse and by arrow keys."""
     return gr.HTML(value, elem_id=name, elem_classes="nf-stage-block", js_on_load=resource("stage.js"))

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from nextflow_ar.app.ui.history import History, Kept
 from nextflow_ar.app.ui.settings import as_size, chosen, next_seed, sampling_inputs, seed_inputs, size_input
 from nextflow_ar.app.ui.showing import Telling, enlarged, film, status
-from nextflow_ar.app.ui.style import stage_html, status_html
+from nextflow_ar.app.ui.style import notice, stage_html, status_html
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.tokenizer.pictures import open_picture
 
@@ -175,6 +175,7 @@ def _wire(
 
 def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
     """Build the tab inside the open ``gr.Tab``."""
+    notice(pipeline.manner.dialogue, "its stories")
     with gr.Row(equal_height=False, elem_classes="nf-bench"):
         with gr.Column(elem_classes="nf-ask"):
             prompt = gr.Textbox(
@@ -204,6 +205,7 @@ def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None
 
 def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Image:
     """Build the tab inside the open ``gr.Tab``; returns where its first frame goes."""
+    notice(pipeline.manner.dialogue, "its animations")
     with gr.Row(equal_height=False, elem_classes="nf-bench"):
         with gr.Column(elem_classes="nf-ask"):
             prompt = gr.Textbox(
