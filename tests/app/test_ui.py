@@ -315,6 +315,9 @@ def test_work_hands_on_results_and_errors() -> None:
     with pytest.raises(RequestError), Work(fail) as broken:
         list(broken)
     assert line_for(RequestError("no\nway")) == "no way"
+    assert line_for(RequestError("/tmp/gradio/ab12/my.png: no picture; 16/9 or ME/NAME")) == (
+        "my.png: no picture; 16/9 or ME/NAME"
+    )
     assert line_for(KeyError("x")) == "KeyError: 'x'"
 
 

@@ -8,11 +8,18 @@ from __future__ import annotations
 import re
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nextflow_ar.generation.pipeline import NextFlowPipeline
+from nextflow_ar.model.checkpoint import Bundle
+from nextflow_ar.types import TextDelta
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
@@ -37,13 +44,18 @@ NAMELESS = """() => {
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The page, served on a free port."""
+    with served(NextFlowPipeline.from_pretrained("nano")) as found:
+        yield found
+
+
+@contextmanager
+def served(pipeline: NextFlowPipeline) -> Iterator[str]:
     from nextflow_ar.app.ui import build_page, launch_options
-    from nextflow_ar.generation.pipeline import NextFlowPipeline
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = build_page(NextFlowPipeline.from_pretrained("nano"))
+    page = build_page(pipeline)
     options: dict[str, Any] = {**launch_options(), "quiet": True, "ssr_mode": False}
     page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, **options)
     yield f"http://127.0.0.1:{port}/"
@@ -136,11 +148,21 @@ def test_draw_by_keyboard(browser: Any, address: str) -> None:
     visit.end()
 
 
-def test_an_error_is_one_line(browser: Any, address: str) -> None:
+def test_an_error_is_one_line(browser: Any, address: str, tmp_path: Path) -> None:
     visit = Visit(browser, address)
     visit.page.click("#nf-draw")
     visit.page.wait_for_selector("#nf-draw-status .nf-failed")
     assert visit.page.inner_text("#nf-draw-status").startswith("the prompt is empty")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture at all")
+    visit.tab("Describe")
+    visit.page.locator("input[type=file]:not([webkitdirectory])").last.set_input_files(broken)
+    visit.page.wait_for_timeout(1500)
+    visit.page.click("#nf-describe")
+    visit.page.wait_for_selector("#nf-describe-status .nf-failed")
+    told = visit.page.inner_text("#nf-describe-status")
+    assert "not a picture" in told and "/" not in told, told
+    visit.complaints = [line for line in visit.complaints if "Failed to load resource" not in line]
     visit.end()
 
 
@@ -209,6 +231,34 @@ def test_every_control_has_a_name(browser: Any, address: str) -> None:
         visit.page.wait_for_timeout(400)
         assert visit.page.evaluate(NAMELESS) == [], name
     visit.end()
+
+
+class Endless(NextFlowPipeline):
+    """Draws for a minute, unless somebody stops it."""
+
+    began, stopped = threading.Event(), threading.Event()
+
+    def generate(self, *_: Any, on_event: Any = None, **__: Any) -> Any:
+        try:
+            for _ in range(1200):
+                on_event(TextDelta(0, "a"))
+                self.began.set()
+                time.sleep(0.05)
+        except BaseException:
+            self.stopped.set()
+            raise
+
+
+def test_stop_stops_the_work(browser: Any, bundle: Bundle) -> None:
+    with served(Endless(bundle)) as address:
+        visit = Visit(browser, address)
+        visit.page.fill("#nf-prompt textarea", "a cat")
+        visit.page.click("#nf-draw")
+        assert Endless.began.wait(20)
+        visit.page.click("#nf-draw-stop")
+        visit.page.wait_for_function("document.querySelector('#nf-draw-status').innerText === 'Stopped.'")
+        assert Endless.stopped.wait(5)
+        visit.end()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -9,6 +9,7 @@ import gradio as gr
 
 from nextflow_ar.app.ui.showing import status
 from nextflow_ar.app.ui.style import status_html
+from nextflow_ar.app.ui.uploads import picture_input
 from nextflow_ar.app.ui.work import line_for
 from nextflow_ar.tokenizer.pictures import open_picture
 
@@ -33,14 +34,8 @@ def describe_tab(pipeline: NextFlowPipeline, places: int) -> gr.Image:
     """Build the tab inside the open ``gr.Tab``; returns where its picture goes."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
-            picture = gr.Image(
-                label="Picture",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard", "webcam"],
-                height=360,
-                elem_classes="nf-input",
-                alt_text="The picture to describe",
+            picture = picture_input(
+                "Picture", 360, ["upload", "clipboard", "webcam"], "The picture to describe"
             )
         with gr.Column(scale=1, min_width=300):
             question = gr.Textbox(

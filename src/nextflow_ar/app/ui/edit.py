@@ -161,7 +161,7 @@ def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
     with gr.Row(equal_height=False, elem_classes="nf-bench nf-even"):
         with gr.Column(elem_classes="nf-ask"):
             editor = gr.ImageEditor(
-                label="Picture: paint over what is to be redrawn",
+                label="Paint what to redraw",
                 type="pil",
                 format="png",
                 height=440,

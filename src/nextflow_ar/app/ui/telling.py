@@ -16,6 +16,7 @@ from nextflow_ar.app.ui.history import History, Kept
 from nextflow_ar.app.ui.settings import as_size, chosen, next_seed, sampling_inputs, seed_inputs, size_input
 from nextflow_ar.app.ui.showing import Telling, enlarged, film, status
 from nextflow_ar.app.ui.style import notice, stage_html, status_html
+from nextflow_ar.app.ui.uploads import picture_input
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.tokenizer.pictures import open_picture
 
@@ -216,15 +217,7 @@ def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
                 max_lines=6,
                 elem_id="nf-film-prompt",
             )
-            first = gr.Image(
-                label="First frame (optional)",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                height=200,
-                elem_classes="nf-input",
-                alt_text="The first frame",
-            )
+            first = picture_input("First frame (optional)", 200, ["upload", "clipboard"], "The first frame")
             with gr.Row(elem_classes="nf-buttons"):
                 go = gr.Button("Animate", variant="primary", elem_id="nf-film")
                 stop = gr.Button("Stop", variant="stop")

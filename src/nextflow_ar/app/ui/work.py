@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -73,7 +74,9 @@ class Work(Generic[T]):
 
 def line_for(error: Exception) -> str:
     """One line for the page. Errors of this project say what is accepted; others are logged whole."""
-    text = " ".join(str(error).split())
+    text = re.sub(
+        r"(?<![\w.])(/[^\s/:]+)+/([^\s/:]+)", r"\2", " ".join(str(error).split())
+    )  # no folders of the server's
     if type(error).__module__.startswith("nextflow_ar."):
         return text
     logger.error("a request of the page failed", exc_info=error)
