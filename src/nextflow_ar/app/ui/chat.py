@@ -14,6 +14,7 @@ from nextflow_ar.app.ui.history import History, Kept
 from nextflow_ar.app.ui.settings import chosen, next_seed, sampling_inputs, seed_inputs
 from nextflow_ar.app.ui.showing import Telling, data_uri, enlarged, status
 from nextflow_ar.app.ui.style import notice, status_html
+from nextflow_ar.app.ui.wiring import QUIET, shared
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.generation.pipeline import RequestError
 from nextflow_ar.tokenizer.pictures import open_picture
@@ -130,6 +131,25 @@ def without_last(turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[Turn
     return bubbles(left), left, status("Took the last turn back.")
 
 
+def _options(pipeline: NextFlowPipeline) -> tuple[list[Any], gr.Number]:
+    """The settings, in the order of :func:`chat_steps`; and the seed among them."""
+    with gr.Accordion("More settings", open=False):
+        tokens = gr.Slider(
+            8, 512, 128, step=8, label="Longest answer", info="In tokens; a word takes one to three of them."
+        )
+        pictures = gr.Slider(
+            0,
+            5,
+            2,
+            step=1,
+            label="Most pictures",
+            info="How many pictures one answer may hold; 0 for words only.",
+        )
+        seed, fresh = seed_inputs()
+        sampling = sampling_inputs(pipeline)
+    return [tokens, pictures, seed, fresh, *sampling.all], seed
+
+
 def chat_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
     """Build the tab inside the open ``gr.Tab``."""
     notice(pipeline.manner.dialogue, "its answers")
@@ -160,41 +180,24 @@ def chat_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
         stop = gr.Button("Stop", variant="stop")
         undo = gr.Button("Take back the last turn")
         clear = gr.Button("New conversation", elem_id="nf-chat-clear")
-    with gr.Accordion("More settings", open=False):
-        tokens = gr.Slider(
-            8, 512, 128, step=8, label="Longest answer", info="In tokens; a word takes one to three of them."
-        )
-        pictures = gr.Slider(
-            0,
-            5,
-            2,
-            step=1,
-            label="Most pictures",
-            info="How many pictures one answer may hold; 0 for words only.",
-        )
-        seed, fresh = seed_inputs()
-        sampling = sampling_inputs(pipeline)
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    options, seed = _options(pipeline)
 
     def answer(*values: Any) -> Iterator[list[object]]:
         yield from chat_steps(pipeline, history, *values)
 
     event = box.submit(
         answer,
-        [history.kept, turns, box, tokens, pictures, seed, fresh, *sampling.all],
+        [history.kept, turns, box, *options],
         [chat, box, turns, said, seed, *history.outputs],
-        concurrency_id="model",
-        concurrency_limit=places,
-        trigger_mode="once",
-        **quiet,
+        **shared(places),
     )
     stop.click(
         lambda kept: [bubbles(kept), gr.MultimodalTextbox(interactive=True), status("Stopped.")],
         turns,
         [chat, box, said],
         cancels=event,
-        **quiet,
+        **QUIET,
     )
-    chat.clear(lambda: [[], "", gr.MultimodalTextbox(interactive=True)], outputs=[turns, said, box], **quiet)
-    undo.click(without_last, turns, [chat, turns, said], cancels=event, **quiet)
-    clear.click(lambda: [[], [], ""], outputs=[chat, turns, said], cancels=event, **quiet)
+    chat.clear(lambda: [[], "", gr.MultimodalTextbox(interactive=True)], outputs=[turns, said, box], **QUIET)
+    undo.click(without_last, turns, [chat, turns, said], cancels=event, **QUIET)
+    clear.click(lambda: [[], [], ""], outputs=[chat, turns, said], cancels=event, **QUIET)

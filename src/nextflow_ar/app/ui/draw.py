@@ -23,6 +23,7 @@ from nextflow_ar.app.ui.settings import (
 )
 from nextflow_ar.app.ui.showing import Growing, status
 from nextflow_ar.app.ui.style import stage_html, status_html
+from nextflow_ar.app.ui.wiring import wire
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.generation.pipeline import fold_seed
 
@@ -150,28 +151,6 @@ def draw_tab(pipeline: NextFlowPipeline, history: History, places: int) -> DrawT
         with gr.Column(elem_classes="nf-show"):
             said = status_html("nf-draw-status")
             stage = stage_html(EMPTY, "nf-draw-stage")
-    inputs = [history.kept, prompt, n, size, seed, fresh, think, steps, *sampling.all]
-    outputs = [stage, said, seed, *history.outputs]
-
-    def draw(*values: object) -> Iterator[list[object]]:
-        yield from draw_steps(pipeline, history, *values)  # type: ignore[arg-type]
-
-    event = gr.on(
-        [go.click, prompt.submit],
-        draw,
-        inputs,
-        outputs,
-        concurrency_id="model",
-        concurrency_limit=places,
-        show_progress="hidden",
-        api_visibility="private",
-        trigger_mode="once",
-    )
-    stop.click(
-        lambda: status("Stopped."),
-        outputs=said,
-        cancels=event,
-        api_visibility="private",
-        show_progress="hidden",
-    )
+    inputs = [prompt, n, size, seed, fresh, think, steps, *sampling.all]
+    wire(draw_steps, pipeline, history, places, [go.click, prompt.submit], stop, inputs, [stage, said, seed])
     return DrawTab(prompt, seed, fresh)

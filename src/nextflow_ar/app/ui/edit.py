@@ -15,6 +15,7 @@ from nextflow_ar.app.ui.history import History, Kept
 from nextflow_ar.app.ui.settings import chosen, next_seed, sampling_inputs, seed_inputs
 from nextflow_ar.app.ui.showing import Growing, data_uri, status
 from nextflow_ar.app.ui.style import notice, stage_html, status_html
+from nextflow_ar.app.ui.wiring import wire
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.generation.pipeline import RequestError, fold_seed
 from nextflow_ar.tokenizer.pictures import to_rgb
@@ -154,9 +155,33 @@ def _rectangle() -> list[Component]:
     return [use, *sides]
 
 
+def _options(pipeline: NextFlowPipeline) -> tuple[list[Component], gr.Number]:
+    """The settings below the words, in the order of :func:`edit_steps`; and the seed among them."""
+    scales = pipeline.image_tokenizer.config.num_scales
+    how = gr.Radio(
+        [BY_WORDS, VARY],
+        value=BY_WORDS,
+        label="How",
+        info="Words change the whole picture, or only what you painted. Varying keeps the coarse scales.",
+    )
+    keep = gr.Slider(
+        0,
+        scales - 1,
+        scales // 3,
+        step=1,
+        label="Scales to keep when varying",
+        info="Few keep little more than the layout, many all but the fine detail.",
+    )
+    sides = _rectangle()
+    with gr.Accordion("More settings", open=False):
+        n = gr.Slider(1, 4, 1, step=1, label="How many results", info="Each has a seed of its own.")
+        seed, fresh = seed_inputs()
+        sampling = sampling_inputs(pipeline)
+    return [how, keep, *sides, n, seed, fresh, *sampling.all], seed
+
+
 def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.ImageEditor:
     """Build the tab inside the open ``gr.Tab``; returns where its picture goes."""
-    scales = pipeline.image_tokenizer.config.num_scales
     notice(pipeline.manner.dialogue, "changes of a whole picture by words")
     with gr.Row(equal_height=False, elem_classes="nf-bench nf-even"):
         with gr.Column(elem_classes="nf-ask"):
@@ -189,50 +214,10 @@ def edit_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
                 go = gr.Button("Change it", variant="primary", elem_id="nf-edit")
                 stop = gr.Button("Stop", variant="stop")
         with gr.Column(elem_classes="nf-set"):
-            how = gr.Radio(
-                [BY_WORDS, VARY],
-                value=BY_WORDS,
-                label="How",
-                info="Words change the whole picture, or only what you painted. Varying keeps the coarse scales.",
-            )
-            keep = gr.Slider(
-                0,
-                scales - 1,
-                scales // 3,
-                step=1,
-                label="Scales to keep when varying",
-                info="Few keep little more than the layout, many all but the fine detail.",
-            )
-            sides = _rectangle()
-            with gr.Accordion("More settings", open=False):
-                n = gr.Slider(1, 4, 1, step=1, label="How many results", info="Each has a seed of its own.")
-                seed, fresh = seed_inputs()
-                sampling = sampling_inputs(pipeline)
+            options, seed = _options(pipeline)
         with gr.Column(elem_classes="nf-show"):
             said = status_html("nf-edit-status")
             stage = stage_html(EMPTY, "nf-edit-stage")
-    inputs = [history.kept, editor, words, how, keep, *sides, n, seed, fresh, *sampling.all]
-    outputs = [stage, said, seed, *history.outputs]
-
-    def edit(*values: Any) -> Iterator[list[object]]:
-        yield from edit_steps(pipeline, history, *values)
-
-    event = gr.on(
-        [go.click, words.submit],
-        edit,
-        inputs,
-        outputs,
-        concurrency_id="model",
-        concurrency_limit=places,
-        show_progress="hidden",
-        api_visibility="private",
-        trigger_mode="once",
-    )
-    stop.click(
-        lambda: status("Stopped."),
-        outputs=said,
-        cancels=event,
-        api_visibility="private",
-        show_progress="hidden",
-    )
+    inputs = [editor, words, *options]
+    wire(edit_steps, pipeline, history, places, [go.click, words.submit], stop, inputs, [stage, said, seed])
     return editor

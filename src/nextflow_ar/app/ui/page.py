@@ -15,6 +15,7 @@ from nextflow_ar.app.ui.history import History, Kept, chosen_of
 from nextflow_ar.app.ui.showing import enlarged
 from nextflow_ar.app.ui.style import look
 from nextflow_ar.app.ui.telling import film_tab, story_tab
+from nextflow_ar.app.ui.wiring import QUIET
 
 if TYPE_CHECKING:
     from nextflow_ar.generation.pipeline import NextFlowPipeline
@@ -64,11 +65,10 @@ def build_page(pipeline: NextFlowPipeline, *, name: str = "nano", places: int = 
             return taken
 
         which: list[Any] = [history.kept, history.selected]
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        again.click(draw_again, which, [tabs, draw.prompt, draw.seed, draw.fresh], **quiet)
-        edit.click(to_editor, which, [tabs, editor], **quiet)
-        animate.click(take("animate"), which, [tabs, first], **quiet)
-        describe.click(take("describe"), which, [tabs, described], **quiet)
+        again.click(draw_again, which, [tabs, draw.prompt, draw.seed, draw.fresh], **QUIET)
+        edit.click(to_editor, which, [tabs, editor], **QUIET)
+        animate.click(take("animate"), which, [tabs, first], **QUIET)
+        describe.click(take("describe"), which, [tabs, described], **QUIET)
     return page
 
 

@@ -7,7 +7,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gradio as gr
 from PIL import Image as PILImage
@@ -17,6 +17,7 @@ from nextflow_ar.app.ui.settings import as_size, chosen, next_seed, sampling_inp
 from nextflow_ar.app.ui.showing import Telling, enlarged, film, status
 from nextflow_ar.app.ui.style import notice, stage_html, status_html
 from nextflow_ar.app.ui.uploads import picture_input
+from nextflow_ar.app.ui.wiring import wire
 from nextflow_ar.app.ui.work import Follow, Work, line_for
 from nextflow_ar.tokenizer.pictures import open_picture
 
@@ -141,39 +142,6 @@ def film_steps(
     yield [page, status(told), skip, *added]
 
 
-def _wire(
-    steps: Any,
-    pipeline: NextFlowPipeline,
-    history: History,
-    places: int,
-    triggers: list[Any],
-    stop: gr.Button,
-    inputs: list[Any],
-    outputs: list[Any],
-) -> None:
-    def run(*values: Any) -> Iterator[list[object]]:
-        yield from steps(pipeline, history, *values)
-
-    event = gr.on(
-        triggers,
-        run,
-        [history.kept, *inputs],
-        [*outputs, *history.outputs],
-        concurrency_id="model",
-        concurrency_limit=places,
-        show_progress="hidden",
-        api_visibility="private",
-        trigger_mode="once",
-    )
-    stop.click(
-        lambda: status("Stopped."),
-        outputs=outputs[1],
-        cancels=event,
-        api_visibility="private",
-        show_progress="hidden",
-    )
-
-
 def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None:
     """Build the tab inside the open ``gr.Tab``."""
     notice(pipeline.manner.dialogue, "its stories")
@@ -201,7 +169,7 @@ def story_tab(pipeline: NextFlowPipeline, history: History, places: int) -> None
             said = status_html("nf-story-status")
             page = stage_html(STORY_EMPTY, "nf-story-stage")
     inputs = [prompt, pictures, size, seed, fresh, *sampling.all]
-    _wire(story_steps, pipeline, history, places, [go.click, prompt.submit], stop, inputs, [page, said, seed])
+    wire(story_steps, pipeline, history, places, [go.click, prompt.submit], stop, inputs, [page, said, seed])
 
 
 def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Image:
@@ -238,5 +206,5 @@ def film_tab(pipeline: NextFlowPipeline, history: History, places: int) -> gr.Im
             said = status_html("nf-film-status")
             page = stage_html(FILM_EMPTY, "nf-film-stage")
     inputs = [prompt, first, frames, speed, size, seed, fresh, *sampling.all]
-    _wire(film_steps, pipeline, history, places, [go.click, prompt.submit], stop, inputs, [page, said, seed])
+    wire(film_steps, pipeline, history, places, [go.click, prompt.submit], stop, inputs, [page, said, seed])
     return first
