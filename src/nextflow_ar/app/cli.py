@@ -35,6 +35,7 @@ from nextflow_ar.app.terminal import (
     writable,
 )
 from nextflow_ar.app.terminal import load_pipeline as _load
+from nextflow_ar.app.ui_command import PageError, ui
 from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError
 
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(extract)
 app.command()(plan)
+app.command()(ui)
 for command in (edit, inpaint, variations, story, video, chat):
     app.command()(command)
 
@@ -312,6 +314,7 @@ def _known_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseExc
         JudgeError,
         BenchError,
         FloatingPointError,
+        PageError,
     )
     return usage, failed
 

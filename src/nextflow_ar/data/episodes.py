@@ -24,8 +24,8 @@ class EpisodeSource:
     weight. ``packing``: how episodes share rows. ``dialogue``: chat marks around every turn. ``scales``: of a picture that
     ends an episode, lay out the first so many scales only. ``condition_dropout``: probability that what stands before the
     first drawn picture is left out, for guidance. ``picture_dropout``: the same of the given pictures before an answer in
-    words (tasks of reading only): what is likely to be said of any picture, for the guidance of answers. ``swap``: share of the colours and names in a response that are fed as
-    another one, targets unchanged (tasks that answer in words about a picture only).
+    words (tasks of reading only): what is likely to be said of any picture, for the guidance of answers. ``swap``: share
+    of the colours and names in a response that are fed as another one, targets unchanged (tasks of reading only).
 
     There is no inversion: people's requests are worded loosely, and the captioning tasks have the canonical words.
     """

@@ -20,6 +20,7 @@ from nextflow_ar.generation.documents import part
 from nextflow_ar.generation.editing import Editing
 from nextflow_ar.generation.engine import TextRequest
 from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.generation.sharing import Sharing
 from nextflow_ar.generation.telling import Message, Telling
 from nextflow_ar.types import Event, TextDelta
 
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-class NextFlowPipeline(Editing, Telling):
+class NextFlowPipeline(Editing, Telling, Sharing):
     """A loaded checkpoint and its engine. Methods are re-entrant; nothing is kept between calls."""
 
     def generate(

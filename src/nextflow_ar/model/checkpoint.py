@@ -2,7 +2,8 @@
 
 ``config.json`` (ModelConfig), ``model.safetensors`` (bf16; a large model has it in parts, and
 ``model.safetensors.index.json``), ``text_tokenizer/``, ``image_tokenizer/``,
-``generation.json`` (sampling defaults), ``README.md`` (model card), ``checksums.json``.
+``generation.json`` (sampling defaults), ``README.md`` (model card), ``checksums.json``. For transformers' Auto classes,
+``config.json`` also says which class loads the folder, and ``nextflow_hub.py`` imports that class from this package.
 """
 
 from __future__ import annotations
@@ -31,6 +32,28 @@ from nextflow_ar.tokenizer.image_tokenizer import CONFIG_FILE, WEIGHTS_FILE, Ima
 
 GENERATION_FILE = "generation.json"
 CARD_FILE = "README.md"
+SHIM_FILE = "nextflow_hub.py"
+SHIM = '''"""Lets transformers load this folder (trust_remote_code=True).
+
+The model itself is in the package: pip install nextflow-ar.
+"""
+
+from nextflow_ar.hub import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowProcessor
+
+__all__ = ["NextFlowConfig", "NextFlowForConditionalGeneration", "NextFlowProcessor"]
+'''
+_MODEL_CLASS = "nextflow_hub.NextFlowForConditionalGeneration"
+FOR_TRANSFORMERS: dict[str, Any] = {
+    "model_type": "nextflow_ar",
+    "architectures": ["NextFlowForConditionalGeneration"],
+    "auto_map": {
+        "AutoConfig": "nextflow_hub.NextFlowConfig",
+        "AutoModel": _MODEL_CLASS,
+        "AutoModelForMultimodalLM": _MODEL_CLASS,
+        "AutoProcessor": "nextflow_hub.NextFlowProcessor",
+    },
+}
+"""What ``config.json`` holds beside the architecture."""
 
 
 @dataclass(eq=False)
@@ -41,6 +64,7 @@ class Bundle:
     image_tokenizer: ImageTokenizer
     vocab: Vocabulary
     generation: dict[str, Any]
+    card: str = ""
 
     @property
     def layout(self) -> LayoutOptions:
@@ -58,12 +82,34 @@ def save_bundle(
     card: str,
 ) -> None:
     """Write a checkpoint folder atomically. Raises StorageError; the old folder then stays."""
+    bundle = Bundle(
+        model,
+        image_tokenizer,
+        Vocabulary(text_tokenizer, model.config.text_vocab, model.config.codes),
+        generation,
+        card,
+    )
+    write_folder(folder, lambda target: fill_bundle(target, bundle))
 
-    def weights(target: Path) -> None:
-        found = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        write_atomic(target / WEIGHTS_FILE, pack_weights(found))
 
-    write_bundle(folder, model.config, weights, image_tokenizer, text_tokenizer, generation, card)
+def fill_bundle(target: Path, bundle: Bundle) -> None:
+    """Write a bundle's files, weights in bf16, into a folder that is there."""
+
+    def weights(folder: Path) -> None:
+        found = {
+            k: v.bfloat16() if v.is_floating_point() else v for k, v in bundle.model.state_dict().items()
+        }
+        write_atomic(folder / WEIGHTS_FILE, pack_weights(found))
+
+    _fill(
+        target,
+        bundle.model.config,
+        weights,
+        bundle.image_tokenizer,
+        bundle.vocab.tokenizer,
+        bundle.generation,
+        bundle.card,
+    )
 
 
 def write_bundle(
@@ -78,16 +124,28 @@ def write_bundle(
     """:func:`save_bundle` for weights that need not be in memory: ``weights(folder)`` writes their file, or their parts
     and an index.
     """
+    write_folder(
+        folder,
+        lambda target: _fill(target, config, weights, image_tokenizer, text_tokenizer, generation, card),
+    )
 
-    def fill(target: Path) -> None:
-        write_atomic(target / CONFIG_FILE, json.dumps(to_dict(config), indent=1).encode())
-        weights(target)
-        write_atomic(target / GENERATION_FILE, json.dumps(generation, indent=1).encode())
-        write_atomic(target / CARD_FILE, card.encode())
-        text_tokenizer.save_pretrained(target / "text_tokenizer")
-        image_tokenizer.save_pretrained(target / "image_tokenizer")
 
-    write_folder(folder, fill)
+def _fill(
+    target: Path,
+    config: ModelConfig,
+    weights: Callable[[Path], None],
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: PreTrainedTokenizerFast,
+    generation: dict[str, Any],
+    card: str,
+) -> None:
+    write_atomic(target / CONFIG_FILE, json.dumps(to_dict(config) | FOR_TRANSFORMERS, indent=1).encode())
+    write_atomic(target / SHIM_FILE, SHIM.encode())
+    weights(target)
+    write_atomic(target / GENERATION_FILE, json.dumps(generation, indent=1).encode())
+    write_atomic(target / CARD_FILE, card.encode())
+    text_tokenizer.save_pretrained(target / "text_tokenizer")
+    image_tokenizer.save_pretrained(target / "image_tokenizer")
 
 
 def load_bundle(
@@ -115,7 +173,8 @@ def load_bundle(
     vocab = Vocabulary(load_text_tokenizer(folder / "text_tokenizer"), config.text_vocab, config.codes)
     image_tokenizer = ImageTokenizer.from_pretrained(folder / "image_tokenizer")
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return Bundle(model, image_tokenizer.to(device), vocab, generation)
+    card = read_checked(folder, CARD_FILE).decode() if (folder / CARD_FILE).is_file() else ""
+    return Bundle(model, image_tokenizer.to(device), vocab, generation, card)
 
 
 def load_architecture(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerFast]:
@@ -125,9 +184,10 @@ def load_architecture(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerFas
 
 def _config(folder: Path) -> ModelConfig:
     try:
-        return from_dict(
-            ModelConfig, json.loads(read_checked(folder, CONFIG_FILE)), str(folder / CONFIG_FILE)
-        )
+        found = json.loads(read_checked(folder, CONFIG_FILE))
+        if isinstance(found, dict):
+            found = {k: v for k, v in found.items() if k not in FOR_TRANSFORMERS}
+        return from_dict(ModelConfig, found, str(folder / CONFIG_FILE))
     except (ValueError, ConfigError) as error:
         raise StorageError(
             f"{folder}: {CONFIG_FILE} does not fit: {' '.join(str(error).split())[:160]}"

@@ -1,0 +1,209 @@
+"""A whole checkpoint as a transformers model: logits by teacher forcing, and text or pictures from ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from PIL import Image as PILImage
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from nextflow_ar.generation.engine import ImageRequest, TextRequest
+from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype, fold_seed, resolve_model
+from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.hub.configuration import NextFlowConfig
+from nextflow_ar.hub.tokens import document_of
+from nextflow_ar.model.checkpoint import Bundle, load_bundle
+from nextflow_ar.sequence.batch import collate
+from nextflow_ar.sequence.layout import IGNORED, build
+from nextflow_ar.types import Codes, Document, TextDelta
+
+_OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def folder_of(name: str | Path, **options: Any) -> Path:
+    """The folder of a model: here, bundled, or downloaded with the Hub options among ``options``. Raises StorageError or
+    RequestError.
+    """
+    asked = {k: options[k] for k in _OF_THE_HUB if options.get(k)}
+    if asked and not Path(name).exists() and str(name).count("/") == 1:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name), **asked))
+    return resolve_model(name)
+
+
+class NextFlowForConditionalGeneration(PreTrainedModel):
+    """Transformer and image tokenizer of one checkpoint; :attr:`pipeline` is the same as a ``NextFlowPipeline``."""
+
+    config_class = NextFlowConfig
+    base_model_prefix = "model"
+    output_modalities: ClassVar[tuple[str, ...]] = ("text", "image")
+
+    def __init__(self, config: NextFlowConfig, bundle: Bundle | None = None, **_: Any) -> None:
+        if bundle is None:
+            raise ValueError(
+                "a NextFlow model is more than its configuration: use from_pretrained, or nextflow-ar init"
+            )
+        super().__init__(config)
+        self.model, self.image_tokenizer = bundle.model, bundle.image_tokenizer
+        self._bundle = bundle
+        self._pipeline = NextFlowPipeline(bundle)
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore
+        cls,
+        name: str | Path = "nano",
+        *_: Any,
+        config: NextFlowConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> NextFlowForConditionalGeneration:
+        """Load a checkpoint folder, a Hub id or a bundled model, every file verified.
+
+        ``dtype``: of the transformer (None or "auto": the fastest that the device has). ``device_map``: one device.
+        Raises StorageError or RequestError, one line.
+        """
+        folder = folder_of(name, **kwargs)
+        device = torch.device("cpu" if device_map in (None, "auto") else device_map)
+        chosen = best_dtype(device) if dtype in (None, "auto") else dtype
+        chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+        assert isinstance(chosen, torch.dtype)
+        bundle = load_bundle(folder, device, chosen)
+        config = config or NextFlowConfig.from_pretrained(folder)
+        config.name_or_path = str(name)
+        return cls(config, bundle).eval()
+
+    @property
+    def input_modalities(self) -> tuple[str, ...]:  # pyright: ignore
+        """Text and pictures. transformers' any-to-any pipeline wants torchvision for models that name pictures here, which
+        this one does not need; so pictures are named only where torchvision is installed.
+        """
+        from transformers.utils.import_utils import is_torchvision_available
+
+        return ("text", "image") if is_torchvision_available() else ("text",)
+
+    @property
+    def pipeline(self) -> NextFlowPipeline:
+        """The checkpoint as a pipeline, on the device where the model is now."""
+        if self._pipeline.engine.device != self.model.head.weight.device:
+            self._pipeline = NextFlowPipeline(self._bundle)
+        return self._pipeline
+
+    def can_generate(self) -> bool:  # pyright: ignore
+        """Yes."""
+        return True
+
+    def documents(
+        self,
+        input_ids: Int[Tensor, "b l"],
+        pixel_values: Sequence[Tensor] | None = None,
+        attention_mask: Int[Tensor, "b l"] | None = None,
+    ) -> list[Document]:
+        """Rows of token ids and their pictures as documents. Raises ValueError where they do not match."""
+        codes: list[Codes] = [self.pipeline.encode(p.cpu().numpy()) for p in pixel_values or ()]
+        rest, found = iter(codes), []
+        for number, row in enumerate(input_ids):
+            kept = row if attention_mask is None else row[attention_mask[number].bool()]
+            found.append(document_of(kept.tolist(), rest, self._bundle.vocab))
+        if next(rest, None) is not None:
+            raise ValueError("there are more pictures than <boi><eoi> in the token ids")
+        return found
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"] | None = None,
+        pixel_values: Sequence[Tensor] | None = None,
+        labels: Int[Tensor, "b l"] | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """Scores (B, L, V) over text and codes behind every token; the places inside pictures are left out. Padding has
+        zeros. ``labels``: text ids to predict, -100 where none; shifted here, as transformers does.
+        """
+        documents = self.documents(input_ids, pixel_values, attention_mask)
+        vocab, layout = self._bundle.vocab, self._bundle.layout
+        samples = [build(document, vocab, layout, close_last=True) for document in documents]
+        scores = self.model.logits(self.model.hidden(collate(samples).to(input_ids.device)))
+        out = scores.new_zeros(*input_ids.shape, scores.shape[-1])
+        for number, sample in enumerate(samples):
+            places = (sample.tokens >= 0).nonzero()[:, 0]
+            kept = torch.arange(input_ids.shape[1])
+            if attention_mask is not None:
+                kept = attention_mask[number].cpu().nonzero()[:, 0]
+            if len(places) != len(kept):
+                raise ValueError("these token ids are not how the text tokenizer writes their text")
+            out[number, kept] = scores[number, places]
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(
+                out[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
+            )
+        return CausalLMOutput(loss=loss, logits=out)
+
+    @torch.inference_mode()
+    def generate(  # pyright: ignore
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"] | None = None,
+        pixel_values: Sequence[Tensor] | None = None,
+        *,
+        generation_mode: str = "text",
+        max_new_tokens: int = 256,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        size: tuple[int, int] | None = None,
+        think: bool | None = None,
+        seed: int = 0,
+        **_: Any,
+    ) -> Tensor | list[PILImage.Image]:
+        """Mode "text": the token ids with the answer behind them, padded on the right; greedy unless ``do_sample``. Mode
+        "image": a picture for each row. What is not said is as the checkpoint has it.
+        """
+        pipeline, vocab = self.pipeline, self._bundle.vocab
+        documents = self.documents(input_ids, pixel_values, attention_mask)
+        seeds = [fold_seed(seed, row) for row in range(len(documents))]
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance_scale}
+        if generation_mode == "image":
+            settings = pipeline.defaults.changed(**given)
+            schedule, nothing = pipeline.schedule_for(size), pipeline.manner.unconditional
+            requests = [
+                ImageRequest(document, schedule, s, settings, nothing)
+                for document, s in zip(documents, seeds, strict=True)
+            ]
+            return pipeline.draw(requests, think=think)
+        if generation_mode != "text":
+            raise ValueError(f"generation_mode is text or image, got {generation_mode!r}")
+        settings = SamplingSettings().changed(**given) if do_sample else SamplingSettings(temperature=0.0)
+        ends = pipeline.manner.ends
+        asked = [
+            TextRequest(d, max_new_tokens, s, settings, ends) for d, s in zip(documents, seeds, strict=True)
+        ]
+        texts = [""] * len(asked)
+        for event in pipeline.engine.texts(asked):
+            if isinstance(event, TextDelta):
+                texts[event.row] += event.text
+        rows = [vocab.encode(text) for text in texts]
+        longest = max(len(row) for row in rows)
+        new = torch.tensor([row + [vocab.end] * (longest - len(row)) for row in rows], dtype=torch.long)
+        return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # pyright: ignore
+        """Write a checkpoint folder, as ``NextFlowPipeline.save_pretrained`` does."""
+        self.pipeline.save_pretrained(save_directory)
+
+    def push_to_hub(  # pyright: ignore
+        self, repo_id: str, *, private: bool = False, token: str | None = None, **_: Any
+    ) -> str:
+        """Upload it, as ``NextFlowPipeline.push_to_hub`` does."""
+        return self.pipeline.push_to_hub(repo_id, private=private, token=token)
