@@ -283,14 +283,19 @@ def export(
         Path | None,
         typer.Option("--adapter", help="Folder of an adapter trained on this model: merge it in."),
     ] = None,
+    image_tokenizer: Annotated[
+        str | None,
+        typer.Option("--image-tokenizer", help="Folder of one with the same codes and another decoder: put it in."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint folder anew: with another model card, other sampling defaults, or an adapter merged in."""
+    """Write a checkpoint folder anew: another card, sampling defaults or decoder, or an adapter merged in."""
     from nextflow_ar.app.stages import export_bundle
 
     if card is not None and not card.is_file():
         raise UsageError(f"{card}: no such file")
-    export_bundle(model, out, card.read_text() if card is not None else None, changes or [], adapter)
+    text = card.read_text() if card is not None else None
+    export_bundle(model, out, text, changes or [], adapter, image_tokenizer)
     typer.echo(json.dumps({"out": str(out)}) if as_json else str(out))
 
 

@@ -97,10 +97,16 @@ def initialise_model(
 
 
 def export_bundle(
-    model: str, out: Path, card: str | None, changes: list[str], adapter: Path | None = None
+    model: str,
+    out: Path,
+    card: str | None,
+    changes: list[str],
+    adapter: Path | None = None,
+    image_tokenizer: str | None = None,
 ) -> None:
     """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. ``adapter``: folder of one, trained
-    on these weights, to merge in. Raises ConfigError, StorageError.
+    on these weights, to merge in. ``image_tokenizer``: one of the same codes with another decoder. Raises ConfigError,
+    StorageError.
     """
     from nextflow_ar.generation.pipeline import OPTIONS, NextFlowPipeline, resolve_model
     from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
@@ -112,6 +118,8 @@ def export_bundle(
         from nextflow_ar.training.adapters import merge_adapter
 
         merge_adapter(bundle, folder, adapter)
+    if image_tokenizer is not None:
+        bundle.image_tokenizer = _same_codes(bundle.image_tokenizer, image_tokenizer)
     generation = override(bundle.generation, changes)
     unknown = sorted(set(generation) - {*SamplingSettings.__dataclass_fields__, *OPTIONS})
     if unknown:
@@ -121,6 +129,18 @@ def export_bundle(
     NextFlowPipeline(bundle)  # senseless settings are an error here, not at the next load
     text = card if card is not None else read_checked(folder, CARD_FILE).decode()
     save_bundle(out, bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, generation, text)
+
+
+def _same_codes(old: ImageTokenizer, name: str) -> ImageTokenizer:
+    """The tokenizer ``name``, if it makes the codes that ``old`` makes."""
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+
+    found = ImageTokenizer.from_pretrained(name)
+    if found.fingerprint() != old.fingerprint():
+        raise ConfigError(
+            f"{name} makes other codes than the model was trained on: only a tokenizer that differs in its decoder fits"
+        )
+    return found
 
 
 def preview_sheet(bundle: Bundle, step: int) -> list[np.ndarray]:

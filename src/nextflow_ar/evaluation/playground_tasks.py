@@ -10,12 +10,14 @@ GenEval, which lets further things stand around and ignores the background.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from nextflow_ar.data.playground.captions import counts_of, prompt, read_caption
+from nextflow_ar.data.playground.captions import Kind, counts_of, prompt, read_caption
 from nextflow_ar.data.playground.scenes import TASKS, Scene, SceneSampler, Task, Thing, level, relation_holds
+from nextflow_ar.data.playground.world import NATIVE
 from nextflow_ar.evaluation.judge import Found, Verdict
 
 Metadata = dict[str, Any]
@@ -258,8 +260,14 @@ def geneval_relations(a: Found, b: Found) -> set[str]:
 
 
 def score_caption(scene: Scene, text: str) -> CaptionResult:
-    """Score a caption of ``scene``: one that :func:`read_caption` cannot read is wrong in all."""
+    """Score a caption of ``scene``: one that :func:`read_caption` cannot read is wrong in all.
+
+    A sprite's own colour may be said ("a red car"): that is what it looks like, and the wide world's captions say it.
+    """
     reading = read_caption(text)
     if reading is None:
         return CaptionResult(False, False, False)
-    return CaptionResult(reading.counts == counts_of(scene), reading.background == scene.background, True)
+    said: Counter[Kind] = Counter()
+    for (name, colour), count in reading.counts:
+        said[name, None if NATIVE.get(name) == colour else colour] += count
+    return CaptionResult(said == Counter(dict(counts_of(scene))), reading.background == scene.background, True)
