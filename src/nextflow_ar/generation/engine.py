@@ -162,7 +162,11 @@ class Rounds:
         """Take a request on; its events carry ``number``. Raises QueueFull, ContextError or SettingError."""
         if self.most_waiting is not None and len(self.waiting) >= self.most_waiting:
             raise QueueFull(f"{self.most_waiting} requests wait already: try again later")
-        self.waiting.append(self.engine.job(number, request))
+        self.take(self.engine.job(number, request))
+
+    def take(self, job: Job) -> None:
+        """Take on a job that :meth:`Engine.job` made; no limit holds here."""
+        self.waiting.append(job)
 
     def cancel(self, number: int) -> bool:
         """Drop a request; its part of the cache is free with the next step. Returns whether it was there."""
