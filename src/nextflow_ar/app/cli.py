@@ -16,6 +16,7 @@ import typer
 
 from nextflow_ar.app.data_commands import data_app, extract
 from nextflow_ar.app.plan_command import plan
+from nextflow_ar.app.serve_command import ServeError, serve
 from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(extract)
 app.command()(plan)
+app.command()(serve)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")
@@ -379,6 +381,7 @@ def _known_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseExc
     failed = (
         StorageError,
         PictureError,
+        ServeError,
         SourceError,
         SpritesMissing,
         JudgeError,
