@@ -34,7 +34,9 @@ def serve(
     ] = None,
     key_file: Annotated[
         Path | None,
-        typer.Option("--api-keys", help=f"File with an API key a line. Or joined by commas in {KEYS_VARIABLE}."),
+        typer.Option(
+            "--api-keys", help=f"File with an API key a line. Or joined by commas in {KEYS_VARIABLE}."
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     rows: Annotated[
@@ -65,24 +67,26 @@ def serve(
         from nextflow_ar.app.serving.app import create_app, make_server
         from nextflow_ar.app.serving.settings import ServerSettings
     except ImportError as error:
-        raise ServeError(f"serving needs more packages ({error.name}): pip install 'nextflow-ar[serve]'") from None
+        raise ServeError(
+            f"serving needs more packages ({error.name}): pip install 'nextflow-ar[serve]'"
+        ) from None
     keys = read_keys(key_file)
-    listening = listen(host, port)
     settings = ServerSettings(
         name=name or Path(model).name, keys=keys, max_open=queue, max_n=most, max_body=round(body * _MEGA),
         max_pixels=round(pixels * _MEGA), timeout=timeout, grace=grace, fetch=fetch, origins=tuple(origins or ()),
     )  # fmt: skip
-    start_logs()
-    pipeline = load(model, device, rows)
-    app = create_app(pipeline, settings)
-    if page:
-        app = with_page(app, pipeline, settings)
-    bound = listening.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    logging.getLogger("nextflow_ar.serving").info(
-        "serving", extra={"model": settings.name, "url": f"http://{shown}:{bound}", "keys": len(keys)}
-    )
-    make_server(app, host, bound).run(sockets=[listening])
+    with listen(host, port) as listening:
+        pipeline = load(model, device, rows)
+        start_logs()
+        app = create_app(pipeline, settings)
+        if page:
+            app = with_page(app, pipeline, settings)
+        bound = listening.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        logging.getLogger("nextflow_ar.serving").info(
+            "serving", extra={"model": settings.name, "url": f"http://{shown}:{bound}", "keys": len(keys)}
+        )
+        make_server(app, host, bound).run(sockets=[listening])
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
@@ -92,7 +96,9 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
         try:
             lines = file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ServeError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'no text'}") from None
+            raise ServeError(
+                f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'no text'}"
+            ) from None
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:  # an empty file must not open the server to everybody
             raise ServeError(f"{file}: holds no key")
@@ -106,7 +112,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise ServeError(f"cannot listen at {host}:{port}: {reason}") from None
 
 

@@ -44,9 +44,7 @@ def create_app(pipeline: NextFlowPipeline, settings: ServerSettings) -> FastAPI:
     install(app)
     for routes in (_plain_routes(service), image_routes(service), chat_routes(service)):
         app.include_router(routes)
-    app.add_middleware(
-        Gate, settings=settings, worker=service.worker, metrics=service.metrics
-    )  # pyright: ignore[reportArgumentType]
+    app.add_middleware(Gate, settings=settings, worker=service.worker, metrics=service.metrics)  # pyright: ignore[reportArgumentType]
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"],
@@ -80,7 +78,12 @@ def _plain_routes(service: Service) -> APIRouter:
         """Whether requests are taken: 200, or 503 before the end and after a failure."""
         worker = service.worker
         state = "draining" if worker.draining else "ok" if worker.alive else "failed"
-        told = {"status": state, "model": service.settings.name, "open": worker.open, "working": worker.working}
+        told = {
+            "status": state,
+            "model": service.settings.name,
+            "open": worker.open,
+            "working": worker.working,
+        }
         return answer(told, 200 if state == "ok" else 503)
 
     @router.get("/metrics")
@@ -190,7 +193,12 @@ class Server(uvicorn.Server):
 
 
 def make_server(
-    app: FastAPI, host: str, port: int, *, socket_path: str | None = None, config: dict[str, Any] | None = None
+    app: FastAPI,
+    host: str,
+    port: int,
+    *,
+    socket_path: str | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Server:
     """A server for an app of :func:`create_app`; ``config``: further settings of uvicorn."""
     service: Service = app.state.service
@@ -203,5 +211,3 @@ def make_server(
         server_header=False, timeout_graceful_shutdown=int(settings.grace) + 10, **(config or {}),
     )  # fmt: skip
     return Server(given, service)
-
-

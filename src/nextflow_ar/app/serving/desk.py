@@ -60,7 +60,9 @@ class Desk:
 
     def _short(self, text: str, param: str) -> None:
         if len(text) > self.settings.max_text:
-            raise bad(f"{param}: at most {self.settings.max_text} characters are accepted", param, "string_too_long")
+            raise bad(
+                f"{param}: at most {self.settings.max_text} characters are accepted", param, "string_too_long"
+            )
 
     def seeds(self, body: ImageBody | ChatBody) -> list[int]:
         """A seed for each picture or answer; one that nobody chose is told in the answer."""
@@ -80,7 +82,9 @@ class Desk:
         if not files:
             raise bad("Missing required parameter: 'image'.", "image", "missing_required_parameter")
         if len(files) > self.settings.max_inputs:
-            raise bad(f"image: at most {self.settings.max_inputs} pictures are accepted", "image", "invalid_value")
+            raise bad(
+                f"image: at most {self.settings.max_inputs} pictures are accepted", "image", "invalid_value"
+            )
         if mask is not None and len(files) > 1:
             raise bad("mask: goes with one picture", "mask", "invalid_value")
         pictures = [media.picture(data, "image", most) for data in files]
@@ -96,7 +100,9 @@ class Desk:
     def _kept_size(self, body: EditBody, request: ImageRequest) -> None:
         height, width = request.schedule.image_size(self.pipeline.image_tokenizer.config.downsample)
         if body.sides not in (None, (width, height)):
-            raise bad(f"size: these pictures are edited at {width}x{height}; say auto", "size", "invalid_value")
+            raise bad(
+                f"size: these pictures are edited at {width}x{height}; say auto", "size", "invalid_value"
+            )
 
     def _orders(self, requests: Sequence[ImageRequest], body: ImageBody, *, think: bool) -> list[Order]:
         away = (body.negative_prompt or "").strip()
@@ -187,10 +193,16 @@ class Desk:
                     found[what.url] = param
         if said > self.settings.max_text:
             raise bad(
-                f"messages: at most {self.settings.max_text} characters are accepted", "messages", "string_too_long"
+                f"messages: at most {self.settings.max_text} characters are accepted",
+                "messages",
+                "string_too_long",
             )
         if shown > self.settings.max_inputs:
-            raise bad(f"messages: at most {self.settings.max_inputs} pictures are accepted", "messages", "invalid_value")
+            raise bad(
+                f"messages: at most {self.settings.max_inputs} pictures are accepted",
+                "messages",
+                "invalid_value",
+            )
         if found and not self.settings.fetch:
             raise bad(
                 "this server fetches no addresses: send pictures as data URLs", next(iter(found.values())),

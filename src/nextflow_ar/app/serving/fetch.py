@@ -87,7 +87,12 @@ class Fetcher:
         param: str,
     ) -> tuple[bytes, str | None]:
         http = h11.Connection(h11.CLIENT)
-        headers = [("Host", host), ("Accept", "image/*"), ("Connection", "close"), ("User-Agent", "nextflow-ar")]
+        headers = [
+            ("Host", host),
+            ("Accept", "image/*"),
+            ("Connection", "close"),
+            ("User-Agent", "nextflow-ar"),
+        ]
         asked = http.send(h11.Request(method="GET", target=_quoted(target), headers=headers))
         writer.write((asked or b"") + (http.send(h11.EndOfMessage()) or b""))
         await writer.drain()

@@ -151,7 +151,11 @@ async def _events(
                 service.metrics.previews.inc()
                 yield event(f"{kind}.partial_image", told)
             elif isinstance(news, ImageReady):
-                told = {"b64_json": await _finished(service, body, order, news.codes), "index": index, **common}
+                told = {
+                    "b64_json": await _finished(service, body, order, news.codes),
+                    "index": index,
+                    **common,
+                }
                 told |= {"seed": order.seed}
                 tokens = 0
                 if index in thoughts:

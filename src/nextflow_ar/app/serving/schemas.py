@@ -26,7 +26,9 @@ class Strict(BaseModel):
 class Sampling(Strict):
     """Fields that steer sampling; all of them ours but ``temperature``, ``top_p`` and ``seed``."""
 
-    seed: Annotated[int, Field(ge=0, lt=SEEDS, description="The same seed gives the same result.")] | None = None
+    seed: Annotated[int, Field(ge=0, lt=SEEDS, description="The same seed gives the same result.")] | None = (
+        None
+    )
     temperature: Values | None = None
     top_k: Values | None = None
     top_p: Values | None = None
@@ -56,7 +58,9 @@ class Sampling(Strict):
 class Sized(Sampling):
     """Sampling, and the size of what is drawn."""
 
-    size: Annotated[str, Field(description="WIDTHxHEIGHT, or auto: the model's largest square.")] | None = None
+    size: Annotated[str, Field(description="WIDTHxHEIGHT, or auto: the model's largest square.")] | None = (
+        None
+    )
 
     @field_validator("size")
     @classmethod
@@ -82,7 +86,8 @@ class ImageBody(Sized):
     response_format: Literal["b64_json"] | None = None
     stream: bool | None = False
     partial_images: (
-        Annotated[int, Field(ge=0, le=18, description="Pictures after so many earlier scales, streamed.")] | None
+        Annotated[int, Field(ge=0, le=18, description="Pictures after so many earlier scales, streamed.")]
+        | None
     ) = 0
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
