@@ -66,8 +66,26 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.sampled_from(
-    "prompt n size stream partial_images seed top_k top_p temperature guidance_scale think negative_prompt messages "
-    "max_tokens max_pictures stop modalities output_format".split()
+    [
+        "prompt",
+        "n",
+        "size",
+        "stream",
+        "partial_images",
+        "seed",
+        "top_k",
+        "top_p",
+        "temperature",
+        "guidance_scale",
+        "think",
+        "negative_prompt",
+        "messages",
+        "max_tokens",
+        "max_pictures",
+        "stop",
+        "modalities",
+        "output_format",
+    ]
 )
 
 

@@ -73,7 +73,7 @@ def _opened(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source, formats=formats) as file:
+            with Image.open(source, formats=None if formats is None else tuple(formats)) as file:
                 if file.width * file.height > most:
                     raise PictureError(
                         f"{name}: {file.width}x{file.height} pixels are too many; up to {most / 1_000_000:g} "

@@ -189,7 +189,7 @@ class Desk:
                     said += len(what)
                     continue
                 shown += 1
-                if not what.url[:5].lower() == "data:":
+                if what.url[:5].lower() != "data:":
                     found[what.url] = param
         if said > self.settings.max_text:
             raise bad(

@@ -162,7 +162,9 @@ class StreamOptions(Strict):
 
 
 class ChatBody(Sized):
-    """``POST /v1/chat/completions``. ``temperature``, ``top_k``, ``top_p`` are the text's, ``guidance_scale`` the pictures'."""
+    """``POST /v1/chat/completions``. ``temperature``, ``top_k`` and ``top_p`` are the text's, ``guidance_scale`` is the
+    pictures'.
+    """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     model: str | None = None
