@@ -211,9 +211,9 @@ def test_stop_texts_end_the_answer(
             max_tokens=40,
         )  # fmt: skip
         whole = "" if stream else found.choices[0].message.content
-        assert "two dogs and " == (
+        assert (
             "".join(c.choices[0].delta.content or "" for c in found) if stream else whole
-        )
+        ) == "two dogs and "
 
 
 def test_models_health_and_figures(server: Running, client: openai.OpenAI) -> None:
