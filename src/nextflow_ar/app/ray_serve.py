@@ -20,7 +20,9 @@ def deployment(given: dict[str, str] | None = None) -> Any:
     try:
         from ray import serve
     except ImportError as error:
-        raise ServeError(f"Ray Serve is missing ({error.name}): pip install 'nextflow-ar[serve,ray]'") from None
+        raise ServeError(
+            f"Ray Serve is missing ({error.name}): pip install 'nextflow-ar[serve,ray]'"
+        ) from None
     unknown = set(given or ()) - set(DEFAULTS)
     if unknown:
         raise ServeError(f"unknown argument {sorted(unknown)[0]!r}: {', '.join(DEFAULTS)}")
