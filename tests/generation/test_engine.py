@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nextflow_ar.generation import engine as engine_module
 from nextflow_ar.generation import jobs
 from nextflow_ar.generation.engine import (
     ContextError,
@@ -226,6 +227,25 @@ def test_requests_come_and_go_between_steps(bundle: Bundle) -> None:
     list(small.step())
     small.submit(1, asked[1])
     assert len(small.active) == 1 and len(small.waiting) == 1
+
+
+def test_images_begin_together_but_do_not_wait_long(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While others are in work, an image waits up to GATHER rounds behind the last that began; alone, it does not."""
+    asked = ImageRequest(Document((Text("two dogs"),)), SQUARE, 1, PLAIN)
+    monkeypatch.setattr(engine_module, "GATHER", 3)
+    rounds = Rounds(Engine(bundle))
+    fed: list[int] = []
+    feed = rounds.engine.feed
+    monkeypatch.setattr(rounds.engine, "feed", lambda tracks: fed.append(len(tracks)) or feed(tracks))
+    scales: dict[int, list[int]] = {}
+    for number in range(1, 20):
+        if number <= 3:  # the first goes at once; the second and third wait for round 4, and go together
+            rounds.submit(number, asked)
+        for event in rounds.step():
+            if isinstance(event, ScaleReady):
+                scales.setdefault(event.row, []).append(number)
+    assert scales == {1: [1, 2, 3, 4, 5], 2: [4, 5, 6, 7, 8], 3: [4, 5, 6, 7, 8]}
+    assert fed == [1, 1, 1, 1, 2, 1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -17,6 +17,7 @@ from nextflow_ar.app.chat_command import chat
 from nextflow_ar.app.data_commands import data_app, extract
 from nextflow_ar.app.editing_commands import edit, inpaint, variations
 from nextflow_ar.app.plan_command import plan
+from nextflow_ar.app.serve_command import ServeError, serve
 from nextflow_ar.app.telling_commands import story, video
 from nextflow_ar.app.terminal import (
     Guidance,
@@ -51,7 +52,7 @@ app.add_typer(data_app, name="data")
 app.command()(extract)
 app.command()(plan)
 app.command()(ui)
-for command in (edit, inpaint, variations, story, video, chat):
+for command in (edit, inpaint, variations, story, video, chat, serve):
     app.command()(command)
 
 
@@ -314,6 +315,7 @@ def _known_errors() -> tuple[tuple[type[BaseException], ...], tuple[type[BaseExc
     failed = (
         StorageError,
         PictureError,
+        ServeError,
         SourceError,
         SpritesMissing,
         JudgeError,

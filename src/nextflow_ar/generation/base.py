@@ -171,21 +171,25 @@ class Loaded:
         document, without = self.manner.document(parts), self.manner.unconditional
         return ImageRequest(document, schedule, seed, chosen, without, forced)
 
+    def thought_request(self, request: ImageRequest) -> TextRequest:
+        """The engine's request for a plan in words behind a prompt."""
+        ends = (*self.manner.ends, BOI)  # a thought ends where the image begins
+        return TextRequest(
+            request.document, THOUGHT_TOKENS, request.seed, THOUGHT_SETTINGS, ends, min_tokens=1
+        )
+
+    def with_thought(self, request: ImageRequest, thought: str) -> ImageRequest:
+        """A request with the plan behind its prompt."""
+        said = Text(thought, supervised=True)
+        return replace(request, document=Document((*request.document.segments, said)))
+
     def think(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
         """The requests with a plan in words behind each prompt, written by the model (chain of thought)."""
-        ends = (*self.manner.ends, BOI)  # a thought ends where the image begins
-        asked = [
-            TextRequest(r.document, THOUGHT_TOKENS, r.seed, THOUGHT_SETTINGS, ends, min_tokens=1)
-            for r in requests
-        ]
         thoughts = [""] * len(requests)
-        for event in self.engine.texts(asked):
+        for event in self.engine.texts([self.thought_request(request) for request in requests]):
             if isinstance(event, TextDelta):
                 thoughts[event.row] += event.text
-        return [
-            replace(r, document=Document((*r.document.segments, Text(thought, supervised=True))))
-            for r, thought in zip(requests, thoughts, strict=True)
-        ]
+        return [self.with_thought(r, thought) for r, thought in zip(requests, thoughts, strict=True)]
 
     def stream(self, requests: Sequence[ImageRequest], *, think: bool | None = None) -> Iterator[Event]:
         """The engine's events; ImageReady carries the finished picture.

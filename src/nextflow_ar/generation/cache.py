@@ -1,7 +1,7 @@
 """Keys and values of many rows, each at its own length: rows join, advance together where their shapes agree, and leave.
 
 A row's real places are the first ``lengths[row]`` columns; new ones are written behind them in place. What a step sees is
-cut at :data:`BUCKET` columns, so a row meets the same shapes whatever other rows are beside it.
+cut at multiples of :data:`SPAN` columns, so a row meets the same shapes whatever other rows are beside it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 BUCKET = 16
-"""Spans of columns are multiples of this."""
+"""Prefixes are padded to multiples of this."""
+SPAN = 64
+"""What a step sees of the cache is rounded up to multiples of this: the wider, the more rows share their shapes."""
 
 
 def rounded(length: int) -> int:
     """``length`` up to the next multiple of :data:`BUCKET`."""
     return -(-length // BUCKET) * BUCKET
+
+
+def spanned(length: int) -> int:
+    """``length`` up to the next multiple of :data:`SPAN`."""
+    return -(-length // SPAN) * SPAN
 
 
 class RowCache:
@@ -64,7 +71,7 @@ class RowCache:
 
     def span(self, new: int) -> int:
         """Columns that a step of ``new`` places sees."""
-        return rounded(max(self.lengths) + new)
+        return spanned(max(self.lengths) + new)
 
     def mask(self, new: int, inner: Bool[Tensor, "r 1 n n"] | None) -> Bool[Tensor, "r 1 n k"]:
         """What the next ``new`` places of every row see: all that it has, and of each other what ``inner`` says (None:
@@ -119,7 +126,7 @@ def _stack(parts: list[Tensor], length: int) -> Tensor:
 
 def _capacity(span: int) -> int:
     """Columns to reserve: some to spare, so that rows that grow by single tokens are seldom copied."""
-    return -(-span // 64) * 64
+    return spanned(span)
 
 
 def _widened(x: Tensor, columns: int) -> Tensor:

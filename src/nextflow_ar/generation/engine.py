@@ -143,6 +143,10 @@ class Engine:
                     tracks[row].scores = found
 
 
+GATHER = 8
+"""Rounds that an image may wait for others to begin with it."""
+
+
 class Rounds:
     """Requests in work together: :meth:`step` takes each of them one step further, so none waits for a whole other one.
 
@@ -153,6 +157,7 @@ class Rounds:
         self.engine, self.most_waiting = engine, most_waiting
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
+        self.round = self.began = 0
 
     @property
     def busy(self) -> bool:
@@ -163,7 +168,11 @@ class Rounds:
         """Take a request on; its events carry ``number``. Raises QueueFull, ContextError or SettingError."""
         if self.most_waiting is not None and len(self.waiting) >= self.most_waiting:
             raise QueueFull(f"{self.most_waiting} requests wait already: try again later")
-        self.waiting.append(self.engine.job(number, request))
+        self.take(self.engine.job(number, request))
+
+    def take(self, job: Job) -> None:
+        """Take on a job that :meth:`Engine.job` made; no limit holds here."""
+        self.waiting.append(job)
 
     def cancel(self, number: int) -> bool:
         """Drop a request; its part of the cache is free with the next step. Returns whether it was there."""
@@ -175,17 +184,32 @@ class Rounds:
     def step(self) -> Iterator[Event]:
         """One step of every active request; yields what is new, request by request."""
         self._admit()
+        self.round += 1
+        working = self._gathered()
         groups: dict[tuple[object, ...], list[Track]] = {}
-        for job in self.active:
+        for job in working:
             for track in job.tracks:
                 if track.feed is not None:
                     groups.setdefault(track.shape, []).append(track)
         for tracks in groups.values():
             self.engine.feed(tracks)
-        for job in list(self.active):
+        for job in working:
+            if job not in self.active:
+                continue
             yield from job.advance()
             if job.done and job in self.active:
                 self.active.remove(job)
+
+    def _gathered(self) -> list[Job]:
+        """The jobs that take a step now: an image that has not begun waits up to :data:`GATHER` rounds behind the last that
+        did, so that images go through their scales together; not when nothing else is in work.
+        """
+        going = [job for job in self.active if not job.starting]
+        if not going or self.round - self.began >= GATHER:
+            if len(going) < len(self.active):
+                self.began = self.round
+            return list(self.active)
+        return going
 
     def _admit(self) -> None:
         taken = sum(job.width for job in self.active)

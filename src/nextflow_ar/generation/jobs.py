@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextflow_ar.generation.cache import RowCache, rounded
+from nextflow_ar.generation.cache import RowCache, rounded, spanned
 from nextflow_ar.generation.forcing import Forcing
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.sampling import SamplingSettings, draw, guide, guide_words
@@ -71,7 +71,7 @@ class Track:
             if self.feed.codes is not None
             else (kind, self.feed.image_scales)
         )
-        return self.feed.new, rounded(have + self.feed.new), at
+        return self.feed.new, spanned(have + self.feed.new), at
 
     def go_on(self, feed: Feed, wants: str) -> None:
         """What to feed next."""
@@ -190,6 +190,11 @@ class Job:
         """All tracks that hold cache, or will: the job's own first."""
         partner = self.drawing.partner if self.drawing is not None else self.other
         return [self.track] if partner is None else [self.track, partner]
+
+    @property
+    def starting(self) -> bool:
+        """Whether its next step is the first of an image."""
+        return self.drawing is not None and self.drawing.k == 0
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -36,23 +36,51 @@ def open_picture(path: Path | str) -> Image.Image:
     return _opened(Path(path), str(path))
 
 
-def decode_picture(data: bytes, name: str) -> Image.Image:
-    """:func:`open_picture` for the bytes of a file; ``name``: what messages call it."""
-    return _opened(io.BytesIO(data), name)
+def decode_picture(
+    data: bytes, name: str, *, most: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
+    """:func:`open_picture` for the bytes of a file; ``name``: what messages call it. ``most``: pixels; ``formats``:
+    Pillow's names of those that are tried (None: all that it reads).
+    """
+    return _opened(io.BytesIO(data), name, most, formats)
 
 
-def _opened(source: Path | io.BytesIO, name: str) -> Image.Image:
+def decode_mask(
+    data: bytes, name: str, *, most: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> np.ndarray:
+    """(H, W) bool of a picture that marks an area: where it is transparent if it has transparency, else where it is white
+    (at least half). Raises PictureError as :func:`decode_picture`.
+    """
+    return _opened(io.BytesIO(data), name, most, formats, marked)
+
+
+def marked(picture: Image.Image) -> np.ndarray:
+    """(H, W) bool: transparent where there is transparency, else white."""
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
+        if alpha.min() < 255:
+            return alpha < 128
+    return np.asarray(to_rgb(picture).convert("L")) >= 128
+
+
+def _opened(
+    source: Path | io.BytesIO,
+    name: str,
+    most: int = MAX_PIXELS,
+    formats: Sequence[str] | None = None,
+    made: Callable[[Image.Image], Any] | None = None,
+) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as file:
-                if file.width * file.height > MAX_PIXELS:
+            with Image.open(source, formats=None if formats is None else tuple(formats)) as file:
+                if file.width * file.height > most:
                     raise PictureError(
-                        f"{name}: {file.width}x{file.height} pixels are too many; up to {MAX_PIXELS // 1_000_000} "
+                        f"{name}: {file.width}x{file.height} pixels are too many; up to {most / 1_000_000:g} "
                         "megapixels are accepted"
                     )
                 file.load()
-                return to_rgb(ImageOps.exif_transpose(file) or file)
+                return (made or to_rgb)(ImageOps.exif_transpose(file) or file)
     except PictureError:
         raise
     except FileNotFoundError:

@@ -1,0 +1,153 @@
+"""The command ``nextflow-ar serve``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from nextflow_ar.app.serving.settings import ServerSettings
+    from nextflow_ar.generation.pipeline import NextFlowPipeline
+
+KEYS_VARIABLE = "NEXTFLOW_AR_API_KEYS"
+_MEGA = 1_000_000
+
+
+class ServeError(RuntimeError):
+    """The server cannot start: one line."""
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")
+    ] = "nano",
+    host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What clients call the model. Default: as --model.")
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys", help=f"File with an API key a line. Or joined by commas in {KEYS_VARIABLE}."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    rows: Annotated[
+        int, typer.Option("--rows", min=2, help="Sequences in work at once; a guided picture takes two.")
+    ] = 64,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Pictures and texts in work or waiting, at most.")
+    ] = 128,
+    most: Annotated[int, typer.Option("--max-n", min=1, help="Pictures of one request.")] = 10,
+    body: Annotated[float, typer.Option("--max-body", min=0.001, help="Megabytes of a request.")] = 20,
+    pixels: Annotated[
+        float, typer.Option("--max-pixels", min=0.0001, help="Megapixels of a given picture.")
+    ] = 16,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds of a request.")] = 300,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds that running work gets when told to stop.")
+    ] = 30,
+    fetch: Annotated[
+        bool, typer.Option("--fetch/--no-fetch", help="Fetch http(s) pictures from public addresses.")
+    ] = False,
+    origins: Annotated[
+        list[str] | None, typer.Option("--cors", help="Origin of a web page that may call. May be repeated.")
+    ] = None,
+    page: Annotated[bool, typer.Option("--ui/--no-ui", help="The web page too, at /ui.")] = False,
+) -> None:
+    """Serve a model with OpenAI's API: pictures (streamed as they sharpen), edits, chat."""
+    try:
+        from nextflow_ar.app.serving.app import create_app, make_server
+        from nextflow_ar.app.serving.settings import ServerSettings
+    except ImportError as error:
+        raise ServeError(
+            f"serving needs more packages ({error.name}): pip install 'nextflow-ar[serve]'"
+        ) from None
+    keys = read_keys(key_file)
+    settings = ServerSettings(
+        name=name or Path(model).name, keys=keys, max_open=queue, max_n=most, max_body=round(body * _MEGA),
+        max_pixels=round(pixels * _MEGA), timeout=timeout, grace=grace, fetch=fetch, origins=tuple(origins or ()),
+    )  # fmt: skip
+    with listen(host, port) as listening:
+        pipeline = load(model, device, rows)
+        start_logs()
+        app = create_app(pipeline, settings)
+        if page:
+            app = with_page(app, pipeline, settings)
+        bound = listening.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        logging.getLogger("nextflow_ar.serving").info(
+            "serving", extra={"model": settings.name, "url": f"http://{shown}:{bound}", "keys": len(keys)}
+        )
+        make_server(app, host, bound).run(sockets=[listening])
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """API keys of a file and of the environment. Raises ServeError for a file that gives none."""
+    keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServeError(
+                f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'no text'}"
+            ) from None
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:  # an empty file must not open the server to everybody
+            raise ServeError(f"{file}: holds no key")
+        keys += found
+    return tuple(keys)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before the model is loaded. Raises ServeError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        raise ServeError(f"cannot listen at {host}:{port}: {reason}") from None
+
+
+def start_logs() -> None:
+    """One JSON object a line on stderr, ours and uvicorn's."""
+    from nextflow_ar.app.serving.gate import JsonLines
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("nextflow_ar", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+
+
+def load(model: str, device: str, rows: int) -> NextFlowPipeline:
+    """The pipeline, with so many rows. Raises ServeError for a device that there is not, and as ``from_pretrained``."""
+    import torch
+
+    from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype, resolve_model
+    from nextflow_ar.model.checkpoint import load_bundle
+
+    folder = resolve_model(model)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ServeError(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
+    return NextFlowPipeline(load_bundle(folder, place, best_dtype(place)), rows)
+
+
+def with_page(app: Any, pipeline: NextFlowPipeline, settings: ServerSettings) -> Any:
+    """The app with the web page at /ui. Raises ServeError where gradio is missing."""
+    try:
+        from nextflow_ar.app.ui import mount_page
+    except ImportError as error:
+        raise ServeError(f"--ui needs more packages ({error.name}): pip install 'nextflow-ar[ui]'") from None
+    return mount_page(app, pipeline, name=settings.name)
