@@ -1,9 +1,8 @@
-"""A folder data set of captioned pictures from emoji files: each laid over plain backgrounds, with metadata.jsonl.
-
+"""A folder data set of captioned pictures from emoji files: each laid over plain backgrounds, with metadata.jsonl:
 python examples/emoji_folder.py MANIFEST -o FOLDER [--group "Animals & Nature"] [--backgrounds 3] [--held-out 1]
 
-MANIFEST has a line per emoji: {"files": {"3d": "3d/1f436.png", ...}, "caption": "dog face", "group": "Animals & Nature",
-"skin_tone": null}. FOLDER_held_out gets each emoji on backgrounds that FOLDER does not show it on.
+A line of MANIFEST: {"files": {"3d": "3d/1f436.png"}, "caption": "dog face", "group": "Animals & Nature"}; rows with a
+"skin_tone" are left out. FOLDER_held_out gets each emoji on backgrounds that FOLDER does not show it on.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ BACKGROUNDS = {
 }  # fmt: skip
 
 
-def on_background(emoji: Image.Image, colour: tuple[int, int, int], size: int) -> Image.Image:
+def on_background(file: Path, colour: tuple[int, int, int], size: int = 64) -> Image.Image:
     """The emoji over a plain colour, with a margin of a tenth."""
-    emoji = emoji.convert("RGBA").resize((size * 4 // 5,) * 2, Image.Resampling.LANCZOS)
+    emoji = Image.open(file).convert("RGBA").resize((size * 4 // 5,) * 2, Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (size, size), (*colour, 255))
     canvas.alpha_composite(emoji, ((size - emoji.width) // 2, (size - emoji.height) // 2))
     return canvas.convert("RGB")
@@ -37,25 +36,23 @@ def main() -> None:
     parser.add_argument("--backgrounds", type=int, default=1, help="pictures of every emoji")
     parser.add_argument("--held-out", type=int, default=0, help="further pictures of it, in FOLDER_held_out")
     parser.add_argument("--style", default="3d")
-    parser.add_argument("--size", type=int, default=64)
     args = parser.parse_args()
     shown, rng = args.backgrounds, np.random.default_rng(0)
-    lines: dict[Path, list[str]] = {args.out: [], args.out.with_name(f"{args.out.name}_held_out"): []}
+    lines: dict[Path, list[str]] = {args.out: [], args.out.with_name(args.out.name + "_held_out"): []}
     for row in map(json.loads, args.manifest.read_text().splitlines()):
-        wanted = args.group in (None, row.get("group")) and row.get("skin_tone") is None
-        if not wanted or args.style not in row["files"]:
+        known = args.group in (None, row.get("group")) and args.style in row["files"]
+        if not known or row.get("skin_tone"):
             continue
         file = args.manifest.parent / row["files"][args.style]
         for number, name in enumerate(rng.permutation(list(BACKGROUNDS))[: shown + args.held_out]):
-            folder = list(lines)[number >= shown]
+            folder, picture = list(lines)[number >= shown], f"{file.stem}-{name}.png"
             folder.mkdir(parents=True, exist_ok=True)
-            on_background(Image.open(file), BACKGROUNDS[name], args.size).save(folder / f"{file.stem}-{name}.png")
+            on_background(file, BACKGROUNDS[name]).save(folder / picture)
             text = f"{row['caption']}, {args.style} emoji on a {name} background"
-            lines[folder].append(json.dumps({"file_name": f"{file.stem}-{name}.png", "text": text}))
-    for folder, found in lines.items():
-        if found:
-            (folder / "metadata.jsonl").write_text("\n".join(found) + "\n")
-            print(f"{len(found)} pictures in {folder}")
+            lines[folder].append(json.dumps({"file_name": picture, "text": text}))
+    for folder in filter(lines.get, lines):
+        (folder / "metadata.jsonl").write_text("\n".join(lines[folder]) + "\n")
+        print(f"{len(lines[folder])} pictures in {folder}")
 
 
 if __name__ == "__main__":
