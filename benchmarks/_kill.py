@@ -1,7 +1,8 @@
-"""A tiny training from shards, killed (SIGKILL) at random moments and in mid-save, must end with the weights of one that
+"""A training from shards, killed (SIGKILL) at random moments and in mid-save, must end with the weights of one that
 never stopped, bit for bit.
 
-    python benchmarks/_kill.py --kills 50
+    python benchmarks/_kill.py --kills 50                                # the tests' tiny model
+    python benchmarks/_kill.py --kills 50 --base nano --steps 20          # nano: its weights, tokenizer, picture size
 
 Prints one JSON line; exit status 1 when a weight differs or a killed run cannot go on.
 """
@@ -28,10 +29,11 @@ from nextflow_ar.config import from_dict, to_dict
 from nextflow_ar.data.extraction import ExtractionConfig, extract
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.generation.pipeline import resolve_model
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.training.model_stage import ModelRecipe, train_model
 
-BASE = Path(__file__).parent.parent / "tests" / "golden" / "bundle"
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "bundle"
 
 
 def child(work: Callable[[], int], log: Path) -> int:
@@ -59,26 +61,26 @@ def ended(pid: int, wait: bool = False) -> int | None:
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def prepare(folder: Path) -> int:
-    """Twelve textures with captions as shards of the committed tiny tokenizer."""
+def prepare(folder: Path, base: Path) -> int:
+    """Twelve textures with captions as shards of ``base``'s image tokenizer, of two aspect ratios."""
     torch.set_num_threads(1)
+    tokenizer = ImageTokenizer.from_pretrained(base)
+    side, scales = (48, 4) if base == GOLDEN else (64, tokenizer.config.num_scales)
     rows = [{"image": f"{i}.png", "caption": f"leaves number {i}"} for i in range(12)]
     for i in range(12):
-        Image.fromarray(dead_leaves((i,), 48, 48 if i % 2 else 96)).save(folder / f"{i}.png")
+        Image.fromarray(dead_leaves((i,), side, side if i % 2 else 2 * side)).save(folder / f"{i}.png")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = ExtractionConfig(num_scales=4, rows=3, tokens=0.5)
-    extract(
-        open_source(folder / "rows.jsonl"), ImageTokenizer.from_pretrained(BASE), folder / "shards", config
-    )
+    config = ExtractionConfig(num_scales=scales, rows=3, tokens=0.5)
+    extract(open_source(folder / "rows.jsonl"), tokenizer, folder / "shards", config)
     return 0
 
 
-def recipe(folder: Path, name: str, steps: int) -> dict[str, Any]:
-    """A training into ``folder``/``name``, with a checkpoint after every step."""
+def recipe(folder: Path, base: Path, name: str, steps: int) -> dict[str, Any]:
+    """A training of ``base``'s weights into ``folder``/``name``, with a checkpoint after every step."""
     folders = [{"folder": str(folder / "shards"), "invert": 0.5, "condition_dropout": 0.1}]
     return {
-        "kind": "model", "out": str(folder / name), "seed": 1, "image_tokenizer": str(BASE), "text_entries": 300,
-        "start": str(BASE), "steps": steps, "alpha": 0.9, "text_weight": 1.0, "ema": 0.9, "compile": False,
+        "kind": "model", "out": str(folder / name), "seed": 1, "image_tokenizer": str(base), "text_entries": 300,
+        "start": str(base), "steps": steps, "alpha": 0.9, "text_weight": 1.0, "ema": 0.9, "compile": False,
         "sheet_seconds": 1e9, "save_seconds": 0.0, "model": None,
         "optimizer": {
             "lr": 3e-3, "muon_lr": 3e-3, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.98, "warmup": 3,
@@ -87,14 +89,14 @@ def recipe(folder: Path, name: str, steps: int) -> dict[str, Any]:
         "correction": {"share": 0.0, "top_k": 1, "temperature": 1.0, "start": 0, "ramp": 1},
         "sources": [{
             "kind": "shards", "rows": 2, "folders": folders,
-            "packing": {"mode": "length", "budget": 200, "open_rows": 4},
+            "packing": {"mode": "length", "budget": 200 if base == GOLDEN else 300, "open_rows": 4},
         }],
     }  # fmt: skip
 
 
-def train(folder: Path, name: str, steps: int) -> int:
+def train(folder: Path, base: Path, name: str, steps: int) -> int:
     """Start or go on with a run; returns the process."""
-    values = recipe(folder, name, steps)
+    values = recipe(folder, base, name, steps)
 
     def work() -> int:
         torch.set_num_threads(1)
@@ -155,22 +157,24 @@ def same(a: object, b: object) -> bool:
 def main() -> int:
     """Kill and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", help="a checkpoint folder, or nano; default: the tests' tiny one")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    base = resolve_model(options.base) if options.base else GOLDEN
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        if ended(child(lambda: prepare(folder), folder / "log.txt"), wait=True):
+        if ended(child(lambda: prepare(folder, base), folder / "log.txt"), wait=True):
             raise SystemExit((folder / "log.txt").read_text())
         began = time.time()
-        if ended(train(folder, "whole", options.steps), wait=True):
+        if ended(train(folder, base, "whole", options.steps), wait=True):
             raise SystemExit((folder / "log.txt").read_text())
         longest, kills, cut, runs, identical = time.time() - began, 0, 0, 0, 0
         name = "killed-0"
         while True:
-            pid = train(folder, name, options.steps)
+            pid = train(folder, base, name, options.steps)
             if kills < options.kills:
                 status, in_save = kill_once(pid, folder / name, rng, longest, in_save=kills % 2 == 1)
             else:
@@ -185,7 +189,14 @@ def main() -> int:
             if kills >= options.kills:
                 break
             name = f"killed-{runs}"
-    told = {"kills": kills, "in_mid_save": cut, "runs": runs, "identical": identical, "steps": options.steps}
+    told = {
+        "base": options.base or "tiny",
+        "kills": kills,
+        "in_mid_save": cut,
+        "runs": runs,
+        "identical": identical,
+        "steps": options.steps,
+    }
     print(json.dumps(told))
     return 0 if identical == runs else 1
 

@@ -6,6 +6,7 @@ of the data-parallel processes keeps the others waiting. Paper: 620, 2,110 and 2
 
 Analytic: the FLOPs of every row under the block mask on the 7B shape, so a busy machine changes nothing. Padded places
 cost their projections. Samples of a step go to the processes as rows; a step lasts as long as its costliest row.
+benchmarks/packing_run.py has real steps.
 """
 
 import argparse
@@ -25,15 +26,15 @@ LEVELS = {12: 0.6, 16: 0.3, 18: 0.1}
 """Share of the documents at 256, 512 and 1024 px (assumed)."""
 
 
-def document(rng):
-    """Shapes of one document of the mixture."""
+def document(rng, levels=LEVELS, shorter=1.0):
+    """Shapes of one document of the mixture. ``shorter``: texts have so many times fewer tokens."""
     kind = rng.choices(list(SHARES), weights=SHARES.values())[0]
-    scales = rng.choices(list(LEVELS), weights=LEVELS.values())[0]
+    scales = rng.choices(list(levels), weights=levels.values())[0]
     schedule = ScaleSchedule.from_final(rng.choice(FINAL_GRIDS), scales)
     drawn, seen = ImageShape(schedule, True), ImageShape(schedule)
 
     def words(mean):
-        return max(4, min(2000, round(rng.lognormvariate(0, 0.8) * mean)))
+        return max(4, min(round(2000 / shorter), round(rng.lognormvariate(0, 0.8) * mean / shorter)))
 
     if kind == "text":
         return [TextShape(words(220), True)]
@@ -43,7 +44,9 @@ def document(rng):
         return [seen, TextShape(words(75), True)]
     if kind == "edit":
         return [seen, TextShape(words(25)), drawn]
-    return [TextShape(words(40), True), drawn] * (rng.randint(2, 5) if scales < 18 else rng.randint(2, 3))
+    return [TextShape(words(40), True), drawn] * (
+        rng.randint(2, 5) if scales < max(levels) else rng.randint(2, 3)
+    )
 
 
 def steps(rows, processes):

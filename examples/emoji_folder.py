@@ -1,8 +1,8 @@
-"""A folder data set of captioned pictures from emoji files: each laid over a plain background, with metadata.jsonl.
+"""A folder data set of captioned pictures from emoji files: each laid over plain backgrounds, with metadata.jsonl:
+python examples/emoji_folder.py MANIFEST -o FOLDER [--group "Animals & Nature"] [--backgrounds 3] [--held-out 1]
 
-python examples/emoji_folder.py MANIFEST -o FOLDER [--style 3d] [--size 64] [--seed 0]
-
-MANIFEST has a line per emoji: {"files": {"3d": "3d/1f436.png", ...}, "caption": "dog face", "skin_tone": null}.
+A line of MANIFEST: {"files": {"3d": "3d/1f436.png"}, "caption": "dog face", "group": "Animals & Nature"}; rows with a
+"skin_tone" are left out. FOLDER_held_out gets each emoji on backgrounds that FOLDER does not show it on.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ import numpy as np
 from PIL import Image
 
 BACKGROUNDS = {
-    "white": (255, 255, 255),
-    "black": (20, 20, 20),
-    "grey": (150, 150, 150),
-    "blue": (60, 110, 220),
-    "green": (70, 160, 80),
-    "yellow": (245, 215, 80),
-    "pink": (245, 170, 195),
-}
+    "white": (255, 255, 255), "black": (20, 20, 20), "grey": (150, 150, 150), "blue": (60, 110, 220),
+    "green": (70, 160, 80), "yellow": (245, 215, 80), "pink": (245, 170, 195),
+}  # fmt: skip
 
 
-def on_background(file: Path, colour: tuple[int, int, int], size: int) -> Image.Image:
+def on_background(file: Path, colour: tuple[int, int, int], size: int = 64) -> Image.Image:
     """The emoji over a plain colour, with a margin of a tenth."""
     emoji = Image.open(file).convert("RGBA").resize((size * 4 // 5,) * 2, Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (size, size), (*colour, 255))
@@ -37,22 +32,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--group", help="only emoji of this group")
+    parser.add_argument("--backgrounds", type=int, default=1, help="pictures of every emoji")
+    parser.add_argument("--held-out", type=int, default=0, help="further pictures of it, in FOLDER_held_out")
     parser.add_argument("--style", default="3d")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(args.seed)
-    lines = []
+    shown, rng = args.backgrounds, np.random.default_rng(0)
+    lines: dict[Path, list[str]] = {args.out: [], args.out.with_name(args.out.name + "_held_out"): []}
     for row in map(json.loads, args.manifest.read_text().splitlines()):
-        if args.style in row["files"] and row.get("skin_tone") is None:
-            file = args.manifest.parent / row["files"][args.style]
-            name = str(rng.choice(list(BACKGROUNDS)))
-            on_background(file, BACKGROUNDS[name], args.size).save(args.out / f"{file.stem}.png")
+        known = args.group in (None, row.get("group")) and args.style in row["files"]
+        if not known or row.get("skin_tone"):
+            continue
+        file = args.manifest.parent / row["files"][args.style]
+        for number, name in enumerate(rng.permutation(list(BACKGROUNDS))[: shown + args.held_out]):
+            folder, picture = list(lines)[number >= shown], f"{file.stem}-{name}.png"
+            folder.mkdir(parents=True, exist_ok=True)
+            on_background(file, BACKGROUNDS[name]).save(folder / picture)
             text = f"{row['caption']}, {args.style} emoji on a {name} background"
-            lines.append(json.dumps({"file_name": f"{file.stem}.png", "text": text}, ensure_ascii=False))
-    (args.out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{len(lines)} pictures in {args.out}")
+            lines[folder].append(json.dumps({"file_name": picture, "text": text}))
+    for folder in filter(lines.get, lines):
+        (folder / "metadata.jsonl").write_text("\n".join(lines[folder]) + "\n")
+        print(f"{len(lines[folder])} pictures in {folder}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -227,9 +226,6 @@ def test_the_actor_of_ray_writes_the_very_same_shards(rows: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("NEXTFLOW_TEST_RAY"), reason="starts a Ray cluster: set NEXTFLOW_TEST_RAY=1"
-)
 def test_ray_writes_the_very_same_shards(rows: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")

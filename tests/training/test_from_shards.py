@@ -14,7 +14,7 @@ import torch
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.config import ConfigError, from_dict, to_dict
-from nextflow_ar.model.checkpoint import load_bundle, save_bundle
+from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bundle
 from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.layout import scale_block
@@ -217,6 +217,17 @@ def test_alignment_in_two_steps_trains_the_connector_first(make: Make) -> None:
         trainer.advance()
     on = {name for name, rows in moved(trainer, between).items() if bool(rows.any())}
     assert on == {"scale_inputs.code_embed.weight", "backbone.embed_tokens.weight", "head.weight"}
+
+
+def test_what_it_starts_from_is_named_and_its_sampling_defaults_stay(make: Make, place: Path) -> None:
+    trainer = make()
+    assert trainer.generation["guidance"] == 2.0 and trainer.generation["think"] is False  # base's, then ours
+    assert trainer.bundle().generation == trainer.generation
+    nano = from_dict(ModelRecipe, recipe(place, place / "unused", start="nano"))
+    assert nano.base is not None and load_generation(nano.base)["think"] is True
+    missing = from_dict(ModelRecipe, recipe(place, place / "unused", start="./nowhere"))
+    with pytest.raises(StorageError, match=r"nowhere: no such checkpoint folder; nano or a Hub id will do"):
+        _ = missing.base
 
 
 LORA = {"trains": "lora", "lora": {"rank": 4, "alpha": 8.0}}

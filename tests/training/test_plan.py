@@ -90,19 +90,27 @@ def test_times_by_hand() -> None:
     stage, total = tiny(), 3 * 160 + 4 + 24 + 40 + 68
     found = times(stage, MACHINE, 4, 0.5)
     assert found.products == pytest.approx(2 * useful_flops(stage, stage.row_counts) / 0.5e12)
-    assert found.elementwise == pytest.approx(2 * (5 * 136 * 8 * 3 + 12 * 6 * 10) / 1e9)
-    assert found.optimizer == pytest.approx((8 * 2 * total + 12 * total + 12 * total) / 4 / 1e9)
+    assert found.elementwise == pytest.approx(2 * (5 * 136 * 8 * 3 + 48 * 6 * 10) / 1e9)
+    assert found.optimizer == pytest.approx((8 * 2 * total + 36 * total + 12 * total) / 4 / 1e9)
     # two gathers in bf16 and one scatter in fp32 per micro step; two GPUs of a node share 2 * 1e8 bytes/s
     assert communication(stage, MACHINE, 4) == pytest.approx(2 * 8 * total * 0.75 / 2e8)
     assert communication(stage, MACHINE, 2) == pytest.approx(2 * 8 * total * 0.5 / 1e9)
     assert communication(stage, MACHINE, 1) == 0
-    assert found.step == found.communication + found.optimizer  # longer than computing here
+    assert found.step == found.products + found.elementwise + found.optimizer  # longer than the traffic here
+    slow = times(stage, replace(MACHINE, network=1e7), 4, 0.5)
+    assert slow.step == slow.communication + slow.optimizer
     apart = times(stage, MACHINE, 4, 0.5, attention=1e11)
     pairs = 3 * 3 * 2 * 42 * 8
     assert apart.products - found.products == pytest.approx(2 * pairs * (1 / 1e11 - 1 / 0.5e12))
     # Muon: per matrix five times 4 r r c + 2 r r r
     four, two, wide = 4 * 16 * 4 + 2 * 64, 4 * 4 * 4 + 2 * 8, 4 * 16 * 8 + 2 * 64
-    assert muon_flops(tiny("optimizer.muon_lr=1.0")) == 3 * 5 * (2 * four + 2 * two + 3 * wide)
+    muon = tiny("optimizer.muon_lr=1.0")
+    assert muon_flops(muon) == 3 * 5 * (2 * four + 2 * two + 3 * wide)
+    layers = 3 * 160 + 4  # which Muon trains: one moment, and 34 bytes more of it
+    moved = 8 * (2 * total - layers) + 36 * total + 34 * layers + 12 * total
+    assert times(muon, MACHINE, 4, 0.5, muon=1e10).optimizer == pytest.approx(
+        moved / 4 / 1e9 + muon_flops(muon) / 4 / 1e10
+    )
 
 
 def test_what_helps_where_it_does_not_fit() -> None:

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 wrong use. Errors are one line on stderr; ``--d
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,7 +205,8 @@ def train(
     from nextflow_ar.app.stages import run_recipe
 
     folder = run_recipe(recipe, changes or [])
-    typer.echo(json.dumps({"out": str(folder)}) if as_json else str(folder))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one tells
+        typer.echo(json.dumps({"out": str(folder)}) if as_json else str(folder))
 
 
 @app.command()

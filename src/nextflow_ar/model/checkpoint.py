@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from nextflow_ar.sequence.layout import LayoutOptions
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, Vocabulary, load_text_tokenizer
 from nextflow_ar.storage import (
     StorageError,
+    find_folder,
     pack_weights,
     read_checked,
     read_weights,
@@ -54,6 +56,8 @@ FOR_TRANSFORMERS: dict[str, Any] = {
     },
 }
 """What ``config.json`` holds beside the architecture."""
+BUNDLED = ("nano",)
+"""Models that come with the package."""
 
 
 @dataclass(eq=False)
@@ -166,15 +170,32 @@ def load_bundle(
         raise StorageError(
             f"{folder}: the weights do not fit the configuration: {str(error)[:120]}"
         ) from None
-    try:
-        generation = json.loads(read_checked(folder, GENERATION_FILE))
-    except ValueError as error:
-        raise StorageError(f"{folder}: {GENERATION_FILE} is not valid JSON: {error}") from None
+    generation = load_generation(folder)
     vocab = Vocabulary(load_text_tokenizer(folder / "text_tokenizer"), config.text_vocab, config.codes)
     image_tokenizer = ImageTokenizer.from_pretrained(folder / "image_tokenizer")
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     card = read_checked(folder, CARD_FILE).decode() if (folder / CARD_FILE).is_file() else ""
     return Bundle(model, image_tokenizer.to(device), vocab, generation, card)
+
+
+def find_checkpoint(name: Path | str) -> Path:
+    """Folder of a bundled model, a checkpoint folder, or that of a Hub id (downloaded). Raises StorageError."""
+    if str(name) in BUNDLED:
+        return Path(str(importlib.resources.files("nextflow_ar") / "checkpoints" / str(name)))
+    folder = find_folder(name)
+    if folder is None:
+        raise StorageError(
+            f"{name}: no such checkpoint folder; {', '.join(BUNDLED)} or a Hub id will do, too"
+        )
+    return folder
+
+
+def load_generation(folder: Path) -> dict[str, Any]:
+    """A checkpoint folder's sampling defaults. Raises StorageError."""
+    try:
+        return json.loads(read_checked(folder, GENERATION_FILE))
+    except ValueError as error:
+        raise StorageError(f"{folder}: {GENERATION_FILE} is not valid JSON: {error}") from None
 
 
 def load_architecture(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerFast]:

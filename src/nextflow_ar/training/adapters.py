@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError
-from nextflow_ar.model.checkpoint import WEIGHTS_FILE, Bundle
+from nextflow_ar.model.checkpoint import WEIGHTS_FILE, Bundle, find_checkpoint
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.storage import (
     StorageError,
@@ -71,7 +71,7 @@ def adapter_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_adapter(folder: Path, named: dict[str, Tensor], config: LoraConfig, start: Path) -> None:
     """Write an adapter's folder, in the form that peft reads too. ``named``: parameters by the adapted model's names.
-    ``start``: the checkpoint folder that it was trained on. Raises StorageError.
+    ``start``: what it was trained on, as a recipe names it. Raises StorageError.
     """
     peft = _peft()
     settings = peft.LoraConfig(
@@ -85,7 +85,9 @@ def save_adapter(folder: Path, named: dict[str, Tensor], config: LoraConfig, sta
     def fill(target: Path) -> None:
         settings.save_pretrained(str(target))
         write_atomic(target / ADAPTER_WEIGHTS, pack_weights(adapter_weights(named)))
-        write_atomic(target / BASE_FILE, json.dumps({"weights": weights_print(start)}).encode())
+        write_atomic(
+            target / BASE_FILE, json.dumps({"weights": weights_print(find_checkpoint(start))}).encode()
+        )
 
     write_folder(folder, fill)
 

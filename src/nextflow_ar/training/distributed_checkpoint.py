@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,15 +91,21 @@ class Checkpoints:
             tensors = {k: v.detach().clone() if v.device.type == "cpu" else v for k, v in tensors.items()}
         writer = _WholeFolderWriter(self._beside(step), lambda: self._finish(step, facts))
         alone = self.world.size == 1
+
+        def write() -> None:
+            with _quietly():
+                save_state(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+
         try:
-            if background:
-                future = save_state_later(
-                    tensors, storage_writer=writer, process_group=self._group, no_dist=alone
-                )
+            if background and alone:  # torch's own thread would make its remark there
+                thread = ThreadPoolExecutor(1)
+                self._saving = thread.submit(write)
+                thread.shutdown(wait=False)
+            elif background:
+                future = save_state_later(tensors, storage_writer=writer, process_group=self._group)
                 self._saving = cast("Future[Any]", future)
             else:
-                with _quietly():
-                    save_state(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+                write()
         except (CheckpointException, OSError, RuntimeError) as error:
             self._fail(error)
 

@@ -108,6 +108,23 @@ def product_flops(config: ModelConfig, tokens: int) -> float:
     return work / seconds
 
 
+def muon_rate(config: ModelConfig) -> float:
+    """Products per second of Muon's iterations over a layer's matrices, one at a time, measured: they are too small to
+    reach what a batch's products do.
+    """
+    hidden, work, seconds = config.hidden, 0.0, 0.0
+    for many, columns in ((4, hidden), (3, config.intermediate)):
+        x = _normal(hidden, columns)
+
+        def iteration(x: Tensor = x) -> None:
+            gram = x @ x.T
+            torch.addmm(x, torch.addmm(gram, gram, gram), x)
+
+        work += many * (4 * hidden**2 * columns + 2 * hidden**3)
+        seconds += many * seconds_of(iteration)
+    return work / seconds
+
+
 def attention_flops(config: ModelConfig, rows: int, length: int) -> float:
     """Products per second of masked attention, forward and backward, over whole (length, length) squares, measured."""
     head = config.hidden // config.heads

@@ -17,7 +17,13 @@ from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
 from nextflow_ar.data.episodes import EpisodeSource, episode_texts
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.data.playground.mixture import SceneMixture
-from nextflow_ar.model.checkpoint import Bundle, load_architecture, load_bundle, save_bundle
+from nextflow_ar.model.checkpoint import (
+    Bundle,
+    load_architecture,
+    load_bundle,
+    load_generation,
+    save_bundle,
+)
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
@@ -53,12 +59,9 @@ Preview = Callable[[Bundle, int], list[np.ndarray]]
 """Draws rows of pictures for a sample sheet; given by the application, since training knows no sampling."""
 
 GENERATION_DEFAULTS: dict[str, Any] = {
-    "guidance": 3.0,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 0.95,
-    "think": False,
-}
+    "guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "think": False,
+}  # fmt: skip
+"""Of a model that starts from nothing."""
 MAY_CHANGE = (
     "out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing", "peak",
     "tensorboard", "sharding", "prefetch",
@@ -101,6 +104,7 @@ class ModelTrainer:
             if isinstance(source, Source)
         }
         self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.base, self.generation = recipe.base, dict(GENERATION_DEFAULTS)
         self.config, self.text_tokenizer = self._architecture()
         self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
         self.model, self.trainable = self._start()
@@ -150,10 +154,11 @@ class ModelTrainer:
     def _architecture(self) -> tuple[ModelConfig, PreTrainedTokenizerFast]:
         """The model's configuration and the text tokenizer that goes with it."""
         recipe = self.recipe
-        if recipe.start is None:
+        if self.base is None:
             assert recipe.model is not None
             return recipe.model, self._text_tokenizer()
-        stored, tokenizer = load_architecture(recipe.start)
+        stored, tokenizer = load_architecture(self.base)
+        self.generation |= load_generation(self.base)
         if recipe.model is not None and stored != recipe.model:
             ours, theirs = to_dict(recipe.model), to_dict(stored)
             differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
@@ -173,15 +178,15 @@ class ModelTrainer:
             model = self.shards.model(
                 self.config,
                 lambda empty: chosen.append(choose(empty, self.vocab, recipe)),
-                recipe.start,
+                self.base,
                 self.generator,
                 codebook if fits else None,
             )
             check_agreement(model, self.image_tokenizer, self.vocab)
             return model, chosen[0]
         model = NextFlowModel(self.config)
-        if recipe.start is not None:
-            model.load_state_dict(load_bundle(recipe.start).model.state_dict())
+        if self.base is not None:
+            model.load_state_dict(load_bundle(self.base).model.state_dict())
         else:
             model.initialise(self.generator)
             if fits:
@@ -370,7 +375,7 @@ class ModelTrainer:
             model.to(self.device).eval().requires_grad_(False),
             self.image_tokenizer,
             self.vocab,
-            dict(GENERATION_DEFAULTS),
+            dict(self.generation),
         )
 
     def export(self, folder: Path, card: str) -> Path:
@@ -381,7 +386,7 @@ class ModelTrainer:
         if self.shards is not None:
             return export_bundle(
                 self.shards.checkpoints.place(self.step), folder, self.config, self.image_tokenizer,
-                self.text_tokenizer, dict(GENERATION_DEFAULTS), card,
+                self.text_tokenizer, self.generation, card,
             )  # fmt: skip
         if self.recipe.lora is not None and self.recipe.start is not None:
             adapters.save_adapter(
@@ -487,13 +492,6 @@ def train_model(recipe: ModelRecipe, recipe_values: dict[str, Any], preview: Pre
 
 
 __all__ = [
-    "CorrectionConfig",
-    "Material",
-    "ModelRecipe",
-    "ModelTrainer",
-    "Preview",
-    "Source",
-    "swap_words",
-    "train_model",
+    "CorrectionConfig", "Material", "ModelRecipe", "ModelTrainer", "Preview", "Source", "swap_words", "train_model",
     "word_classes",
-]
+]  # fmt: skip

@@ -26,7 +26,7 @@ from nextflow_ar.model.costs import (
 )
 from nextflow_ar.model.loss import HELD_LOGITS
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.training.hardware import Gpu, attention_flops, measure_machine, product_flops
+from nextflow_ar.training.hardware import Gpu, attention_flops, measure_machine, muon_rate, product_flops
 from nextflow_ar.training.optim import OptimizerConfig
 
 RESERVED = 0.06
@@ -35,6 +35,16 @@ TRAFFIC = 5
 """How often a layer's saved bytes cross the memory bus in a step: written and read forward, read backward, and a gradient
 of the same size written and read.
 """
+SOFTMAX = 48
+"""Bytes that the loss moves per logit: read in bf16 and written in fp32, largest and best looked for, subtracted,
+exponentiated, summed, scaled to the gradient, written in bf16; every pass is a kernel of its own (model/loss.py).
+"""
+UPDATE = 36
+"""Bytes that an update moves per trained parameter beside moments: 12 for the weight and its gradient, 12 for the
+gradient's norm and clipping, 12 for the bf16 copies of weight and gradient.
+"""
+MUON = 34
+"""More of them per parameter of Muon's: the looked-ahead momentum, its bf16 copy and norm, the decay of the weight."""
 
 
 @dataclass(frozen=True)
@@ -267,9 +277,16 @@ def communication(stage: Stage, gpu: Gpu, gpus: int) -> float:
     return stage.micro_steps * moved / rate
 
 
-def times(stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: float | None = None) -> Times:
-    """Seconds of one update. ``efficiency``: share of the peak that products reach; ``attention``: FLOP/s of attention
-    where that was measured apart.
+def times(
+    stage: Stage,
+    gpu: Gpu,
+    gpus: int,
+    efficiency: float,
+    attention: float | None = None,
+    muon: float | None = None,
+) -> Times:
+    """Seconds of one update. ``efficiency``: share of the peak that products reach; ``attention``, ``muon``: FLOP/s of
+    attention and of Muon's products, where those were measured apart.
     """
     row, micro, config = stage.row_counts, stage.micro_steps, stage.model
     rate = gpu.flops * efficiency
@@ -280,15 +297,16 @@ def times(stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: float
         work, apart = work - pairs, pairs / attention
     passes = TRAFFIC + (2 if stage.checkpointing else 0)
     elementwise = passes * saved_bytes(config) * row.tokens * config.layers / gpu.bandwidth
-    elementwise += 3 * 4 * row.predicted * config.vocab / gpu.bandwidth  # the softmax, in fp32
-    state = 2 * stage.state_bytes * moments(stage) + 12 * trained(stage)
+    elementwise += SOFTMAX * row.predicted * config.vocab / gpu.bandwidth
+    state = 2 * stage.state_bytes * moments(stage) + UPDATE * trained(stage)
+    state += MUON * (2 * trained(stage) - moments(stage))  # Muon has one moment, AdamW two
     state += 12 * parameters(config).total if stage.averaged else 0
-    muon = muon_flops(stage) / gpus / rate
+    iterations = muon_flops(stage) / gpus / (muon or rate)
     return Times(
         products=micro * (work / rate + apart),
         elementwise=micro * elementwise,
         communication=communication(stage, gpu, gpus),
-        optimizer=state / gpus / gpu.bandwidth + muon,
+        optimizer=state / gpus / gpu.bandwidth + iterations,
     )
 
 
@@ -354,8 +372,15 @@ class Plan:
         return self.flops / (self.steps * self.times.step * self.gpus * self.gpu.flops)
 
 
-def make_plan(stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: float | None = None) -> Plan:
-    """The plan of a stage. ``attention``: see :func:`times`. Raises ConfigError for senseless numbers."""
+def make_plan(
+    stage: Stage,
+    gpu: Gpu,
+    gpus: int,
+    efficiency: float,
+    attention: float | None = None,
+    muon: float | None = None,
+) -> Plan:
+    """The plan of a stage. ``attention``, ``muon``: see :func:`times`. Raises ConfigError for senseless numbers."""
     if gpus < 1 or not 0 < efficiency <= 1:
         raise ConfigError(
             f"--gpus is at least 1 and --efficiency above 0 and at most 1, got {gpus}, {efficiency:g}"
@@ -371,18 +396,19 @@ def make_plan(stage: Stage, gpu: Gpu, gpus: int, efficiency: float, attention: f
         flops=useful_flops(stage, stage.counts),
         steps=stage.steps or stage.counts.tokens / per_update,
         memory=memory(stage, gpus),
-        times=times(stage, gpu, gpus, efficiency, attention),
+        times=times(stage, gpu, gpus, efficiency, attention, muon),
         knobs=knobs(stage, gpu, gpus, efficiency),
         paper_tokens=stage.paper_tokens,
     )
 
 
 def measured_plan(stage: Stage) -> Plan:
-    """The plan on this machine alone: its peak, its bandwidth, and the rates that products and attention of the recipe's
-    own shapes reach, all measured now (seconds).
+    """The plan on this machine alone: its peak, its bandwidth, and the rates that products, attention and Muon's
+    iterations of the recipe's own shapes reach, all measured now (seconds).
     """
     machine, tokens = measure_machine(), int(stage.row_counts.tokens)
     reached = product_flops(stage.model, min(tokens, 4096))
     length = max(1, min(1024, round(stage.row_counts.pairs / tokens)))
     attention = attention_flops(stage.model, max(1, min(16, 4096 // length)), length)
-    return make_plan(stage, machine, 1, min(1.0, reached / machine.flops), attention)
+    muon = muon_rate(stage.model)
+    return make_plan(stage, machine, 1, min(1.0, reached / machine.flops), attention, muon)

@@ -13,6 +13,7 @@ from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
+from nextflow_ar.model.checkpoint import find_checkpoint
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan import PlanConfig
@@ -103,7 +104,8 @@ Trains = Literal["everything", "alignment", "alignment_two_steps", "lora"]
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Recipe of one training stage of the transformer. ``start``: a checkpoint folder to go on from, or null.
+    """Recipe of one training stage of the transformer. ``start``: what to go on from, a checkpoint folder, a bundled
+    model or a Hub id, or null; its sampling defaults are inherited.
 
     ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
     ``model``: null takes the architecture of ``start``.
@@ -149,6 +151,11 @@ class ModelRecipe:
     plan: PlanConfig | None = None
     sharding: ShardingConfig | None = None
     prefetch: bool = False
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of ``start``. Raises StorageError when there is none."""
+        return None if self.start is None else find_checkpoint(self.start)
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, where parts do not go together."""

@@ -1,0 +1,179 @@
+"""What packing is worth in real training steps on data-parallel processes (gloo, one thread each): useful places per second
+of padding, rows of a fixed length and rows of a fixed compute, and how long the slower process keeps the other waiting.
+
+    python benchmarks/packing_run.py [--documents 400] [--processes 2] [--rows 4]
+
+The mixture is that of benchmarks/packing.py (text, T2I, I2T, edits, interleaved), at resolutions of 91, 304 and 900 places
+in place of 900, 3,684 and 10,084, texts shorter by ten, in a model of 4 layers and 128 hidden units. Padding: ``--rows``
+documents a process, padded to its longest. Fixed length: a row as long as the longest document; fixed compute: as costly
+as the costliest. Attention is computed document by document, as a block mask does it on a GPU: padding pays for its
+projections only. "processor": a step lasts as long as its slower process computes, by its own time, so that a busy machine
+changes little; "clock": as it happened, for a quiet one.
+"""
+
+import argparse
+import os
+import random
+import socket
+import statistics
+import time
+
+import torch
+from packing import document
+from transformers import AttentionInterface
+
+from nextflow_ar.config import ModelConfig
+from nextflow_ar.data.packing import Packer
+from nextflow_ar.model.checkpoint import find_checkpoint, load_architecture
+from nextflow_ar.model.costs import TextShape
+from nextflow_ar.model.flops import sample_flops
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.sequence.batch import collate, pack
+from nextflow_ar.sequence.layout import LayoutOptions, build
+from nextflow_ar.sequence.vocab import Vocabulary
+from nextflow_ar.training.memory import keep_freed_memory
+from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
+from nextflow_ar.training.parallel import World
+from nextflow_ar.types import Codes, Document, Image, Text
+
+LEVELS = {6: 0.6, 9: 0.3, 12: 0.1}
+SHORTER = 10.0
+MODEL = ModelConfig(
+    text_vocab=512, codes=512, code_dim=32, hidden=128, layers=4, heads=2, kv_heads=2, intermediate=352,
+    max_positions=8192, rms_eps=1e-6, rope="per_axis", rope_theta=100.0, rope_sections=(8, 12, 12), rope_range=12.0,
+    max_scales=18, scale_input="residual", closing_input="accumulated", context_images="scales", positions="rope",
+)  # fmt: skip
+RATES = OptimizerConfig(
+    lr=1e-3, muon_lr=0.0, weight_decay=0.01, beta1=0.9, beta2=0.95, warmup=1, schedule="constant", decay=0.0,
+    final=1.0, clip=1.0,
+)  # fmt: skip
+MODES = ("padding", "fixed length", "fixed compute")
+_spans: list[list[tuple[int, int]]] = []  # of the batch at hand: where each row's documents begin and end
+
+
+def by_document(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention within every document of every row; padding sees nothing and gets zeros."""
+    out = torch.zeros_like(query)
+    for row, spans in enumerate(_spans):
+        for a, b in spans:
+            part = slice(row, row + 1), slice(None), slice(a, b)
+            mask = attention_mask[row : row + 1, :, a:b, a:b]
+            out[part] = torch.nn.functional.scaled_dot_product_attention(
+                query[part], key[part], value[part], attn_mask=mask, scale=scaling
+            )
+    return out.transpose(1, 2), None
+
+
+def samples(count, seed, vocab):
+    """The mixture's documents with random codes, laid out."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    word = next(w for w in (" red", " a", " dog") if len(vocab.encode(w * 7)) == 7)
+    found = []
+    for _ in range(count):
+        parts = []
+        for shape in document(rng, LEVELS, SHORTER):
+            if isinstance(shape, TextShape):
+                parts.append(Text(word * shape.tokens, shape.supervised))
+            else:
+                cells = shape.schedule.num_tokens
+                codes = Codes.plain(shape.schedule, torch.randint(512, (cells,), generator=generator))
+                parts.append(Image(codes, shape.supervised))
+        found.append(build(Document(tuple(parts)), vocab, LayoutOptions(MODEL.rope_range)))
+    return found
+
+
+def steps_of(mode, found, processes, rows):
+    """Steps; each has for every process the rows of its batch, and their length (None: the longest)."""
+    lengths, costs = [len(s) for s in found], [sample_flops(s, MODEL) for s in found]
+    numbers, width = [[n] for n in range(len(found))], None
+    if mode == "fixed length":
+        width = max(lengths)
+        numbers = list(Packer(float(width), open_rows=32).pack((n, w, w) for n, w in enumerate(lengths)))
+    if mode == "fixed compute":
+        numbers = list(Packer(max(costs), open_rows=32).pack((n, c, lengths[n]) for n, c in enumerate(costs)))
+    each = rows if mode == "padding" else 1
+    step = each * processes
+    for start in range(0, len(numbers) - step + 1, step):
+        yield [numbers[start + i * each : start + (i + 1) * each] for i in range(processes)], width
+
+
+def run(rank, port, options, queue):
+    """One process: all modes one after the other."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(options.processes)}
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    world = World.join()
+    _, tokenizer = load_architecture(find_checkpoint("nano"))
+    found = samples(options.documents, options.seed, Vocabulary(tokenizer, MODEL.text_vocab, MODEL.codes))
+    AttentionInterface.register("by_document", by_document)
+    model = NextFlowModel(MODEL)
+    model.initialise(torch.Generator().manual_seed(0))
+    model.backbone.config._attn_implementation = "by_document"
+    optimizer = StageOptimizer(model.named_parameters(), RATES)
+
+    def step(batch):
+        _spans[:] = [
+            [
+                (int(on[0]), int(on[-1]) + 1)
+                for d in range(int(row.max()) + 1)
+                if len(on := (row == d).nonzero()[:, 0])
+            ]
+            for row in batch.documents
+        ]
+        with torch.autocast("cpu", torch.bfloat16):
+            report = model.losses(batch)
+        (report.total / report.weight).backward()
+        used = time.process_time()
+        world.average_gradients(model.parameters())
+        optimizer.step(1.0)
+        return used
+
+    step(collate(found[:2]))  # warms up
+    for mode in MODES:
+        times, useful, places, began = [], 0, 0, time.perf_counter()
+        for shares, width in steps_of(mode, found, options.processes, options.rows):
+            batch = collate([pack([found[n] for n in row]) for row in shares[rank]], width)
+            start = time.process_time()
+            times.append(step(batch) - start)
+            useful += int((batch.documents >= 0).sum())
+            places += batch.documents.numel()
+        queue.put((mode, rank, times, useful, places, time.perf_counter() - began))
+    world.leave()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    torch.multiprocessing.spawn(run, (port, options, queue), nprocs=options.processes, join=True)
+    told = [queue.get() for _ in range(len(MODES) * options.processes)]
+    print(
+        f"{options.documents} documents, {options.processes} processes, padding {options.rows} documents a process"
+    )
+    print(
+        f"{'':16}{'steps':>6}{'filled':>8}{'places/s, processor':>21}{'times':>7}{'idle':>7}"
+        f"{'places/s, clock':>17}{'times':>7}"
+    )
+    first = None
+    for mode in MODES:
+        mine = [t for t in told if t[0] == mode]
+        useful, places = sum(t[3] for t in mine), sum(t[4] for t in mine)
+        slowest = [max(several) for several in zip(*(t[2] for t in mine), strict=True)]
+        busy = statistics.mean(sum(t[2]) for t in mine)
+        speed, clock = useful / sum(slowest), useful / max(t[5] for t in mine)
+        first = first or (speed, clock)
+        print(f"{mode:16}{len(slowest):>6}{useful / places:>8.1%}{speed:>21,.0f}{speed / first[0]:>7.2f}"
+              f"{1 - busy / sum(slowest):>7.1%}{clock:>17,.0f}{clock / first[1]:>7.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Seconds of a training step, model FLOP/s and their share of what this machine's bf16 matrix products reach; beside it, in
+the same run, transformers' own Qwen2 with the same backbone on equally many places of text.
+
+    python benchmarks/training.py [--recipe recipes/nano_finish.yaml] [--threads 1 2] [--ways eager compiled] [--repeats 5]
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/training.py --threads 1 --ways eager --repeats 2     # one core
+
+"recipe": one step of the recipe, all of its batches, forward, backward, optimiser and averages; the making of its data is
+told apart. "text": rows of random text in our model and in theirs, forward, backward, optimiser (ours: Muon and AdamW;
+theirs: AdamW). FLOPs are of the model: three times the forward pass, masked attention, no padding. Every number of threads
+is a process of its own. One thread is timed by the processor's own time, which other programs disturb little; more by the
+clock.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from nextflow_ar.config import from_dict, load_yaml, to_dict
+from nextflow_ar.model.costs import Counts, forward_flops
+from nextflow_ar.model.flops import batch_flops
+from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.sequence.batch import Batch
+from nextflow_ar.sequence.layout import TEXT_SCALE
+from nextflow_ar.training import model_stage
+from nextflow_ar.training.hardware import measure_machine, seconds_of
+from nextflow_ar.training.memory import keep_freed_memory
+from nextflow_ar.training.optim import StageOptimizer
+from nextflow_ar.training.sharded import move_averages
+
+ROOT = Path(__file__).parent.parent
+LENGTH = 284
+WHAT = ("recipe", "text, ours", "text, transformers")
+TOKENIZERS = {512: "nano", 2048: "nano-tokenizer"}
+"""Bundled image tokenizers by their number of codes: the recipes' own are made by other runs."""
+
+
+def trainer_of(recipe, folder):
+    """The recipe's trainer, with bundled parts in place of those that earlier stages make."""
+    model_stage._CORPUS = 300  # enough for a text tokenizer whose words do not matter
+    values = load_yaml(recipe)
+    values["image_tokenizer"] = TOKENIZERS[values["model"]["codes"]]
+    values |= {"out": str(folder), "start": None, "compile": False, "peak": None}
+    built = from_dict(model_stage.ModelRecipe, values)
+    return model_stage.ModelTrainer(built, to_dict(built))
+
+
+def recipe_step(trainer):
+    """(work of one step, its FLOPs, its places, seconds that its data took)."""
+    began = time.process_time()
+    material = [trainer.material(i, 1) for i in range(len(trainer.recipe.sources))]
+    data = time.process_time() - began
+    batches = [b for m in material for b in m.batches]
+    weight = sum(float(b.weights.sum()) for b in batches)
+
+    def work():
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                report = trainer.model.losses(batch)
+            (report.total / weight).backward()
+        trainer.optimizer.step(1.0)
+        move_averages(trainer.averages, trainer.parameters, 0.99)
+
+    places = sum(int((b.documents >= 0).sum()) for b in batches)
+    return work, sum(batch_flops(b, trainer.config) for b in batches), places, data
+
+
+def text_batch(rows, entries):
+    """Rows of random text, every place predicts."""
+    shape = (rows, LENGTH)
+    places = torch.arange(LENGTH).expand(shape)
+    tokens = torch.randint(0, entries, shape, generator=torch.Generator().manual_seed(0))
+    return Batch(
+        tokens=tokens, targets=tokens.roll(-1, 1), weights=torch.ones(shape),
+        positions=places.float().expand(3, *shape).clone(), blocks=places,
+        scales=torch.full(shape, TEXT_SCALE), lengths=torch.zeros(shape, dtype=torch.long),
+        documents=torch.zeros(shape, dtype=torch.long), images=(),
+    )  # fmt: skip
+
+
+def our_text_step(recipe, rows, compiled):
+    """Work of a step on text in our model."""
+    model = NextFlowModel(recipe.model)
+    model.initialise(torch.Generator().manual_seed(0))
+    if compiled:
+        model.compile_backbone()
+    optimizer = StageOptimizer(model.named_parameters(), recipe.optimizer)
+    batch = text_batch(rows, recipe.model.text_vocab)
+
+    def work():
+        with torch.autocast("cpu", torch.bfloat16):
+            report = model.losses(batch)
+        (report.total / report.weight).backward()
+        optimizer.step(1.0)
+
+    return work
+
+
+def their_text_step(recipe, rows, compiled):
+    """Work of a step on the same text in transformers' Qwen2 of the same size, as its users train it."""
+    ours = recipe.model
+    config = Qwen2Config(
+        vocab_size=ours.vocab, hidden_size=ours.hidden, intermediate_size=ours.intermediate,
+        num_hidden_layers=ours.layers, num_attention_heads=ours.heads, num_key_value_heads=ours.kv_heads,
+        max_position_embeddings=ours.max_positions, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).train()
+    run = torch.compile(model, dynamic=False) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    tokens = text_batch(rows, ours.text_vocab).tokens
+
+    def work():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+def measure(options):
+    """Rows of the table for this process's number of threads."""
+    keep_freed_memory()
+    threads = torch.get_num_threads()
+    peak = max(measure_machine(size).flops for size in (1024, 2048))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(options.recipe, Path(folder) / "run")
+        work, flops, places, data = recipe_step(trainer)
+        recipe, config = trainer.recipe, trainer.config
+        many = max(1, round(places / LENGTH))
+        text = Counts(many * LENGTH, many * LENGTH * (LENGTH + 1) / 2, many * LENGTH)
+        text_flops = 3 * sum(forward_flops(text, config))
+        for way in options.ways:
+            compiled = way == "compiled"
+            if compiled:
+                trainer.model.compile_backbone()
+            cases = {
+                "recipe": (lambda: work, flops, places),
+                "text, ours": (lambda c=compiled: our_text_step(recipe, many, c), text_flops, text.tokens),
+                "text, transformers": (lambda c=compiled: their_text_step(recipe, many, c), text_flops, text.tokens),
+            }  # fmt: skip
+            for name in options.what:
+                make, cost, count = cases[name]
+                seconds = seconds_of(make(), options.repeats)
+                rows.append({
+                    "threads": threads, "what": name, "way": way, "places": int(count), "seconds": seconds,
+                    "tflops": cost / seconds / 1e12, "share": cost / seconds / peak,
+                })  # fmt: skip
+                torch._dynamo.reset()
+    return {"peak": peak, "data": data, "rows": rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "nano_finish.yaml")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ways", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        torch.set_num_threads(options.threads[0])
+        print(json.dumps(measure(options)))
+        return
+    print(f"{options.recipe.name}\n{'threads':>7}  {'what':20}{'way':10}{'places':>7}{'s/step':>8}{'places/s':>10}"
+          f"{'TFLOP/s':>9}{'of peak':>9}", flush=True)  # fmt: skip
+    for threads in options.threads:
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            "--threads",
+            str(threads),
+            "--repeats",
+            str(options.repeats),
+        ]
+        command += ["--recipe", str(options.recipe), "--ways", *options.ways]
+        command += ["--what", *options.what]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+        seconds = {(row["what"], row["way"]): row["seconds"] for row in found["rows"]}
+        for row in found["rows"]:
+            print(f"{row['threads']:>7}  {row['what']:20}{row['way']:10}{row['places']:>7}{row['seconds']:>8.2f}"
+                  f"{row['places'] / row['seconds']:>10,.0f}{row['tflops']:>9.3f}{row['share']:>9.1%}")  # fmt: skip
+        told = f"bf16 products reach {found['peak'] / 1e12:.2f} TFLOP/s; making the recipe's data {found['data']:.2f} s"
+        for way in options.ways if set(WHAT[1:]) <= set(options.what) else ():
+            ratio = seconds["text, transformers", way] / seconds["text, ours", way]
+            told += f"; on text, {way}, ours is {ratio:.2f} times as fast as transformers"
+        print(f"{threads:>7}  {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
