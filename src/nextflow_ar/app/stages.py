@@ -102,7 +102,7 @@ def export_bundle(
     """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. ``adapter``: folder of one, trained
     on these weights, to merge in. Raises ConfigError, StorageError.
     """
-    from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
+    from nextflow_ar.generation.pipeline import OPTIONS, NextFlowPipeline, resolve_model
     from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
     from nextflow_ar.storage import read_checked
 
@@ -113,9 +113,9 @@ def export_bundle(
 
         merge_adapter(bundle, folder, adapter)
     generation = override(bundle.generation, changes)
-    unknown = sorted(set(generation) - {*SamplingSettings.__dataclass_fields__, "think"})
+    unknown = sorted(set(generation) - {*SamplingSettings.__dataclass_fields__, *OPTIONS})
     if unknown:
-        accepted = ", ".join([*SamplingSettings.__dataclass_fields__, "think"])
+        accepted = ", ".join([*SamplingSettings.__dataclass_fields__, *OPTIONS])
         raise ConfigError(f"--set: unknown sampling default {unknown[0]!r}; accepted: {accepted}")
     bundle.generation = generation
     NextFlowPipeline(bundle)  # senseless settings are an error here, not at the next load

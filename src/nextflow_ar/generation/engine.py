@@ -78,7 +78,8 @@ class Engine:
 
     def job(self, number: int, request: Request) -> Job:
         """The state machine of a request. Raises ContextError, or SettingError where settings do not fit."""
-        return Job(number, request, self.vocab, self.layout, self.model.config.max_positions)
+        quantizer = self.bundle.image_tokenizer.quantizer
+        return Job(number, request, self.vocab, self.layout, self.model.config.max_positions, quantizer)
 
     @torch.inference_mode()
     def feed(self, tracks: Sequence[Track]) -> None:

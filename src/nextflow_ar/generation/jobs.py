@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.generation.cache import RowCache, rounded
+from nextflow_ar.generation.forcing import Forcing
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.sampling import SamplingSettings, draw, guide
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.layout import LayoutOptions, Sample, build, image_prefix, next_clock
 from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_END, TURN_START, Vocabulary
+from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer
 from nextflow_ar.types import Codes, Done, Event, ImageReady, ScaleReady, TextDelta
 
 
@@ -80,10 +82,16 @@ class Drawing:
     """An image growing scale by scale on a track, with its unconditional partner."""
 
     def __init__(
-        self, track: Track, partner: Track | None, schedule: ScaleSchedule, settings: SamplingSettings
+        self,
+        track: Track,
+        partner: Track | None,
+        schedule: ScaleSchedule,
+        settings: SamplingSettings,
+        forcing: Forcing | None = None,
     ) -> None:
         settings.at(0, len(schedule))  # a wrong number of values is an error before the work
         self.track, self.partner, self.schedule, self.settings = track, partner, schedule, settings
+        self.forcing = forcing
         self.codes = torch.empty(0, dtype=torch.long)
         self.k = 0
 
@@ -95,8 +103,10 @@ class Drawing:
         if self.partner is not None:
             assert self.partner.scores is not None
             scores = guide(scores, self.partner.scores, guidance)
-        chosen = draw(scores, temperature, top_k, top_p, generator)
-        self.codes = torch.cat([self.codes, chosen.cpu()])
+        chosen = draw(scores, temperature, top_k, top_p, generator).cpu()
+        if self.forcing is not None:
+            chosen = self.forcing.choose(self.k, chosen)
+        self.codes = torch.cat([self.codes, chosen])
         self.k += 1
 
     def feed(self) -> None:
@@ -113,10 +123,16 @@ class Drawing:
 
 
 class Job:
-    """One request under way. ``number``: what its events call it."""
+    """One request under way. ``number``: what its events call it. ``quantizer``: for forced codes."""
 
     def __init__(
-        self, number: int, request: Request, vocab: Vocabulary, layout: LayoutOptions, limit: int
+        self,
+        number: int,
+        request: Request,
+        vocab: Vocabulary,
+        layout: LayoutOptions,
+        limit: int,
+        quantizer: MultiScaleQuantizer,
     ) -> None:
         self.number, self.request, self.vocab, self.layout = number, request, vocab, layout
         self.generator = torch.Generator().manual_seed(request.seed)
@@ -131,7 +147,8 @@ class Job:
         wants = "codes" if isinstance(request, ImageRequest) else "text"
         self.track = Track(wants, Feed(sample=prefix))
         if isinstance(request, ImageRequest):
-            self.drawing = Drawing(self.track, self._partner(), request.schedule, request.settings)
+            forcing = None if request.forced is None else Forcing(request.forced, quantizer)
+            self.drawing = Drawing(self.track, self._partner(), request.schedule, request.settings, forcing)
 
     def _prefix(self) -> Sample:
         request = self.request
@@ -195,7 +212,12 @@ class Job:
             return
         yield ImageReady(self.number, Codes.plain(drawing.schedule, drawing.codes))
         self.drawing = None
-        if isinstance(self.request, ImageRequest):
+        request = self.request
+        assert not isinstance(request, TextRequest)
+        alone = isinstance(request, ImageRequest)
+        if alone or (
+            self.images == request.max_images and (request.last_image_ends or not request.max_tokens)
+        ):
             yield from self._end("stop")
         else:
             feed = Feed(codes=drawing.codes, schedule=drawing.schedule, k=drawing.k - 1)
@@ -230,6 +252,8 @@ class Job:
     def _next_token(self, scores: Tensor) -> int:
         request = self.request
         assert not isinstance(request, ImageRequest)
+        if not request.max_tokens:  # images alone
+            return self.vocab.boi
         scores = scores.clone()
         scores[:, self._never()] = float("-inf")
         _, temperature, top_k, top_p = request.settings.at(0, 1)
@@ -239,6 +263,8 @@ class Job:
         """Entries that cannot be chosen now."""
         request = self.request
         allowed = set() if isinstance(request, ImageRequest) else set(request.ends)
+        if isinstance(request, TextRequest) and self.counted < request.min_tokens:
+            allowed = set()
         if isinstance(request, WriteRequest) and self.images < request.max_images:
             allowed.add(BOI)
         marks = (END_OF_TEXT, TURN_START, TURN_END, BOI, EOI)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nextflow_ar.generation.forcing import Forced
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import END_OF_TEXT, TURN_END
@@ -20,24 +21,32 @@ class QueueFull(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class ImageRequest:
-    """Draw an image after ``document``. ``unconditional``: the document that guidance contrasts with."""
+    """Draw an image after ``document``. ``unconditional``: the document that guidance contrasts with. ``forced``: codes
+    that it has to have. Raises ValueError where those are of another schedule.
+    """
 
     document: Document
     schedule: ScaleSchedule
     seed: int
     settings: SamplingSettings
     unconditional: Document = field(default_factory=lambda: Document(()))
+    forced: Forced | None = None
+
+    def __post_init__(self) -> None:
+        if self.forced is not None and self.forced.codes.schedule != self.schedule:
+            raise ValueError("forced codes are of the schedule that is drawn")
 
 
 @dataclass(frozen=True, eq=False)
 class TextRequest:
-    """Write text after ``document`` until a token of ``ends``, at most ``max_tokens`` tokens."""
+    """Write text after ``document`` until a token of ``ends``: ``min_tokens`` to ``max_tokens`` tokens."""
 
     document: Document
     max_tokens: int
     seed: int
     settings: SamplingSettings
     ends: tuple[str, ...] = (END_OF_TEXT,)
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +54,9 @@ class WriteRequest:
     """Write after ``document`` what the model will: text, and an image wherever it begins one (``<boi>``), until a token of
     ``ends``.
 
-    At most ``max_tokens`` text tokens and ``max_images`` images of ``schedule``; where no image is left, none can begin.
-    ``settings`` are the text's, ``image_settings`` the images'.
+    At most ``max_tokens`` text tokens (0: images alone, one behind the other, all ``max_images``) and ``max_images`` images
+    of ``schedule``; where no image is left, none can begin. ``last_image_ends``: stop behind the last of them.
+    ``settings`` are the text's, ``image_settings`` the images'. Raises ValueError where nothing may be written.
     """
 
     document: Document
@@ -58,6 +68,11 @@ class WriteRequest:
     image_settings: SamplingSettings
     ends: tuple[str, ...] = (END_OF_TEXT, TURN_END)
     unconditional: Document = field(default_factory=lambda: Document(()))
+    last_image_ends: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 and self.max_images < 1:
+            raise ValueError("a request to write allows at least one token or one image")
 
 
 Request = ImageRequest | TextRequest | WriteRequest

@@ -25,3 +25,10 @@ def turns(parts: Iterable[tuple[str, Text | Image]]) -> tuple[Segment, ...]:
         segments.append(segment)
     segments.append(Mark(TURN_END, supervised=learned))
     return tuple(segments)
+
+
+def opened(parts: Iterable[tuple[str, Text | Image]]) -> tuple[Segment, ...]:
+    """:func:`turns` up to where the assistant says or draws what comes next: in a turn of its own, or in the last one where
+    that is the assistant's already.
+    """
+    return turns([*parts, ("assistant", Text(""))])[:-2]

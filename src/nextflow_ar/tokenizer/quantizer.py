@@ -157,8 +157,8 @@ class MultiScaleQuantizer(nn.Module):
         """Code vectors."""
         return F.embedding(indices, self.codebook)
 
-    def _enlarged(self, indices: Tensor, schedule: ScaleSchedule, k: int) -> Tensor:
-        """Codes (B, h_k * w_k) of scale k as their part of the sum on the final grid, (B, C, H, W)."""
+    def enlarged(self, indices: Tensor, schedule: ScaleSchedule, k: int) -> Tensor:
+        """Codes (B, h_k * w_k) of scale ``k`` (0-based) as their part of the sum on the final grid, (B, C, H, W)."""
         vectors = self.lookup(indices).transpose(1, 2).unflatten(2, schedule.grids[k])
         out = resize(vectors, schedule.final, "bicubic")
         return out if self.refiner is None else self.refiner(out, k, len(schedule))
@@ -201,7 +201,7 @@ class MultiScaleQuantizer(nn.Module):
                 if trace is not None:
                     trace.append((k, cells, target))
                 shape = (rest.shape[0], grid[0] * grid[1])
-                step = self._enlarged(chosen.view(shape), schedule, k)
+                step = self.enlarged(chosen.view(shape), schedule, k)
                 kept = step if mask is None else step * mask[:, k, None, None, None]
                 rest = rest - (kept if skip else step)
                 errors.append(rest.square().mean())
@@ -225,7 +225,7 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(total.device.type, enabled=False):
             for k in range(len(schedule) if upto_scale is None else min(upto_scale, len(schedule))):
                 part = indices[:, schedule.offsets[k] : schedule.offsets[k + 1]]
-                step = self._enlarged(part, schedule, k)
+                step = self.enlarged(part, schedule, k)
                 total = total + (step if mask is None else step * mask[:, k, None, None, None])
         return total
 
@@ -295,7 +295,7 @@ class MultiScaleQuantizer(nn.Module):
                 order = torch.randperm(len(reduced), generator=generator)[:cells].to(reduced.device)
                 picked.append(reduced[order])
                 part = codes[:, schedule.offsets[k] : schedule.offsets[k + 1]]
-                rest = rest - self._enlarged(part, schedule, k).detach()
+                rest = rest - self.enlarged(part, schedule, k).detach()
             distances = self.distances(torch.cat(picked))
             unit = distances.detach().min(1).values.mean().clamp_min(1e-12) * temperature
             choice = (-distances / unit).softmax(1)

@@ -1,0 +1,276 @@
+"""A loaded checkpoint: which model a name means, sizes, pictures to codes and back, and the events of requests.
+
+``generation.json`` may say, beside sampling settings: ``think`` (plan in words before drawing), ``dialogue`` (chat marks
+around every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``caption``
+(what is asked about a picture when nobody asks), ``video`` (how frames are asked for, with {prompt} and {frames}) and
+``next_frame`` (how one more is).
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image as PILImage
+
+from nextflow_ar.generation.documents import Manner, Part, part
+from nextflow_ar.generation.engine import Engine, ImageRequest, Request, TextRequest
+from nextflow_ar.generation.forcing import Forced, composite
+from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.model.checkpoint import Bundle, load_bundle
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.vocab import BOI
+from nextflow_ar.storage import StorageError, find_folder
+from nextflow_ar.tokenizer.pictures import fit_picture, to_rgb
+from nextflow_ar.types import Codes, Document, Event, ImageReady, Text, TextDelta
+
+Picture = PILImage.Image | np.ndarray | Codes
+"""A Pillow image, (H, W, 3) uint8, or codes, such as those of a picture that was drawn."""
+BUNDLED = ("nano",)
+OPTIONS = ("think", "dialogue", "canvases", "caption", "video", "next_frame")
+"""Keys of ``generation.json`` beside the sampling settings."""
+THOUGHT_TOKENS = 96
+THOUGHT_SETTINGS = SamplingSettings(top_p=0.9)
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered: one line that says what is accepted."""
+
+
+def resolve_model(name: str | Path) -> Path:
+    """Folder of a bundled model, a local checkpoint folder, or a Hub id (downloaded).
+
+    Raises RequestError for an unknown name, StorageError when a download fails.
+    """
+    if str(name) in BUNDLED:
+        return Path(str(importlib.resources.files("nextflow_ar") / "checkpoints" / str(name)))
+    found = find_folder(name)
+    if found is not None:
+        return found
+    raise RequestError(
+        f"unknown model {str(name)!r}: {', '.join(BUNDLED)}, a checkpoint folder or a Hub id OWNER/NAME"
+    )
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device computes in it, fp32 elsewhere."""
+    if device.type == "cpu":
+        checks = (
+            "_is_avx512_bf16_supported",
+            "_is_amx_tile_supported",
+        )  # private: absent in some torch versions
+        fast = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16
+
+
+def fold_seed(seed: int, row: int) -> int:
+    """Seed of picture ``row`` of a call with ``seed``: row 0 keeps the seed itself."""
+    return seed if row == 0 else (seed * 1_000_003 + row * 7_919 + 1) % (2**63)
+
+
+class Loaded:
+    """A loaded checkpoint and its engine. Methods are re-entrant; nothing is kept between calls."""
+
+    def __init__(self, bundle: Bundle, max_rows: int = 64) -> None:
+        self.bundle = bundle
+        self.engine = Engine(bundle, max_rows)
+        self.image_tokenizer = bundle.image_tokenizer
+        self.thinks = bool(bundle.generation.get("think", False))
+        self.manner = Manner(bool(bundle.generation.get("dialogue", False)))
+        self.canvases = [self._canvas(name) for name in bundle.generation.get("canvases", ())]
+        self.defaults = SamplingSettings(
+            **{
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in bundle.generation.items()
+                if k in SamplingSettings.__dataclass_fields__
+            }
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path = "nano", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Self:
+        """Load "nano" (bundled), a checkpoint folder or a Hub id. ``dtype``: of the transformer (None: the fastest).
+
+        Raises StorageError, one line, for an unknown model or a missing or damaged file.
+        """
+        device = torch.device(device)
+        return cls(load_bundle(resolve_model(name), device, dtype or best_dtype(device)))
+
+    def _canvas(self, name: str) -> ScaleSchedule:
+        width, _, height = str(name).partition("x")
+        try:
+            return self.image_tokenizer.schedule_for(int(height), int(width))
+        except ValueError:
+            raise StorageError(
+                f"generation.json: canvases: {name!r} is no size of this image tokenizer"
+            ) from None
+
+    def schedule_for(self, size: tuple[int, int] | None = None) -> ScaleSchedule:
+        """Schedule of a (width, height) in pixels; None: the default square. Raises RequestError for other sizes."""
+        tokenizer = self.image_tokenizer
+        if size is None:
+            return ScaleSchedule.square(tokenizer.config.num_scales)
+        most = max([tokenizer.config.num_scales, *(len(schedule) for schedule in self.canvases)])
+        try:
+            schedule = tokenizer.schedule_for(size[1], size[0])
+            if len(schedule) > most:
+                raise ValueError
+            return schedule
+        except ValueError:
+            height, width = ScaleSchedule.square(most).image_size(tokenizer.config.downsample)
+            raise RequestError(
+                f"no scale schedule covers {size[0]}x{size[1]} pixels; this model draws up to {width}x{height} and "
+                f"the sizes of its coarser scales ({', '.join(self._sizes(most))})"
+            ) from None
+
+    def _sizes(self, most: int) -> list[str]:
+        found = [
+            ScaleSchedule.square(k).image_size(self.image_tokenizer.config.downsample)
+            for k in range(4, most + 1)
+        ]
+        return [f"{width}x{height}" for height, width in found]
+
+    def requests(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingSettings | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> list[ImageRequest]:
+        """One engine request per prompt. Raises RequestError for an empty prompt."""
+        if any(not prompt.strip() for prompt in prompts):
+            raise RequestError(
+                "the prompt is empty: say what to draw, such as 'a red circle on a blue background'"
+            )
+        schedule = self.schedule_for(size)
+        pairs = zip(prompts, seeds, strict=True)
+        return [self.request([part("user", p)], schedule, seed, settings) for p, seed in pairs]
+
+    def request(
+        self,
+        parts: Sequence[Part],
+        schedule: ScaleSchedule,
+        seed: int,
+        settings: SamplingSettings | None = None,
+        forced: Forced | None = None,
+    ) -> ImageRequest:
+        """The engine's request for a picture that answers what was said and shown. Without any words or pictures there is
+        nothing to guide towards.
+        """
+        chosen = settings or self.defaults
+        if not parts:
+            chosen = chosen.changed(guidance=1.0)
+        document, without = self.manner.document(parts), self.manner.unconditional
+        return ImageRequest(document, schedule, seed, chosen, without, forced)
+
+    def think(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
+        """The requests with a plan in words behind each prompt, written by the model (chain of thought)."""
+        ends = (*self.manner.ends, BOI)  # a thought ends where the image begins
+        asked = [
+            TextRequest(r.document, THOUGHT_TOKENS, r.seed, THOUGHT_SETTINGS, ends, min_tokens=1)
+            for r in requests
+        ]
+        thoughts = [""] * len(requests)
+        for event in self.engine.texts(asked):
+            if isinstance(event, TextDelta):
+                thoughts[event.row] += event.text
+        return [
+            replace(r, document=Document((*r.document.segments, Text(thought, supervised=True))))
+            for r, thought in zip(requests, thoughts, strict=True)
+        ]
+
+    def stream(self, requests: Sequence[ImageRequest], *, think: bool | None = None) -> Iterator[Event]:
+        """The engine's events; ImageReady carries the finished picture.
+
+        ``think``: let the model plan in words first (None: as the checkpoint says); the plan comes as one TextDelta per
+        row before the first scale.
+        """
+        if self.thinks if think is None else think:
+            requests = self.think(requests)
+            for row, request in enumerate(requests):
+                thought = request.document.segments[-1]
+                assert isinstance(thought, Text)
+                yield TextDelta(row, thought.text)
+        for event in self.engine.images(requests):
+            if isinstance(event, ImageReady):
+                event = ImageReady(event.row, event.codes, self.finished(requests[event.row], event.codes))
+            yield event
+
+    def draw(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        think: bool | None = False,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> list[PILImage.Image]:
+        """The pictures of all requests, in order; ``on_event`` sees every event on the way."""
+        found: dict[int, PILImage.Image] = {}
+        for event in self.stream(requests, think=think):
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, ImageReady) and event.image is not None:
+                found[event.row] = event.image
+        return [found[i] for i in range(len(requests))]
+
+    def finished(self, request: Request, codes: Codes) -> PILImage.Image:
+        """The picture of a request whose codes are drawn: what is forced to stay is the tokenizer's own reconstruction."""
+        forced = request.forced if isinstance(request, ImageRequest) else None
+        return self.decode(codes) if forced is None else composite(self.image_tokenizer, forced, codes)
+
+    @torch.inference_mode()
+    def decode(self, codes: Codes, upto_scale: int | None = None) -> PILImage.Image:
+        """Picture of codes; ``upto_scale``: from the first so many scales only (a preview)."""
+        indices = codes.target[None].to(self.engine.device)
+        pixels = self.image_tokenizer.decode_bytes(indices, codes.schedule, upto_scale)
+        return PILImage.fromarray(pixels[0].cpu().numpy())
+
+    def preview(self, schedule: ScaleSchedule, codes: torch.Tensor, scales: int) -> PILImage.Image:
+        """Picture of an unfinished image: the first ``scales`` scales of ``codes`` (T_so_far,)."""
+        full = torch.zeros(schedule.num_tokens, dtype=torch.long)
+        full[: len(codes)] = codes
+        return self.decode(Codes.plain(schedule, full), scales)
+
+    def canvas_for(self, height: int, width: int) -> ScaleSchedule:
+        """Schedule that a picture of this size is read at: its own where it is one of the model's canvases, otherwise the
+        nearest aspect ratio among those of the default number of scales.
+        """
+        default = self.schedule_for()
+        sizes = {s.image_size(self.image_tokenizer.config.downsample): s for s in (default, *self.canvases)}
+        if (height, width) in sizes:
+            return sizes[height, width]
+        ratios = {
+            max(h * width / (w * height), w * height / (h * width)): s
+            for (h, w), s in reversed(sizes.items())
+            if len(s) == len(default)
+        }
+        return ratios[min(ratios)]
+
+    def fit(self, picture: PILImage.Image | np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+        """A picture cropped and scaled to the model's canvas of the nearest aspect ratio, (H, W, 3) uint8."""
+        image = picture if isinstance(picture, PILImage.Image) else PILImage.fromarray(picture)
+        schedule = self.canvas_for(image.height, image.width)
+        return fit_picture(to_rgb(image), *schedule.image_size(self.image_tokenizer.config.downsample))
+
+    @torch.inference_mode()
+    def encode(self, picture: Picture) -> Codes:
+        """Codes of a picture, cropped and scaled to fit; codes are what they are."""
+        if isinstance(picture, Codes):
+            return picture
+        pixels = torch.from_numpy(self.fit(picture).copy()).to(self.engine.device)
+        found = self.image_tokenizer.encode_bytes(pixels[None])
+        schedule = self.image_tokenizer.schedule_for(pixels.shape[0], pixels.shape[1])
+        return Codes.plain(schedule, found.target[0].cpu())
+
+
+def listed(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    """One picture or several, as a list."""
+    one = isinstance(pictures, PILImage.Image | np.ndarray | Codes)
+    return [pictures] if one else list(pictures)
