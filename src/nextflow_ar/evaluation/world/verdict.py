@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from nextflow_ar.data.playground.canvases import Box
+from nextflow_ar.data.playground.canvases import Box, Canvas
 
 UNKNOWN = "unknown"
 
@@ -99,3 +99,11 @@ class Verdict:
         looks += [self.mood] if self.mood else []
         looks += [f"light {self.light}"] if self.light else []
         return ", ".join([f"{', '.join(listed) or 'nothing'} on {ground}", *looks])
+
+
+def perfect(canvas: Canvas) -> Verdict:
+    """What a judge that never errs would say of a canvas; what does not show is said as the canvas has it."""
+    things = tuple(SeenThing(i.name, i.colour, *i.centre, float(i.size), i.turn % 4, 1.0) for i in canvas.items)
+    word = SeenWord(canvas.word.text, canvas.word.colour, canvas.word.box) if canvas.word else None
+    looks = (canvas.background, canvas.second, canvas.style, canvas.mood, canvas.light)
+    return Verdict(canvas.height, canvas.width, things, *looks, word)
