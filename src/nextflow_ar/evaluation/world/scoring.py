@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 from nextflow_ar.data.playground.canvases import Canvas, place_words, stands
@@ -11,6 +11,7 @@ from nextflow_ar.data.playground.episodes import Said
 from nextflow_ar.data.playground.reading import read_full, read_plan
 from nextflow_ar.data.playground.scenes import RELATIONS
 from nextflow_ar.data.playground.scoring import is_right
+from nextflow_ar.evaluation.world.geneval import geneval, geneval_metadata
 from nextflow_ar.evaluation.world.lines import Item
 from nextflow_ar.evaluation.world.motion import film_checks, frame_checks
 from nextflow_ar.evaluation.world.tales import tale_checks
@@ -47,7 +48,7 @@ class Observed:
 
     def to_json(self) -> dict:
         """Plain data; :meth:`from_json` reads it back."""
-        return asdict(self)
+        return asdict(self) | {"seen": [verdict.to_json() for verdict in self.seen]}
 
     @classmethod
     def from_json(cls, data: dict) -> Observed:
@@ -103,8 +104,11 @@ def request_wanted(item: Item) -> PictureWanted:
 def _request(item: Item, observed: Observed) -> Score:
     if not observed.seen:
         return _missing()
-    wanted = request_wanted(item)
-    return _scored(check(wanted, observed.seen[-1]), fault(wanted, observed.seen[-1]))
+    wanted, verdict = request_wanted(item), observed.seen[-1]
+    extra: dict[str, float | bool | str] = {}
+    if item.episode.task == "draw_scene":
+        extra["geneval"] = geneval(geneval_metadata(item), verdict)
+    return _scored(check(wanted, verdict), fault(wanted, verdict), **extra)
 
 
 def _answer(item: Item, observed: Observed) -> Score:
@@ -290,8 +294,3 @@ SCORERS: dict[str, Callable[[Item, Observed], Score]] = {
 def score(item: Item, observed: Observed) -> Score:
     """Score what came for an item."""
     return SCORERS[item.line.kind](item, observed)
-
-
-def seen_all(scores: Sequence[Score]) -> float:
-    """Share that is right."""
-    return sum(one.right for one in scores) / len(scores) if scores else 0.0

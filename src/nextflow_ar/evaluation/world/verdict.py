@@ -74,8 +74,12 @@ class Verdict:
         return self.height, self.width
 
     def to_json(self) -> dict:
-        """Plain data for JSON; :meth:`from_json` reads it back."""
-        return asdict(self)
+        """Plain data for JSON, numbers to two places; :meth:`from_json` reads it back."""
+        things = [
+            {key: round(value, 2) if isinstance(value, float) else value for key, value in asdict(thing).items()}
+            for thing in self.things
+        ]
+        return asdict(self) | {"things": things}
 
     @classmethod
     def from_json(cls, data: dict) -> Verdict:
