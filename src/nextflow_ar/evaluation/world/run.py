@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from nextflow_ar.data.episodes import canvas_size
 from nextflow_ar.data.playground.curriculum import episode
 from nextflow_ar.data.playground.episodes import Said
+from nextflow_ar.data.playground.looks import render
 from nextflow_ar.evaluation.playground import BenchError, Journal
 from nextflow_ar.evaluation.playground_tasks import BENCH_SEED
 from nextflow_ar.evaluation.world.asking import Answers, Ask, Reads, Reply, pictures_of, texts_of
@@ -205,7 +206,7 @@ class WorldRun:
     def _keep(self, one: Item, ask: Ask, reply: Reply) -> str:
         """Save what was shown, what came and what would have been right side by side; returns the file's name."""
         shown = [part for _, part in ask.parts if not isinstance(part, str)]
-        truth = [canvas.render() for canvas in one.expected]
+        truth = [render(canvas) for canvas in one.expected]
         strip = _strip([shown, list(pictures_of(reply)), truth])
         name = f"{one.line.name}-{one.split}-{one.number:04d}.png"
         strip.save(self.out / "pictures" / name)

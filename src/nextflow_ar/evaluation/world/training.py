@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from nextflow_ar.data.playground.canvases import base_of, canvas_sizes
+from nextflow_ar.evaluation.world.accuracy import accuracy, canvases
 from nextflow_ar.evaluation.world.detector import BASE, Detector, DetectorConfig, to_base, to_input
 from nextflow_ar.evaluation.world.examples import ExampleStream, Labels
-from nextflow_ar.evaluation.world.judge import detector_config, save_judge
+from nextflow_ar.evaluation.world.judge import WorldJudge, detector_config, save_judge
 from nextflow_ar.evaluation.world.targets import Targets, compressed, distort, targets
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_unit
@@ -277,4 +278,27 @@ def train_world_judge(settings: WorldJudgeSettings, out: Path, log: Log) -> dict
     training.run(log)
     record: dict[str, Any] = {"settings": asdict(settings), "pictures": training.step * settings.batch}
     training.finish(record)
+    record["accuracy"] = measured(WorldJudge.load(out), settings.accuracy_pictures, training.pool.tokenizer)
+    training.finish(record)
+    exact = {name: round(found["exact"], 4) for name, found in record["accuracy"].items()}
+    log(f"judge trained on {record['pictures']} pictures; read fully right: {exact}")
     return record
+
+
+def measured(judge: WorldJudge, pictures: int, tokenizer: ImageTokenizer) -> dict[str, dict[str, Any]]:
+    """What the judge reads right and mistakes, by kind of picture: 64 px renders of both splits, any canvas of the level
+    "wide", and a quarter as many through the image tokenizer, at two levels.
+    """
+
+    def through(several: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(reconstructed(tokenizer, np.stack(several)))
+
+    square = (64, 64)
+    few = max(1, pictures // 4)
+    return {
+        "renders, train": accuracy(judge, canvases(pictures, "train", "world", square)),
+        "renders, test": accuracy(judge, canvases(pictures, "test", "world", square)),
+        "renders, wide, all canvases": accuracy(judge, canvases(pictures, "any", "wide")),
+        "through the tokenizer, world": accuracy(judge, canvases(few, "any", "world", square), through),
+        "through the tokenizer, blocks": accuracy(judge, canvases(few, "any", "blocks", square), through),
+    }
