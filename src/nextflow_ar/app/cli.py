@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from nextflow_ar.app.chat_command import chat
 from nextflow_ar.app.data_commands import data_app, extract
+from nextflow_ar.app.editing_commands import edit, inpaint, variations
 from nextflow_ar.app.plan_command import plan
+from nextflow_ar.app.telling_commands import story, video
+from nextflow_ar.app.terminal import (
+    Guidance,
+    Json,
+    Model,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    UsageError,
+    as_array,
+    numbered,
+    sampling,
+    size_of,
+    waiting,
+    writable,
+)
+from nextflow_ar.app.terminal import load_pipeline as _load
 from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError
-
-if TYPE_CHECKING:
-    from nextflow_ar.generation.pipeline import NextFlowPipeline
-    from nextflow_ar.generation.sampling import PerScale, SamplingSettings
 
 app = typer.Typer(
     name="nextflow-ar",
@@ -34,19 +49,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(extract)
 app.command()(plan)
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**63 - 1, help="The same seed gives the same result.")
-]
-_PER_SCALE = "one value, two (first and last scale), or one per scale, joined by commas"
-
-
-class UsageError(ValueError):
-    """An argument that cannot be meant: one line."""
+for command in (edit, inpaint, variations, story, video, chat):
+    app.command()(command)
 
 
 def _print_version(asked: bool) -> None:
@@ -68,70 +72,6 @@ def _options(
     """Draw pictures from words, describe pictures, and train the model that does it."""
 
 
-def _per_scale(text: str | None, name: str) -> PerScale | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{name} takes {_PER_SCALE}; got {text!r}") from None
-    return values[0] if len(values) == 1 else values
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
-        raise UsageError(f"--size takes WIDTHxHEIGHT in pixels such as 64x64, got {text!r}")
-    return int(width), int(height)
-
-
-@contextmanager
-def _waiting(text: str, quiet: bool) -> Iterator[None]:
-    """A spinner on stderr while something takes its time."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield
-        return
-    with console.status(text):
-        yield
-
-
-def _load(model: str) -> NextFlowPipeline:
-    from nextflow_ar.generation.pipeline import NextFlowPipeline
-
-    with _waiting(f"loading {model}", False):
-        return NextFlowPipeline.from_pretrained(model)
-
-
-def _settings(pipeline: NextFlowPipeline, **given: str | None) -> SamplingSettings:
-    changes = {name: _per_scale(text, "--" + name.replace("_", "-")) for name, text in given.items()}
-    return pipeline.defaults.changed(**changes)
-
-
-def _numbered(out: Path, count: int) -> list[Path]:
-    """The output file itself for one picture, ``name-1.png`` and so on for several."""
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
-
-
-def _writable(path: Path) -> None:
-    """Fail before the work, not after it, when a picture cannot be written there."""
-    from PIL import Image
-
-    from nextflow_ar.tokenizer.pictures import PictureError
-
-    Image.init()
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise UsageError(f"{path}: cannot write '{path.suffix}' pictures; use .png, .jpg or .webp")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file to write")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise PictureError(f"{path}: cannot be written: {path.parent} is not a folder")
-
-
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
@@ -141,16 +81,10 @@ def generate(
     ] = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, max=1024, help="How many pictures.")] = 1,
     seed: Seed = 0,
-    guidance: Annotated[
-        str | None, typer.Option("--guidance", help=f"Strength of guidance: {_PER_SCALE}.")
-    ] = None,
-    temperature: Annotated[
-        str | None, typer.Option("--temperature", help=f"Temperature: {_PER_SCALE}.")
-    ] = None,
-    top_k: Annotated[
-        str | None, typer.Option("--top-k", help=f"Keep the k best codes (0: all): {_PER_SCALE}.")
-    ] = None,
-    top_p: Annotated[str | None, typer.Option("--top-p", help=f"Keep the nucleus: {_PER_SCALE}.")] = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     think: Annotated[
         bool | None,
         typer.Option("--think/--no-think", help="Plan in words before drawing. Default: as the model says."),
@@ -165,27 +99,27 @@ def generate(
     from nextflow_ar.tokenizer.pictures import save_picture
     from nextflow_ar.types import ImageReady, ScaleReady, TextDelta
 
-    _writable(out)
-    wanted = _size(size)
+    writable(out)
+    wanted = size_of(size)
     pipeline = _load(model)
-    settings = _settings(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = sampling(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     from nextflow_ar.generation.pipeline import fold_seed
 
     seeds = [fold_seed(seed, j) for j in range(n)]
     requests = pipeline.requests([prompt] * n, seeds, settings, wanted)
-    paths, previews, thoughts = _numbered(out, n), [], [""] * n
+    paths, previews, thoughts = numbered(out, n), [], [""] * n
     schedule = requests[0].schedule
-    with _waiting("drawing", as_json):
+    with waiting("drawing", as_json):
         for event in pipeline.stream(requests, think=think):
             if isinstance(event, TextDelta):
                 thoughts[event.row] += event.text
             if isinstance(event, ScaleReady) and preview is not None:
                 name = f"{paths[event.row].stem}-scale-{event.scale + 1:02d}.png"
                 picture = pipeline.preview(schedule, event.codes, event.scale + 1)
-                save_picture(_array(picture), preview / name)
+                save_picture(as_array(picture), preview / name)
                 previews.append(str(preview / name))
             if isinstance(event, ImageReady) and event.image is not None:
-                save_picture(_array(event.image), paths[event.row])
+                save_picture(as_array(event.image), paths[event.row])
     if as_json:
         rows = zip(paths, seeds, thoughts, strict=True)
         files = [{"file": str(p), "seed": s, **({"thought": t} if t else {})} for p, s, t in rows]
@@ -194,12 +128,6 @@ def generate(
         )
     else:
         typer.echo("\n".join(str(p) for p in paths))
-
-
-def _array(picture: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(picture)
 
 
 @app.command()
@@ -217,7 +145,7 @@ def describe(
 
     picture = open_picture(image)
     pipeline = _load(model)
-    with _waiting("reading", as_json):
+    with waiting("reading", as_json):
         text = pipeline.describe(picture, question=question, max_tokens=max_tokens)[0]
     typer.echo(json.dumps({"image": str(image), "text": text}, ensure_ascii=False) if as_json else text)
 
@@ -252,7 +180,7 @@ def reconstruct(
         raise UsageError(f"--fit takes pad or crop, got {fit!r}")
     files = picture_files(images)
     tokenizer = ImageTokenizer.from_pretrained(model)
-    with _waiting("reconstructing", as_json):
+    with waiting("reconstructing", as_json):
         found = reconstruct_files(tokenizer, files, out, num_scales=level, upto_scale=upto, fit=fit)
     if found.rows:
         typer.echo(json.dumps({"model": model, **found.as_dict()}) if as_json else found.table())
@@ -302,10 +230,10 @@ def evaluate(
     settings_file: Annotated[
         Path | None, typer.Option("--settings", help="world: YAML of the benchmark's own settings.")
     ] = None,
-    guidance: Annotated[str | None, typer.Option("--guidance", help=_PER_SCALE)] = None,
-    temperature: Annotated[str | None, typer.Option("--temperature", help=_PER_SCALE)] = None,
-    top_k: Annotated[str | None, typer.Option("--top-k", help=_PER_SCALE)] = None,
-    top_p: Annotated[str | None, typer.Option("--top-p", help=_PER_SCALE)] = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -330,7 +258,7 @@ def evaluate(
     from nextflow_ar.evaluation.playground import BenchSettings
 
     pipeline = _load(model)
-    settings = _settings(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = sampling(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     size = BenchSettings(n_per_type=prompts, in_distribution=prompts, captions=captions, batch=32)
     report = evaluate_playground(pipeline, settings, seed, out, size, judge, model)
     typer.echo(report.to_json() if as_json else report.table())
@@ -353,7 +281,7 @@ def init(
     """Make an untrained model from a language model's weights and an image tokenizer, ready for alignment."""
     from nextflow_ar.app.stages import initialise_model
 
-    with _waiting(f"loading {language_model}", False):
+    with waiting(f"loading {language_model}", False):
         initialise_model(language_model, image_tokenizer, out, rope_range, seed)
     typer.echo(out)
 

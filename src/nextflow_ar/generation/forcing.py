@@ -4,6 +4,9 @@ Codes are residual: those of a fine grid say what the coarser ones left out. Whe
 area is drawn anew, the old fine codes no longer add up to the old picture. So a kept cell does not repeat its old code; it
 takes the one that is nearest to what is still missing there, just as the tokenizer would have chosen it. With an unchanged
 history that is its old code, bit for bit.
+
+The first grid's only cell sets the tone of the whole picture. Every mask reaches into it, but drawn anew it seldom suits
+what stays around the mask; so it is kept where at least half of the picture is, as the code nearest to that part alone.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class Forcing:
     def __init__(self, forced: Forced, quantizer: MultiScaleQuantizer) -> None:
         self.forced, self.quantizer = forced, quantizer
         self.rest = None if forced.features is None else forced.features[None]
+        self.stays = forced.keep[forced.codes.schedule.offsets[-2] :]
 
     @torch.no_grad()
     def choose(self, k: int, drawn: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -60,16 +64,23 @@ class Forcing:
         keep = self.forced.keep[schedule.offsets[k] : schedule.offsets[k + 1]]
         if self.rest is None:
             return torch.where(keep, codes.scale(k), drawn)
-        cells = resize(self.rest, schedule.grids[k], "area").flatten(2)[0].T
+        if k == 0 and self.stays.any() and not self.stays.all():
+            cells = self.rest.flatten(2)[..., self.stays.to(self.rest.device)].mean(2)
+        else:
+            cells = resize(self.rest, schedule.grids[k], "area").flatten(2)[0].T
         chosen = torch.where(keep, self.quantizer.nearest(cells).cpu(), drawn)
         self.rest = self.rest - self.quantizer.enlarged(chosen[None].to(self.rest.device), schedule, k)
         return chosen
 
 
 def kept_cells(redrawn: Bool[np.ndarray, "H W"], schedule: ScaleSchedule) -> Bool[Tensor, " t"]:
-    """Which cells of every grid stay: those in whose whole area no pixel is to be redrawn."""
+    """Which cells of every grid stay: those in whose whole area no pixel is to be redrawn, and the first grid's one where
+    half of the last grid's do.
+    """
     touched = torch.from_numpy(redrawn)[None, None].float()
-    return torch.cat([F.adaptive_max_pool2d(touched, grid).flatten() == 0 for grid in schedule])
+    keep = [F.adaptive_max_pool2d(touched, grid).flatten() == 0 for grid in schedule]
+    keep[0] = keep[-1].float().mean()[None] >= 0.5
+    return torch.cat(keep)
 
 
 def first_scales(codes: Codes, scales: int) -> Forced:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -149,10 +150,27 @@ def save_picture(pixels: np.ndarray, path: Path | str) -> None:
     kind = Image.EXTENSION.get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
         raise PictureError(f"{path}: cannot write '{path.suffix}' pictures; use .png, .jpg or .webp")
+    _written(path, lambda place: Image.fromarray(pixels).save(place, format=kind))
+
+
+def save_frames(frames: Sequence[Image.Image], path: Path | str, rate: float) -> None:
+    """Write a moving picture (.gif, .webp or .png, the last two without loss) of ``rate`` frames a second that starts over
+    at its end, whole or not at all. Raises PictureError.
+    """
+    path = Path(path)
+    kind = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}.get(path.suffix.lower())
+    if kind is None:
+        raise PictureError(f"{path}: cannot write '{path.suffix}' videos; use .gif, .webp or .png")
+    options = {"duration": round(1000 / rate), "loop": 0} | ({"lossless": True} if kind == "WEBP" else {})
+    first, *rest = frames
+    _written(path, lambda place: first.save(place, format=kind, save_all=True, append_images=rest, **options))
+
+
+def _written(path: Path, save: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(temporary, format=kind)
+        save(temporary)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
