@@ -250,7 +250,7 @@ def evaluate(
 
         wide = world_settings(settings_file, items, lines or [], canvases or [])
         pipeline = _load(model)
-        chosen = _settings(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        chosen = sampling(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         found = evaluate_world_with(pipeline, chosen, seed, out, wide, judge, model)
         typer.echo(found.to_json() if as_json else world_table(found))
         return

@@ -142,7 +142,7 @@ def read_maps(maps: dict[str, Tensor], size: tuple[int, int], config: DetectorCo
     """Network outputs of pictures of (height, width) pixels -> verdicts in those pixels."""
     scale = base_of(size) / BASE
     best = {key: maps[key].argmax(1) for key in ("name", "colour", "turn", "background", "second", "style", "mood", "light")}
-    things, words = _things(maps, best, size, scale, config), _words(maps, best, base_of(size), config)
+    things, words = _things(maps, best, size, scale, config), _words(maps, base_of(size), config)
     return [
         Verdict(
             *size,
@@ -194,33 +194,45 @@ def _things(
 
 @dataclass(frozen=True)
 class _Letter:
-    """A letter at base 64 and its cell of the things' map."""
+    """A letter at base 64."""
 
     name: str
     x: float
     y: float
-    cell: tuple[int, int]
 
 
 def _words(
-    maps: dict[str, Tensor], best: dict[str, Tensor], base: int, config: DetectorConfig
+    maps: dict[str, Tensor], base: int, config: DetectorConfig
 ) -> list[SeenWord | None]:
     found: list[SeenWord | None] = []
-    which = maps["letter"].argmax(1)
+    colours, which = maps["colour"].log_softmax(1), maps["letter"].argmax(1)
     for row, peaks in enumerate(_peaks(maps["letter_heat"].sigmoid(), config.letter_threshold)):
         kept: list[_Letter] = []
         for i, j, _ in peaks:
             x, y = j * float(LETTER_STRIDE), i * float(LETTER_STRIDE)
             if any((x - o.x) ** 2 + (y - o.y) ** 2 < config.letter_distance**2 for o in kept):
                 continue
-            kept.append(_Letter(config.letters[int(which[row, i, j])], x, y, (i // 2, j // 2)))
+            kept.append(_Letter(config.letters[int(which[row, i, j])], x, y))
         if not kept:
             found.append(None)
             continue
-        colours = [int(best["colour"][row, *letter.cell]) for letter in kept]
-        colour = max(sorted(set(colours)), key=colours.count)
-        found.append(_word(kept, base, config.colours[colour]))
+        found.append(_word(kept, base, config.colours[_ink(colours[row], kept)]))
     return found
+
+
+def _ink(colours: Tensor, letters: Sequence[_Letter]) -> int:
+    """The colour of (C, h, w) log-probabilities in which all letters agree best. A letter's place is known to 2 px, so all
+    cells of 4 px that its middle may lie in have a say.
+    """
+    total = torch.zeros(len(colours))
+    for letter in letters:
+        rows = {int(max(0.0, letter.y + d) / STRIDE) for d in (-0.99, 0.99)}
+        columns = {int(max(0.0, letter.x + d) / STRIDE) for d in (-0.99, 0.99)}
+        for i in rows:
+            for j in columns:
+                if i < colours.shape[1] and j < colours.shape[2]:
+                    total += colours[:, i, j]
+    return int(total.argmax())
 
 
 def _lines(letters: Sequence[_Letter], line: float = 9.0) -> list[list[_Letter]]:
