@@ -95,7 +95,9 @@ def test_the_truth_is_right_and_another_items_truth_is_not(name: str) -> None:
         assert all(one.extra["right"] for one in scores)
     if LINES[name].group != "chat":
         astray = [score(a, told(b)).right for a, b in zip(items, items[1:] + items[:1], strict=True)]
-        assert np.mean(astray) <= (0.65 if name == "ask_yes_no" else 0.45 if LINES[name].group == "ask" else 0.12)
+        assert np.mean(astray) <= (
+            0.65 if name == "ask_yes_no" else 0.45 if LINES[name].group == "ask" else 0.12
+        )
 
 
 def test_settings_in_the_recipe_are_the_defaults() -> None:
@@ -103,7 +105,9 @@ def test_settings_in_the_recipe_are_the_defaults() -> None:
 
 
 def test_an_oracle_reaches_the_ceiling_and_the_page_is_well_formed(settings, knowing, tmp_path: Path) -> None:
-    report = evaluate_world(oracle_of(settings), settings, tmp_path, judge=knowing, read=read, about={"model": "truth"})
+    report = evaluate_world(
+        oracle_of(settings), settings, tmp_path, judge=knowing, read=read, about={"model": "truth"}
+    )
     assert set(report.lines) == set(LINES)
     for name, splits in report.lines.items():
         for found in splits.values():
@@ -247,7 +251,9 @@ def test_outside_of_an_edit_is_compared_with_the_round_trip() -> None:
     drawn[20:30, 20:30] = 0  # inside: nobody's matter
     assert behind(source, trip, drawn, box) == pytest.approx(20 * np.log10(5 / 4), abs=0.01)
     assert behind(source, source, source, box) == 0
-    assert behind(source, trip, source, box) == pytest.approx(psnr(source, trip, outside((64, 64), box)) - 99, abs=0.01)
+    assert behind(source, trip, source, box) == pytest.approx(
+        psnr(source, trip, outside((64, 64), box)) - 99, abs=0.01
+    )
     assert behind(source, trip, drawn, (0, 0, 64, 64)) is None
     assert behind(source, trip, drawn[:32], box) == 99
 
@@ -265,7 +271,9 @@ def test_motion_is_told_from_its_frames() -> None:
     assert not film_checks(back, seen, ground=True)["motion"]
     assert not film_checks(right, seen[:3], ground=True)["frames"]
     still = [seen[0]] * 4
-    assert film_checks(right, still, ground=True) | {"motion": False} == film_checks(right, still, ground=True)
+    assert film_checks(right, still, ground=True) | {"motion": False} == film_checks(
+        right, still, ground=True
+    )
     turns = film(*(Item("dog", None, 8, 20, 24, k) for k in range(5)))
     assert motion_of([one.items[0] for one in turns]) == "turn"
     assert all(film_checks(turns, [perfect(one) for one in turns], ground=False).values())
@@ -289,7 +297,10 @@ def test_intervals() -> None:
     share = wilson(90, 100)
     assert (share.low, share.high) == (pytest.approx(0.8256, abs=1e-3), pytest.approx(0.9448, abs=1e-3))
     assert mean_of_groups([np.ones(10), np.zeros(1000)]).value == 0.5
-    rows = [{"extra": {"truth": t, "said": s}} for t, s in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"))]
+    rows = [
+        {"extra": {"truth": t, "said": s}}
+        for t, s in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"))
+    ]
     assert f1_yes(rows).value == 0.5
     thought = [{"index": k, "right": k < 7} for k in range(10)]
     plain = [{"index": k, "right": k < 6} for k in range(10)]

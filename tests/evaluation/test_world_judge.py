@@ -1,4 +1,4 @@
-"""The judge of the wide world: what its maps mean, what it learns from, how it is kept, and how well the bundled one reads."""
+"""The judge of the wide world: what its maps mean, what it learns from, how it is kept, how well the bundled one reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def maps_of(canvas: Canvas, config: DetectorConfig) -> dict[str, torch.Tensor]:
     want = targets([labels_of(canvas)], STILL, (x.shape[-2], x.shape[-1]), config)
 
     def sure(index: torch.Tensor, count: int) -> torch.Tensor:
-        told = F.one_hot(index.clamp_min(0), count).float() * (index >= 0)[..., None]  # even where nothing is told
+        told = (
+            F.one_hot(index.clamp_min(0), count).float() * (index >= 0)[..., None]
+        )  # even where nothing is told
         return told.movedim(-1, 1) * 20
 
     heat = torch.logit(want.heat.clamp(1e-4, 1 - 1e-4))[:, None]
@@ -65,7 +67,9 @@ def test_targets_read_back_are_the_canvas(config: DetectorConfig) -> None:
         verdict = read_maps(maps_of(canvas, config), canvas.size, config)[0]
         assert all(reading_checks(canvas, verdict).values()), (canvas, verdict)
         for item, seen in zip(
-            sorted(canvas.items, key=lambda i: i.centre), sorted(verdict.things, key=lambda s: s.centre), strict=True
+            sorted(canvas.items, key=lambda i: i.centre),
+            sorted(verdict.things, key=lambda s: s.centre),
+            strict=True,
         ):
             assert seen.centre == pytest.approx(item.centre, abs=1e-3)
             assert seen.size == pytest.approx(item.size, rel=1e-3)
@@ -86,16 +90,28 @@ def test_canvases_of_every_size_come_to_one_scale() -> None:
     for scales in (8, 10, 12):
         for height, width in canvas_sizes(scales):
             x = to_base(torch.zeros(1, 3, height, width))
-            assert x.shape[-1] % 8 == x.shape[-2] % 8 == 0 and 40 <= min(x.shape[-2:]) and max(x.shape[-2:]) <= 96
+            assert (
+                x.shape[-1] % 8 == x.shape[-2] % 8 == 0
+                and min(x.shape[-2:]) >= 40
+                and max(x.shape[-2:]) <= 96
+            )
 
 
 def test_labels_leave_out_what_does_not_show() -> None:
-    items = (Item("apple", "green", 4, 4, 24), Item("circle", "red", 34, 34, 24, 1), Item(f"{UNKNOWN}-3", None, 36, 2, 20))
+    items = (
+        Item("apple", "green", 4, 4, 24),
+        Item("circle", "red", 34, 34, 24, 1),
+        Item(f"{UNKNOWN}-3", None, 36, 2, 20),
+    )
     word = Word("HI", "red", 2, 40, *word_box("HI", 16), 16)
     full = labels_of(Canvas(64, 64, "blue", items, word=word, mood="dark"))
     assert full.things[0] == ("apple", "green", 16.0, 16.0, 24.0, 0)
     assert full.things[1][5] is None and full.things[2][0] == UNKNOWN  # a circle's turn shows nowhere
-    assert [sign for sign, _, _ in full.letters] == ["H", "I"] and full.word_colour == "red" and full.mood == "dark"
+    assert (
+        [sign for sign, _, _ in full.letters] == ["H", "I"]
+        and full.word_colour == "red"
+        and full.mood == "dark"
+    )
     line = labels_of(Canvas(64, 64, "blue", items, word=word, style="line"))
     assert line.things[0][1] is None and line.background is None and line.word_colour is None
     flat = labels_of(Canvas(64, 64, "blue", items[:1], style="silhouette"))
@@ -149,7 +165,9 @@ def test_training_learns_and_goes_on_where_it_was(training: WorldJudgeTraining) 
     other.pool = training.pool if training.stream.size(2) in canvas_sizes(8) else other.pool
     assert all(np.isfinite(list(third.values()))) and all(np.isfinite(first))
     network, x = training.network, torch.rand(4, 3, 64, 64) * 2 - 1
-    want = targets([labels_of(Canvas(64, 64, "red", ()))] * 4, np.repeat(STILL, 4, 0), (64, 64), training.config)
+    want = targets(
+        [labels_of(Canvas(64, 64, "red", ()))] * 4, np.repeat(STILL, 4, 0), (64, 64), training.config
+    )
     losses = []
     for _ in range(8):
         loss = torch.stack(list(judge_loss(network(x), want).values())).sum()
@@ -166,7 +184,9 @@ def test_altered_weights_are_refused(config: DetectorConfig, tmp_path: Path) -> 
     digest = save_judge(network, config, tmp_path / "a", {"pictures": 0})
     judge = WorldJudge.load(tmp_path / "a")
     assert judge.sha256 == digest and judge.config == config
-    verdicts = judge([np.zeros((64, 64, 3), np.uint8), np.zeros((128, 88, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)])
+    verdicts = judge(
+        [np.zeros((64, 64, 3), np.uint8), np.zeros((128, 88, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)]
+    )
     assert [v.size for v in verdicts] == [(64, 64), (128, 88), (64, 64)] and verdicts[0] == verdicts[2]
     with pytest.raises(ValueError, match="uint8"):
         judge([np.zeros((64, 64, 3))])
@@ -194,7 +214,11 @@ def test_the_bundled_judge_reads_true_renders() -> None:
     judge = WorldJudge.load()
     found = accuracy(judge, canvases(150, "test", "world", (64, 64)))
     assert found["exact"] >= 0.92 and found["background"] >= 0.97
-    record = json.loads((Path(__file__).parents[2] / "src/nextflow_ar/checkpoints/world_judge" / CONFIG).read_text())
-    assert record["sha256"] == judge.sha256 and record["training"]["accuracy"]["renders, test"]["exact"] >= 0.9
+    record = json.loads(
+        (Path(__file__).parents[2] / "src/nextflow_ar/checkpoints/world_judge" / CONFIG).read_text()
+    )
+    assert (
+        record["sha256"] == judge.sha256 and record["training"]["accuracy"]["renders, test"]["exact"] >= 0.9
+    )
     odd = replace(perfect(canvases(1, "any", "world")[0]), things=())
     assert odd.words().startswith("nothing on")

@@ -49,7 +49,11 @@ def test_every_kind_of_ask(answers: PipelineAnswers) -> None:
 
 
 def test_pictures_through_the_tokenizer_keep_their_sizes(answers: PipelineAnswers) -> None:
-    pictures = [np.zeros((64, 64, 3), np.uint8), np.full((56, 72, 3), 200, np.uint8), np.ones((64, 64, 3), np.uint8)]
+    pictures = [
+        np.zeros((64, 64, 3), np.uint8),
+        np.full((56, 72, 3), 200, np.uint8),
+        np.ones((64, 64, 3), np.uint8),
+    ]
     found = answers.through(pictures)
     assert [one.shape for one in found] == [one.shape for one in pictures]
     tokenizer = answers.pipeline.image_tokenizer
@@ -60,12 +64,16 @@ def test_pictures_through_the_tokenizer_keep_their_sizes(answers: PipelineAnswer
 
 def test_language_is_measured_on_the_assistants_words(answers: PipelineAnswers) -> None:
     exchange = [("user", "two dogs"), ("assistant", "a cat")]
-    (nats, tokens), (other, _) = answers.read([exchange, [("user", "a cat and a frog"), ("assistant", "two dogs")]])
+    (nats, tokens), (other, _) = answers.read(
+        [exchange, [("user", "a cat and a frog"), ("assistant", "two dogs")]]
+    )
     vocab = answers.pipeline.bundle.vocab
     assert vocab.special(TURN_END) >= 0
     assert tokens == len(vocab.encode("a cat")) + 1  # and the mark that ends the turn
     alone = answers.read([exchange])[0]
-    assert alone[0] == pytest.approx(nats, rel=1e-4) and other > 0 and nats > tokens  # random weights know nothing
+    assert (
+        alone[0] == pytest.approx(nats, rel=1e-4) and other > 0 and nats > tokens
+    )  # random weights know nothing
 
 
 def test_the_command_lists_its_lines_and_refuses_others(tmp_path: Path) -> None:

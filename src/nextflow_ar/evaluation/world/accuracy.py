@@ -81,8 +81,13 @@ def _mistakes(canvas: Canvas, verdict: Verdict, checks: dict[str, bool]) -> list
         for item, seen in zip(canvas.items, found, strict=True):
             if seen is not None:
                 continue
-            near = min(rest, key=lambda t: abs(t.x - item.centre[0]) + abs(t.y - item.centre[1]), default=None)
-            if near is None or abs(near.x - item.centre[0]) + abs(near.y - item.centre[1]) > 0.2 * canvas.base:
+            near = min(
+                rest, key=lambda t: abs(t.x - item.centre[0]) + abs(t.y - item.centre[1]), default=None
+            )
+            if (
+                near is None
+                or abs(near.x - item.centre[0]) + abs(near.y - item.centre[1]) > 0.2 * canvas.base
+            ):
                 out.append(f"{item.name}: nothing")
                 continue
             rest.remove(near)
@@ -90,7 +95,9 @@ def _mistakes(canvas: Canvas, verdict: Verdict, checks: dict[str, bool]) -> list
             out.append(f"{item.colour}: {near.colour}" if same else f"{item.name}: {near.name}")
         out += [f"nothing: {thing.name}" for thing in rest]
     if not checks["word"]:
-        out.append(f"{canvas.word.text if canvas.word else 'no word'}: {verdict.word.text if verdict.word else 'no word'}")
+        out.append(
+            f"{canvas.word.text if canvas.word else 'no word'}: {verdict.word.text if verdict.word else 'no word'}"
+        )
     for name, want, seen in (
         ("background", canvas.background, verdict.background),
         ("style", canvas.style, verdict.style),

@@ -18,8 +18,8 @@ class Ask:
     """What was said and shown so far, and what is to come.
 
     ``want``: "picture", one; "pictures", exactly so many; "text", words alone; "turn", whatever the model will, at most so
-    many pictures. ``size``: (height, width) of pictures. ``think``: words before a picture (None: as the model does by itself).
-    ``words``: most text tokens. ``number``: of the item, which seeds the answer; ``key`` names it for an oracle.
+    many pictures. ``size``: (height, width) of pictures. ``think``: words before a picture (None: as the model does by
+    itself). ``words``: most text tokens. ``number``: of the item, which seeds the answer; ``key`` names it for an oracle.
     """
 
     parts: tuple[Part, ...]

@@ -32,9 +32,9 @@ _MULTIPLE = 8
 class DetectorConfig:
     """Everything that the weights need to be read.
 
-    ``names``: things (without UNKNOWN); ``coloured``: those that always have a colour. ``widths``: channels at strides 2, 4,
-    8 and of the neck. ``threshold``: least centre score of a thing, ``letter_threshold`` of a letter; ``min_distance``: pixels
-    (at base 64) between two things, ``letter_distance`` between two letters.
+    ``names``: things (without UNKNOWN); ``coloured``: those that always have a colour. ``widths``: channels at strides 2,
+    4, 8 and of the neck. ``threshold``: least centre score of a thing, ``letter_threshold`` of a letter;
+    ``min_distance``: pixels (at base 64) between two things, ``letter_distance`` between two letters.
     """
 
     names: tuple[str, ...]
@@ -84,7 +84,14 @@ class Detector(nn.Module):
         super().__init__()
         low, mid, high, neck = config.widths
         colours = len(config.colours)
-        self.cells = {"heat": 1, "name": len(config.names) + 1, "colour": colours, "offset": 2, "size": 1, "turn": 4}
+        self.cells = {
+            "heat": 1,
+            "name": len(config.names) + 1,
+            "colour": colours,
+            "offset": 2,
+            "size": 1,
+            "turn": 4,
+        }
         self.whole = {
             "background": colours,
             "second": colours + 1,
@@ -100,7 +107,9 @@ class Detector(nn.Module):
         self.neck = nn.Sequential(nn.Conv2d(mid, neck, 1), nn.ReLU())
         self.heads = nn.Conv2d(neck, sum(self.cells.values()), 1)
         self.spell = nn.Conv2d(neck, 4 * (1 + len(config.letters)), 1)
-        self.about = nn.Sequential(nn.Linear(2 * high + 9 * mid, 128), nn.ReLU(), nn.Linear(128, sum(self.whole.values())))
+        self.about = nn.Sequential(
+            nn.Linear(2 * high + 9 * mid, 128), nn.ReLU(), nn.Linear(128, sum(self.whole.values()))
+        )
         nn.init.constant_(self.heads.bias[:1], -3.0)  # type: ignore[index]  # centres are rare
         nn.init.constant_(self.spell.bias[:4], -4.0)  # type: ignore[index]
 
@@ -141,7 +150,10 @@ def to_input(pictures: np.ndarray) -> Tensor:
 def read_maps(maps: dict[str, Tensor], size: tuple[int, int], config: DetectorConfig) -> list[Verdict]:
     """Network outputs of pictures of (height, width) pixels -> verdicts in those pixels."""
     scale = base_of(size) / BASE
-    best = {key: maps[key].argmax(1) for key in ("name", "colour", "turn", "background", "second", "style", "mood", "light")}
+    best = {
+        key: maps[key].argmax(1)
+        for key in ("name", "colour", "turn", "background", "second", "style", "mood", "light")
+    }
     things, words = _things(maps, best, size, scale, config), _words(maps, base_of(size), config)
     return [
         Verdict(
@@ -201,9 +213,7 @@ class _Letter:
     y: float
 
 
-def _words(
-    maps: dict[str, Tensor], base: int, config: DetectorConfig
-) -> list[SeenWord | None]:
+def _words(maps: dict[str, Tensor], base: int, config: DetectorConfig) -> list[SeenWord | None]:
     found: list[SeenWord | None] = []
     colours, which = maps["colour"].log_softmax(1), maps["letter"].argmax(1)
     for row, peaks in enumerate(_peaks(maps["letter_heat"].sigmoid(), config.letter_threshold)):

@@ -41,7 +41,10 @@ def evaluate_world(
     (out / "report.html").write_text(page(run, report))
     for split in settings.splits:
         rows = run.journal.part(f"draw_scene {split}")
-        found = [result_row(geneval_metadata(run.item_of(("draw_scene", split, row["index"]))), row) for row in rows]
+        found = [
+            result_row(geneval_metadata(run.item_of(("draw_scene", split, row["index"]))), row)
+            for row in rows
+        ]
         if found:
             (out / f"geneval-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     return report

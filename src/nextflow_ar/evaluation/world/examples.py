@@ -1,8 +1,8 @@
 """What the judge of the wide world learns from: every picture of the playground's tasks, and free mixtures with strange
 things and words that are none.
 
-Labels are exact, since a picture is a canvas. Unlike a playground's episode, a mixture joins anything with anything, turned,
-before any background, so that one thing cannot be inferred from another.
+Labels are exact, since a picture is a canvas. Unlike a playground's episode, a mixture joins anything with anything,
+turned, before any background, so that one thing cannot be inferred from another.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ FIRST_SEED = 19_000_000
 """Seeds of the judge's episodes start here. Generators, recipes and the benchmark stay below."""
 ACCURACY_SEED = 19_500_000
 """Seeds of the pictures on which its accuracy is reported; never trained on."""
-_STRANGE = "🐨🦊🐵🦁🐯🐹🐻🐼🦄🐔🐺🦒🦓🐊🦀🦞🐬🦈🥑🍆🥦🍇🍐🍑🍒🥝🍞🧀🥚🍦☕🏈⚽🎾🎯🎲🎻🎺💡🔦📱💻🛒🚜🚲🛵🏰🗿⛲🌋🪐☃🎃🧸🪁🧲🪜🧦👟👓"
+_STRANGE = (
+    "🐨🦊🐵🦁🐯🐹🐻🐼🦄🐔🐺🦒🦓🐊🦀🦞🐬🦈🥑🍆🥦🍇🍐🍑🍒🥝🍞🧀🥚🍦"
+    "☕🏈⚽🎾🎯🎲🎻🎺💡🔦📱💻🛒🚜🚲🛵🏰🗿⛲🌋🪐☃🎃🧸🪁🧲🪜🧦👟👓"
+)
 _CHIMERAS = 160
 TASKS: tuple[str, ...] = (
-    "draw_scene", "draw_scene", "draw_sizes", "draw_places", "draw_word", "draw_word", "draw_style", "draw_mood", "draw_mood",
-    "caption_full", "ask_choice", "edit_add", "edit_replace", "edit_colour", "edit_size", "edit_rotate", "edit_background",
-    "edit_mood", "edit_light", "edit_style", "edit_word_add", "edit_word_replace", "edit_zoom_in", "edit_zoom_out",
-    "edit_view_rotate", "subject_three", "subject_extract", "story", "recipe", "video_draw", "sum_drawn",
+    "draw_scene", "draw_scene", "draw_sizes", "draw_places", "draw_word", "draw_word", "draw_style", "draw_mood",
+    "draw_mood", "caption_full", "ask_choice", "edit_add", "edit_replace", "edit_colour", "edit_size", "edit_rotate",
+    "edit_background", "edit_mood", "edit_light", "edit_style", "edit_word_add", "edit_word_replace", "edit_zoom_in",
+    "edit_zoom_out", "edit_view_rotate", "subject_three", "subject_extract", "story", "recipe", "video_draw", "sum_drawn",
 )  # fmt: skip
 
 
@@ -56,9 +59,9 @@ TASKS: tuple[str, ...] = (
 class Labels:
     """What a picture of (height, width) shows. Lengths in its pixels.
 
-    ``things``: (name, colour or None where none can be seen, x, y, side, turn or None where it could be overlooked); a name of
-    None is not to be told. ``letters``: (letter, x, y). ``word_colour``, ``background``, ``second``: None where they do not
-    show; ``second`` is "" for a plain background.
+    ``things``: (name, colour or None where none can be seen, x, y, side, turn or None where it could be overlooked); a
+    name of None is not to be told. ``letters``: (letter, x, y). ``word_colour``, ``background``, ``second``: None where
+    they do not show; ``second`` is "" for a plain background.
     """
 
     size: tuple[int, int]
@@ -122,7 +125,8 @@ def strange_sprites(folder: Path) -> int:
     rng = random.Random(f"{UNKNOWN} {FIRST_SEED}")
     for _ in range(_CHIMERAS):
         first, second = (
-            source(noun.name, None).resize((128, 128), Image.Resampling.LANCZOS) for noun in rng.sample(SPRITES, 2)
+            source(noun.name, None).resize((128, 128), Image.Resampling.LANCZOS)
+            for noun in rng.sample(SPRITES, 2)
         )
         half = (64, 0, 128, 128) if rng.random() < 0.5 else (0, 64, 128, 128)
         first = first.copy()
@@ -195,7 +199,9 @@ class Mixtures:
             if canvas.style == "silhouette" and name in ALIKE_FLAT:
                 continue
             free = colours_of(name)
-            colour = NATIVE[name] if name in NATIVE and rng.random() < 0.3 else rng.choice(free) if free else None
+            colour = (
+                NATIVE[name] if name in NATIVE and rng.random() < 0.3 else rng.choice(free) if free else None
+            )
             if canvas.style != "full":
                 return name, colour
             grounds = {canvas.background, canvas.second}

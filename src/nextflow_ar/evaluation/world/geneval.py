@@ -12,10 +12,14 @@ from nextflow_ar.evaluation.world.verdict import Verdict
 
 
 def geneval_metadata(item: Item) -> Metadata:
-    """What a request of the line ``draw_scene`` asks, with GenEval's keys: ``tag``, ``include``, ``exclude``, ``prompt``."""
+    """What a request of the line ``draw_scene`` asks, with GenEval's keys ``tag``, ``include``, ``exclude``, ``prompt``."""
     canvas, tag = item.expected[0], item.tag
     include: list[dict[str, Any]] = []
-    kinds = [(kind, 1) for kind in (canvas.items[1].kind, canvas.items[0].kind)] if canvas.relation else canvas.counts
+    kinds = (
+        [(kind, 1) for kind in (canvas.items[1].kind, canvas.items[0].kind)]
+        if canvas.relation
+        else canvas.counts
+    )
     for (name, colour), count in kinds:
         told = colour is not None and tag != "single_object"
         include.append({"class": name, "count": count} | ({"color": colour} if told else {}))
@@ -27,7 +31,10 @@ def geneval_metadata(item: Item) -> Metadata:
 
 def geneval(metadata: Metadata, verdict: Verdict) -> bool:
     """GenEval's rule: looser than ours, other things may stand around and the background is nobody's matter."""
-    return geneval_rule(metadata, [cast(Found, thing) for thing in verdict.things])  # reads name, colour, place and size
+    things = [
+        cast(Found, thing) for thing in verdict.things
+    ]  # name, colour, place and size are read, no more
+    return geneval_rule(metadata, things)
 
 
 def result_row(metadata: Metadata, row: Mapping[str, Any]) -> dict[str, Any]:

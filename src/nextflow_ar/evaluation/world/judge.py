@@ -78,7 +78,9 @@ class WorldJudge:
         except OSError as error:
             raise JudgeError(f"judge: cannot read {error.filename}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise JudgeError(f"judge: {root / CONFIG} is not the config of a judge of the wide world") from error
+            raise JudgeError(
+                f"judge: {root / CONFIG} is not the config of a judge of the wide world"
+            ) from error
         found = hashlib.sha256(blob).hexdigest()
         if found != expected:
             raise JudgeError(
@@ -90,7 +92,9 @@ class WorldJudge:
             counters = {k: v for k, v in network.state_dict().items() if not v.is_floating_point()}
             network.load_state_dict(state | counters)
         except (RuntimeError, SafetensorError) as error:
-            raise JudgeError(f"judge: the weights in {root} do not fit the architecture in its config") from error
+            raise JudgeError(
+                f"judge: the weights in {root} do not fit the architecture in its config"
+            ) from error
         return cls(network, config, found)
 
     @torch.no_grad()
@@ -102,7 +106,9 @@ class WorldJudge:
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, picture in enumerate(pictures):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-                raise ValueError(f"the judge reads uint8 pictures (H, W, 3), not {picture.dtype} {picture.shape}")
+                raise ValueError(
+                    f"the judge reads uint8 pictures (H, W, 3), not {picture.dtype} {picture.shape}"
+                )
             groups[picture.shape[0], picture.shape[1]].append(number)
         verdicts: dict[int, Verdict] = {}
         for size, numbers in groups.items():

@@ -23,9 +23,7 @@ def letter_centres(text: str, size: int) -> tuple[tuple[float, float], ...]:
     for k, letter in enumerate(text):
         box = face.getbbox(letter)
         start = face.getlength(text[:k])
-        found.append(
-            (_MARGIN - left + start + (box[0] + box[2]) / 2, _MARGIN - top + (box[1] + box[3]) / 2)
-        )
+        found.append((_MARGIN - left + start + (box[0] + box[2]) / 2, _MARGIN - top + (box[1] + box[3]) / 2))
     return tuple(found)
 
 
@@ -36,7 +34,9 @@ def box_of_letters(text: str, centres: Sequence[tuple[float, float]], base: int)
     """
     span = centres[-1][0] - centres[0][0]
     sizes = [round(base * share) for share in _FONTS]
-    size = min(sizes, key=lambda s: abs(span - letter_centres(text, s)[-1][0] + letter_centres(text, s)[0][0]))
+    size = min(
+        sizes, key=lambda s: abs(span - letter_centres(text, s)[-1][0] + letter_centres(text, s)[0][0])
+    )
     width, height = word_box(text, size)
     wanted = letter_centres(text, size)
     left = sum(seen[0] - own[0] for seen, own in zip(centres, wanted, strict=True)) / len(centres)

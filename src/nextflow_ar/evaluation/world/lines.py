@@ -28,8 +28,8 @@ _TRIES = 50
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table. ``pick``: item number -> (task, number of its episode). ``kind``: how it is scored. ``goal``: of
-    the share right in distribution, None where there is none; ``below``: the goal is not to be exceeded.
+    """One line of the table. ``pick``: item number -> (task, number of its episode). ``kind``: how it is scored.
+    ``think``: words before the picture (None: as the model does by itself).
     """
 
     name: str
@@ -37,7 +37,6 @@ class Line:
     pick: Callable[[int], tuple[str, int]]
     want: Want
     kind: str
-    goal: float | None = None
     think: bool | None = None
 
 
@@ -63,28 +62,30 @@ def _drawn_turn(number: int) -> tuple[str, int]:
 
 def _worded_turn(number: int) -> tuple[str, int]:
     half = number // 2
-    return ("chat", half) if number % 2 else ("plain", half * 3 + 1 + half % 2)  # every third asks for a picture
+    return (
+        ("chat", half) if number % 2 else ("plain", half * 3 + 1 + half % 2)
+    )  # every third asks for a picture
 
 
 def _lines() -> tuple[Line, ...]:
     draw, ask = tuple(GROUPED["draw"]), tuple(GROUPED["ask"])
     return (
-        *(Line(task, "draw", _of(task), "picture", "request", 0.84 if task == "draw_scene" else None) for task in draw),
-        *(Line(task, "caption", _of(task), "text", "answer", 0.90) for task in GROUPED["caption"]),
-        *(Line(task, "ask", _of(task), "text", "answer", 0.95) for task in ask),
-        Line("edit", "edit", _among(tuple(f"edit_{kind}" for kind in EDITS)), "picture", "edit", 0.70),
+        *(Line(task, "draw", _of(task), "picture", "request") for task in draw),
+        *(Line(task, "caption", _of(task), "text", "answer") for task in GROUPED["caption"]),
+        *(Line(task, "ask", _of(task), "text", "answer") for task in ask),
+        Line("edit", "edit", _among(tuple(f"edit_{kind}" for kind in EDITS)), "picture", "edit"),
         Line("subject", "edit", _among(_SUBJECTS), "picture", "subject"),
-        Line("in_context", "edit", _of("in_context"), "picture", "edit", 0.50),
-        Line("story_script", "tell", _script, "turn", "story", 0.60),
+        Line("in_context", "edit", _of("in_context"), "picture", "edit"),
+        Line("story_script", "tell", _script, "turn", "story"),
         Line("story_free", "tell", _made_up, "turn", "tale"),
-        Line("recipe", "tell", _of("recipe"), "turn", "story", 0.60),
-        Line("video_draw", "video", _of("video_draw"), "pictures", "video", 0.80),
-        Line("video_next", "video", _of("video_next"), "picture", "frame", 0.80),
+        Line("recipe", "tell", _of("recipe"), "turn", "story"),
+        Line("video_draw", "video", _of("video_draw"), "pictures", "video"),
+        Line("video_next", "video", _of("video_next"), "picture", "frame"),
         Line("video_caption", "video", _of("video_caption"), "text", "answer"),
         Line("think", "think", _among(_THINK), "picture", "thought", think=True),
         Line("think_without", "think", _among(_THINK), "picture", "thought", think=False),
-        Line("turn_drawn", "chat", _drawn_turn, "turn", "turn_drawn", 0.95),
-        Line("turn_worded", "chat", _worded_turn, "turn", "turn_worded", 0.98),
+        Line("turn_drawn", "chat", _drawn_turn, "turn", "turn_drawn"),
+        Line("turn_worded", "chat", _worded_turn, "turn", "turn_worded"),
     )
 
 
@@ -174,7 +175,9 @@ def _turn(found: Episode, number: int, line: Line) -> Cut | None:
     """One answer in a conversation: a picture or words, as the line wants; what came before it is right."""
     drawn = line.kind == "turn_drawn"
     places = [
-        k for k, part in enumerate(found.parts) if part.supervised and isinstance(part, Shown if drawn else Said)
+        k
+        for k, part in enumerate(found.parts)
+        if part.supervised and isinstance(part, Shown if drawn else Said)
     ]
     if not places:
         return None

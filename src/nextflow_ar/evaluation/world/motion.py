@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from nextflow_ar.data.playground.canvases import Canvas, Item
 from nextflow_ar.evaluation.world.verdict import SeenThing, Verdict
@@ -36,7 +37,7 @@ def _moves(motion: str, wanted: Sequence[Item], seen: Sequence[SeenThing], base:
     xs, ys, sizes = [s.x for s in seen], [s.y for s in seen], [s.size for s in seen]
     grown = sizes[-1] / sizes[0]
     if motion == "turn":
-        return all((b.turn - a.turn) % 4 == 1 for a, b in zip(seen, seen[1:], strict=False))
+        return all((b.turn - a.turn) % 4 == 1 for a, b in pairwise(seen))
     if motion in ("grow", "shrink"):
         ratio = wanted[-1].size / wanted[0].size
         return grown >= 1 + _SHARE * (ratio - 1) if motion == "grow" else grown <= 1 - _SHARE * (1 - ratio)
@@ -48,7 +49,7 @@ def _moves(motion: str, wanted: Sequence[Item], seen: Sequence[SeenThing], base:
     sign = 1 if motion in ("right", "down") else -1
     first, last = wanted[0].centre, wanted[-1].centre
     way = abs(last[0] - first[0]) + abs(last[1] - first[1])
-    steps = [sign * (b - a) for a, b in zip(along, along[1:], strict=False)]
+    steps = [sign * (b - a) for a, b in pairwise(along)]
     return sum(steps) >= _SHARE * way and min(steps) > 0 and max(across) - min(across) <= _STRAY * base
 
 

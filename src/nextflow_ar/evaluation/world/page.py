@@ -1,4 +1,4 @@
-"""The report as one HTML file with pictures in it: figures against their goals, every line, the worst and best items of each."""
+"""The report as one HTML file with pictures in it: figures against their goals, every line, the worst and best items."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c1c1c; }
 table { border-collapse: collapse; margin: .6rem 0 1.2rem; } td, th { padding: .15rem .7rem; text-align: right; }
 th { border-bottom: 1px solid #999; } td:first-child, th:first-child, td.t { text-align: left; }
-.bar { background: #eee; width: 9rem; height: .7rem; display: inline-block; } .bar i { background: #3b7; height: 100%; display: block; }
-.items { display: flex; flex-wrap: wrap; gap: .8rem; } .item { width: 16rem; font-size: 12px; overflow-wrap: anywhere; }
-.item img { image-rendering: pixelated; width: 100%; object-fit: contain; background: #ccc; } .bad { border-top: 3px solid #c33; }
+.bar { background: #eee; width: 9rem; height: .7rem; display: inline-block; }
+.bar i { background: #3b7; height: 100%; display: block; }
+.items { display: flex; flex-wrap: wrap; gap: .8rem; }
+.item { width: 16rem; font-size: 12px; overflow-wrap: anywhere; }
+.item img { image-rendering: pixelated; width: 100%; object-fit: contain; background: #ccc; }
+.bad { border-top: 3px solid #c33; }
 .good { border-top: 3px solid #3a3; } .dim { color: #777; } .missed { color: #b22; } .met { color: #282; }
 """
 
@@ -46,8 +49,13 @@ def _figures(report: WorldReport) -> list[str]:
     for figure in report.figures:
         met = ""
         if figure.goal is not None:
-            good = figure.value.value <= figure.goal if figure.note == "at most" else figure.value.value >= figure.goal
-            met = f'<span class="{"met" if good else "missed"}">{figure.note == "at most" and "≤ " or ""}{figure.goal:.2f}</span>'
+            good = (
+                figure.value.value <= figure.goal
+                if figure.note == "at most"
+                else figure.value.value >= figure.goal
+            )
+            sign = "≤ " if figure.note == "at most" else ""
+            met = f'<span class="{"met" if good else "missed"}">{sign}{figure.goal:.2f}</span>'
         rows.append(
             f'<tr><td>{_text(figure.name)}</td><td class="t">{SPLIT_NAMES[figure.split]}</td><td>{figure.value.n}</td>'
             f"<td>{figure.value.value:.3f}</td><td>{_interval(figure.value)}</td><td>{met}</td></tr>"
@@ -118,21 +126,35 @@ def _examples(rows: Sequence[Mapping[str, Any]], pictures: Path, each: int) -> l
     out: list[str] = []
     for title, several in (("worst", worst), ("best", best)):
         if several:
-            out += [f"<h4>{title}</h4>", '<div class="items">', *(_item(row, pictures) for row in several), "</div>"]
+            out += [
+                f"<h4>{title}</h4>",
+                '<div class="items">',
+                *(_item(row, pictures) for row in several),
+                "</div>",
+            ]
     return out
 
 
 def page(run: WorldRun, report: WorldReport, each: int = 8) -> str:
-    """The whole page; ``each``: worst and best items per line and split. Strips show, from left to right, what was shown, what
-    came, and what would have been right.
+    """The whole page; ``each``: worst and best items per line and split. Strips show, from left to right, what was shown,
+    what came, and what would have been right.
     """
     body = ["<h1>PlaygroundBench: the wide world</h1>"]
-    body += [f'<p class="dim">judge {_text(report.settings["judge"])}</p>', *_figures(report), *_lines(report)]
+    body += [
+        f'<p class="dim">judge {_text(report.settings["judge"])}</p>',
+        *_figures(report),
+        *_lines(report),
+    ]
     body += _probe(report)
     for name, splits in report.lines.items():
-        body.append(f'<h2 id="{name}">{_text(name)} <span class="dim">({_text(LINES[name].group)})</span></h2>')
+        body.append(
+            f'<h2 id="{name}">{_text(name)} <span class="dim">({_text(LINES[name].group)})</span></h2>'
+        )
         for split, found in splits.items():
-            body += [f"<h3>{SPLIT_NAMES[split]}: {found.right.value:.3f} {_interval(found.right)}</h3>", _tags(found)]
+            body += [
+                f"<h3>{SPLIT_NAMES[split]}: {found.right.value:.3f} {_interval(found.right)}</h3>",
+                _tags(found),
+            ]
             body += _examples(run.journal.part(f"{name} {split}"), run.out / "pictures", each)
     settings = _text(json.dumps(report.settings, indent=1))
     body += ["<h2>Settings</h2>", f"<pre>{settings}</pre>"]

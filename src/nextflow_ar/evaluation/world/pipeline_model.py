@@ -23,8 +23,8 @@ GREEDY = SamplingSettings(temperature=0.0)
 
 
 class PipelineAnswers:
-    """Asks to a pipeline. ``settings``: of pictures; words are greedy, thoughts as the pipeline thinks. Every item has a seed
-    of its own, which follows from ``seed`` and its name, so answers are independent of each other.
+    """Asks to a pipeline. ``settings``: of pictures; words are greedy, thoughts as the pipeline thinks. Every item has a
+    seed of its own, which follows from ``seed`` and its name, so answers are independent of each other.
     """
 
     def __init__(self, pipeline: NextFlowPipeline, settings: SamplingSettings, seed: int) -> None:
@@ -57,7 +57,7 @@ class PipelineAnswers:
         pipeline = self.pipeline
         requests = [
             pipeline.request(
-                self._parts(ask), pipeline.schedule_for(ask.size[::-1]), self._seed(ask), self.settings
+                self._parts(ask), pipeline.schedule_for((ask.size[1], ask.size[0])), self._seed(ask), self.settings
             )
             for ask in asks
         ]
@@ -78,7 +78,7 @@ class PipelineAnswers:
             document,
             0 if ask.want == "pictures" else ask.words,
             ask.pictures,
-            pipeline.schedule_for(ask.size[::-1]),
+            pipeline.schedule_for((ask.size[1], ask.size[0])),
             self._seed(ask),
             GREEDY,
             self.settings,
@@ -115,7 +115,9 @@ class PipelineAnswers:
                 indices = torch.stack([one.target for one in several]).to(device)
                 decoded = tokenizer.decode_bytes(indices, several[0].schedule).cpu().numpy()
                 pictures |= {id(codes): picture for codes, picture in zip(several, decoded, strict=True)}
-        return [tuple(one.strip() if isinstance(one, str) else pictures[id(one)] for one in r) for r in replies]
+        return [
+            tuple(one.strip() if isinstance(one, str) else pictures[id(one)] for one in r) for r in replies
+        ]
 
     @torch.inference_mode()
     def through(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -32,8 +32,8 @@ def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
 
 
 def behind(source: np.ndarray, trip: np.ndarray, drawn: np.ndarray, box: Box) -> float | None:
-    """By how many dB an edited picture falls behind the round trip of its source outside the changed box; below 0 where it is
-    nearer to the source. None where (nearly) everything may change; 99 for a picture of another size.
+    """By how many dB an edited picture falls behind the round trip of its source outside the changed box; below 0 where
+    it is nearer to the source. None where (nearly) everything may change; 99 for a picture of another size.
     """
     mask = outside((source.shape[0], source.shape[1]), box)
     if mask.mean() < _LEAST:

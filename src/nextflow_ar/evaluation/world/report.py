@@ -34,7 +34,8 @@ class Share:
 @dataclass(frozen=True)
 class LineScore:
     """One line in one split. ``tags``: by kind of item. ``extra``: measured beside, as shares. ``renders``, ``tokenizer``:
-    ceilings; ``floor``: answers scored against other items; None where there is none. ``faults``: what came first, how often.
+    ceilings; ``floor``: answers scored against other items; None where there is none. ``faults``: what came first, how
+    often.
     """
 
     right: Share
@@ -186,10 +187,15 @@ def figures_of(run: WorldRun, split: str) -> list[Figure]:
     out: list[Figure] = []
     if rows["draw_scene"]:
         goal = 0.84 if split == "train" else 0.55
-        for name, key in (("text-to-image, mean of six types", "right"), ("the same by GenEval's rule", "geneval")):
+        for name, key in (
+            ("text-to-image, mean of six types", "right"),
+            ("the same by GenEval's rule", "geneval"),
+        ):
             values: dict[str, list[float]] = defaultdict(list)
             for row in rows["draw_scene"]:
-                values[row["tag"]].append(float(row["right"] if key == "right" else row["extra"].get("geneval", False)))
+                values[row["tag"]].append(
+                    float(row["right"] if key == "right" else row["extra"].get("geneval", False))
+                )
             share = mean_of_groups([np.array(one) for one in values.values()])
             out.append(Figure(name, split, share, goal if key == "right" else None))
     for name, lines, goals in _MEANS:
@@ -206,7 +212,9 @@ def figures_of(run: WorldRun, split: str) -> list[Figure]:
             pass  # no gain is relative to nothing
     for line, name, goal in (("turn_drawn", "turns that ask for a picture and get one", 0.95),):
         if rows[line]:
-            out.append(Figure(name, split, wilson(sum(r["right"] for r in rows[line]), len(rows[line])), goal))
+            out.append(
+                Figure(name, split, wilson(sum(r["right"] for r in rows[line]), len(rows[line])), goal)
+            )
     if rows["turn_worded"]:
         wrong = sum(not row["right"] for row in rows["turn_worded"])
         share = wilson(wrong, len(rows["turn_worded"]))
@@ -265,7 +273,9 @@ def table(report: WorldReport) -> str:
     for figure in report.figures:
         s = figure.value
         goal = f"   goal {figure.goal:.2f}" if figure.goal is not None else ""
-        rows.append(f"{figure.name}, {SPLIT_NAMES[figure.split]}: {s.value:.3f} [{s.low:.3f}, {s.high:.3f}]{goal}")
+        rows.append(
+            f"{figure.name}, {SPLIT_NAMES[figure.split]}: {s.value:.3f} [{s.low:.3f}, {s.high:.3f}]{goal}"
+        )
     for split, found in report.probe.items():
         rows.append(
             f"words alone, {SPLIT_NAMES[split]}: perplexity {found['perplexity']:.3f} [{found['low']:.3f}, "

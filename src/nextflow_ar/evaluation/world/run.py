@@ -1,8 +1,8 @@
 """Runs PlaygroundBench in the wide world: asks a model, lets the judge look, keeps a journal, sums up.
 
-Every batch's results are appended to ``results.jsonl``; a run that was killed goes on behind its last whole batch. Beside the
-model stand two ceilings (true renders; true renders through the image tokenizer) on the first items of every line that draws,
-and a floor: what came for one item, scored against the others.
+Every batch's results are appended to ``results.jsonl``; a run that was killed goes on behind its last whole batch. Beside
+the model stand two ceilings (true renders; true renders through the image tokenizer) on the first items of every line
+that draws, and a floor: what came for one item, scored against the others.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class WorldRun:
     ) -> None:
         self.settings, self.judge, self.out = settings, judge, out
         self.through, self.progress = through, progress
-        self.record = {"benchmark": "world 1"} | asdict(settings) | {"judge": judge.sha256, "about": dict(about or {})}
+        self.record = (
+            {"benchmark": "world 1"} | asdict(settings) | {"judge": judge.sha256, "about": dict(about or {})}
+        )
         self.journal = Journal(out / "results.jsonl", self.record)
         (out / "pictures").mkdir(exist_ok=True)
         self._items: dict[tuple[str, str, int], Item] = {}

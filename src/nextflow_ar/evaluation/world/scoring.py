@@ -85,7 +85,9 @@ def request_wanted(item: Item) -> PictureWanted:
         of_item(
             thing,
             canvas,
-            size=None if canvas.relation is not None or task == "draw_places" else size_asked(thing, canvas.base),
+            size=None
+            if canvas.relation is not None or task == "draw_places"
+            else size_asked(thing, canvas.base),
             place=place_words(thing.box, canvas.size) if task == "draw_places" else None,
         )
         for thing in canvas.items
@@ -185,7 +187,9 @@ def _subject(item: Item, observed: Observed) -> Score:
 
 def story_wanted(canvas: Canvas) -> PictureWanted:
     """A picture of a story whose words are given: what there is, where, before what. Sizes are told only by comparison."""
-    return wanted_of(canvas, [of_item(t, canvas, place=place_words(t.box, canvas.size)) for t in canvas.items])
+    return wanted_of(
+        canvas, [of_item(t, canvas, place=place_words(t.box, canvas.size)) for t in canvas.items]
+    )
 
 
 def recipe_wanted(canvas: Canvas) -> PictureWanted:
@@ -217,7 +221,9 @@ def _story(item: Item, observed: Observed) -> Score:
 
 
 def _tale(item: Item, observed: Observed) -> Score:
-    checks, why = tale_checks(len(item.expected), item.expected[0], observed.said, observed.seen, observed.order)
+    checks, why = tale_checks(
+        len(item.expected), item.expected[0], observed.said, observed.seen, observed.order
+    )
     return _scored(checks, why)
 
 
@@ -245,9 +251,14 @@ def _thought(item: Item, observed: Observed) -> Score:
     wanted = thought_wanted(item)
     extra: dict[str, float | bool | str] = {}
     if item.line.think:
-        plan, right = read_plan(" ".join(observed.said)), read_full(item.truths[0].text.rpartition("plan: ")[2])
+        plan, right = (
+            read_plan(" ".join(observed.said)),
+            read_full(item.truths[0].text.rpartition("plan: ")[2]),
+        )
         assert right is not None
-        kinds = [sorted((seen[:2] for seen, _ in one.things), key=str) for one in (plan, right) if one is not None]
+        kinds = [
+            sorted((seen[:2] for seen, _ in one.things), key=str) for one in (plan, right) if one is not None
+        ]
         extra["plan"] = len(kinds) == 2 and kinds[0] == kinds[1]
     return _scored(check(wanted, observed.seen[-1]), fault(wanted, observed.seen[-1]), **extra)
 

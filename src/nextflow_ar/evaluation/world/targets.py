@@ -53,7 +53,9 @@ def _stamp(heat: np.ndarray, weight: np.ndarray, cx: float, cy: float) -> np.nda
     return near
 
 
-def targets(labels: Sequence[Labels], moves: Moves, shape: tuple[int, int], config: DetectorConfig) -> Targets:
+def targets(
+    labels: Sequence[Labels], moves: Moves, shape: tuple[int, int], config: DetectorConfig
+) -> Targets:
     """Targets of pictures at base 64 whose padded size is ``shape`` (h, w), moved by ``moves``."""
     b, h, w = len(labels), shape[0] // STRIDE, shape[1] // STRIDE
     names = {word: k for k, word in enumerate((*config.names, UNKNOWN))}
@@ -91,9 +93,19 @@ def targets(labels: Sequence[Labels], moves: Moves, shape: tuple[int, int], conf
         "mood": [("", *config.moods).index(one.mood) for one in labels],
         "light": [("", *config.lights).index(one.light) for one in labels],
     }
-    cells = (heat, weight, weight + extra, name, colour, turn, offset, size, letter_heat, letter_weight, letter)
     return Targets(
-        *(torch.from_numpy(cell) for cell in cells), {key: torch.tensor(values) for key, values in whole.items()}
+        heat=torch.from_numpy(heat),
+        weight=torch.from_numpy(weight),
+        colour_weight=torch.from_numpy(weight + extra),
+        name=torch.from_numpy(name),
+        colour=torch.from_numpy(colour),
+        turn=torch.from_numpy(turn),
+        offset=torch.from_numpy(offset),
+        size=torch.from_numpy(size),
+        letter_heat=torch.from_numpy(letter_heat),
+        letter_weight=torch.from_numpy(letter_weight),
+        letter=torch.from_numpy(letter),
+        whole={key: torch.tensor(values) for key, values in whole.items()},
     )
 
 

@@ -41,10 +41,10 @@ _POOL = 4096
 class WorldJudgeSettings:
     """How the judge is trained. ``minutes``: wall-clock length; the learning rate follows it (warm-up, then cosine).
 
-    ``tasks``: share of true canvases of the playground's tasks, the rest are free mixtures with a chance of ``unknown`` things.
-    ``tokenizer``: name or folder of the image tokenizer whose reconstructions are ``reconstructed`` of every batch on a canvas
-    of the lowest level (the others are halved before they are read, which takes the traces away); ``passed`` new ones are
-    made in every such step, half of them with codes disturbed as a model's are.
+    ``tasks``: share of true canvases of the playground's tasks, the rest are free mixtures with a chance of ``unknown``
+    things. ``tokenizer``: name or folder of the image tokenizer whose reconstructions are ``reconstructed`` of every
+    batch on a canvas of the lowest level (the others are halved before they are read, which takes the traces away);
+    ``passed`` new ones are made in every such step, half of them with codes disturbed as a model's are.
     """
 
     minutes: float
@@ -219,7 +219,9 @@ class WorldJudgeTraining:
 
     def advance(self, progress: float) -> dict[str, Tensor]:
         """One step at this share of the whole; returns the parts of the loss."""
-        rate = min(1.0, (self.step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        rate = min(1.0, (self.step + 1) / 200) * (
+            0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rate
         x, want = self._batch()

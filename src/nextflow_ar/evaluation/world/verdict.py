@@ -76,7 +76,10 @@ class Verdict:
     def to_json(self) -> dict:
         """Plain data for JSON, numbers to two places; :meth:`from_json` reads it back."""
         things = [
-            {key: round(value, 2) if isinstance(value, float) else value for key, value in asdict(thing).items()}
+            {
+                key: round(value, 2) if isinstance(value, float) else value
+                for key, value in asdict(thing).items()
+            }
             for thing in self.things
         ]
         return asdict(self) | {"things": things}
@@ -107,7 +110,9 @@ class Verdict:
 
 def perfect(canvas: Canvas) -> Verdict:
     """What a judge that never errs would say of a canvas; what does not show is said as the canvas has it."""
-    things = tuple(SeenThing(i.name, i.colour, *i.centre, float(i.size), i.turn % 4, 1.0) for i in canvas.items)
+    things = tuple(
+        SeenThing(i.name, i.colour, *i.centre, float(i.size), i.turn % 4, 1.0) for i in canvas.items
+    )
     word = SeenWord(canvas.word.text, canvas.word.colour, canvas.word.box) if canvas.word else None
     looks = (canvas.background, canvas.second, canvas.style, canvas.mood, canvas.light)
     return Verdict(canvas.height, canvas.width, things, *looks, word)

@@ -63,7 +63,9 @@ Checks = dict[str, bool]
 
 def names_ground(text: str) -> bool:
     """Whether a request names its background, slips of the pen included."""
-    return any(SequenceMatcher(None, word, "background").ratio() > 0.85 for word in re.findall(r"\w+", text.lower()))
+    return any(
+        SequenceMatcher(None, word, "background").ratio() > 0.85 for word in re.findall(r"\w+", text.lower())
+    )
 
 
 def names_colour(text: str, colour: str) -> bool:
@@ -77,7 +79,9 @@ def names_colour(text: str, colour: str) -> bool:
     return (best == colour and near[best] > 0.7) or said[1] in COLOUR_SYNONYMS.get(colour, ())
 
 
-_SIDES = re.compile(r"^\s+(?:in|at|on|up in|down in) the (?:top|upper|bottom|lower|left|right|middle|centre|center)\b")
+_SIDES = re.compile(
+    r"^\s+(?:in|at|on|up in|down in) the (?:top|upper|bottom|lower|left|right|middle|centre|center)\b"
+)
 
 
 def names_place(text: str) -> bool:
@@ -127,7 +131,13 @@ def wanted_of(
 
 def _is_size(side: float, base: int, size: str) -> bool:
     share = side / base
-    return share < _SMALL if size == "small" else share > _LARGE if size == "large" else _SMALL * 0.9 < share < _LARGE * 1.1
+    return (
+        share < _SMALL
+        if size == "small"
+        else share > _LARGE
+        if size == "large"
+        else _SMALL * 0.9 < share < _LARGE * 1.1
+    )
 
 
 def in_place(box: tuple[int, int, int, int], place: str, size: tuple[int, int], base: int) -> bool:
@@ -135,7 +145,9 @@ def in_place(box: tuple[int, int, int, int], place: str, size: tuple[int, int], 
     slack = round(base * _SLACK)
     moves = (-slack, 0, slack)
     return any(
-        place_words((box[0] + dy, box[1] + dx, box[2] + dy, box[3] + dx), size) == place for dy in moves for dx in moves
+        place_words((box[0] + dy, box[1] + dx, box[2] + dy, box[3] + dx), size) == place
+        for dy in moves
+        for dx in moves
     )
 
 
@@ -159,7 +171,9 @@ def matched(wanted: PictureWanted, verdict: Verdict) -> list[SeenThing | None]:
     scale = (verdict.width / wanted.size[1], verdict.height / wanted.size[0])
     rest = list(verdict.things)
     found: list[SeenThing | None] = [None] * len(wanted.things)
-    told = sorted(range(len(found)), key=lambda k: (wanted.things[k].name is None, wanted.things[k].colour is None))
+    told = sorted(
+        range(len(found)), key=lambda k: (wanted.things[k].name is None, wanted.things[k].colour is None)
+    )
     pairs = [
         (_where(wanted.things[k], seen, wanted, scale), rank, k, seen)
         for rank, k in enumerate(told)
@@ -201,7 +215,9 @@ def _related(relation: str, found: Sequence[SeenThing | None]) -> bool:
     if a is None or b is None:
         return False
     dx, dy = b.x - a.x, b.y - a.y
-    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
+    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[
+        relation
+    ]
     return along > 0 and along >= 0.35 * (a.size + b.size) and abs(across) <= 0.85 * along
 
 
