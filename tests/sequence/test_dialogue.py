@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nextflow_ar.sequence.dialogue import turns
+from nextflow_ar.sequence.dialogue import opened, turns
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
 from nextflow_ar.types import Document, Mark, Text
 from tests.conftest import tiny_bundle
@@ -29,3 +29,14 @@ def test_a_response_learns_its_words_and_the_end_of_its_turn() -> None:
     sample = build(Document(one), vocab, LayoutOptions(12.0))
     learned = [t for t in sample.targets.tolist() if t != IGNORED]
     assert learned == [*vocab.encode("a cat"), vocab.special("<|im_end|>")]
+
+
+def test_an_opened_turn_is_the_beginning_of_the_finished_one() -> None:
+    asked = ("user", Text("two dogs"))
+    assert opened([]) == (Mark("<|im_start|>"), Text("assistant\n"))
+    for said in (Text("a cat", True), Text("red")):
+        whole = turns([asked, ("assistant", said)])
+        assert opened([asked]) == whole[:-2]
+    thought = ("assistant", Text("a plan", True))
+    whole = turns([asked, thought, ("assistant", Text("a cat", True))])
+    assert opened([asked, thought]) == whole[:-2]  # the turn goes on

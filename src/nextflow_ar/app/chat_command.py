@@ -71,6 +71,7 @@ def chat(
         try:
             line = input("> " if terminal else "")
         except (EOFError, KeyboardInterrupt):
+            typer.echo("", nl=terminal)
             return
         if not talk.hear(line):
             return

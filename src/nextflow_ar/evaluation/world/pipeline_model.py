@@ -57,7 +57,10 @@ class PipelineAnswers:
         pipeline = self.pipeline
         requests = [
             pipeline.request(
-                self._parts(ask), pipeline.schedule_for((ask.size[1], ask.size[0])), self._seed(ask), self.settings
+                self._parts(ask),
+                pipeline.schedule_for((ask.size[1], ask.size[0])),
+                self._seed(ask),
+                self.settings,
             )
             for ask in asks
         ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from nextflow_ar.data.playground.canvases import Canvas, Item, place_words, size_word
-from nextflow_ar.data.playground.world import ALIKE_FLAT, ALIKE_TURNED, COLOUR_NAMES, COLOUR_SYNONYMS
+from nextflow_ar.data.playground.looks import INK, ink_on
+from nextflow_ar.data.playground.world import ALIKE_FLAT, ALIKE_TURNED, COLOUR_NAMES, COLOUR_SYNONYMS, SHAPES
 from nextflow_ar.evaluation.world.verdict import UNKNOWN, SeenThing, Verdict
 
 _SLACK = 0.05
@@ -102,6 +103,16 @@ def turn_of(item: Item, canvas: Canvas) -> int | None:
     return None if hidden else item.turn % 4
 
 
+def flat_anyway(canvas: Canvas) -> bool:
+    """Whether a picture is the same to the pixel in full colour and as a silhouette: shapes in the ink of its background, or
+    nothing at all.
+    """
+    ink = "black" if ink_on(canvas.background) == INK else "white"
+    shapes = all(item.name in SHAPES for item in canvas.items)
+    inked = canvas.style == "silhouette" or all(item.colour == ink for item in canvas.items)
+    return canvas.style != "line" and canvas.second is None and shapes and inked
+
+
 def wanted_of(
     canvas: Canvas,
     things: Sequence[ThingWanted],
@@ -119,7 +130,7 @@ def wanted_of(
         canvas.base,
         tuple(things),
         background=canvas.background if ground and shown else None,
-        style=canvas.style,
+        style=None if flat_anyway(canvas) else canvas.style,
         mood=canvas.mood or "",
         light=canvas.light or "",
         word=word.text if word else "",
