@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from nextflow_ar.data.playground.canvases import base_of, canvas_sizes
+from nextflow_ar.data.playground.scenes import Split
 from nextflow_ar.evaluation.world.accuracy import accuracy, canvases
 from nextflow_ar.evaluation.world.detector import BASE, Detector, DetectorConfig, to_base, to_input
 from nextflow_ar.evaluation.world.examples import ExampleStream, Labels
@@ -297,10 +298,13 @@ def measured(judge: WorldJudge, pictures: int, tokenizer: ImageTokenizer) -> dic
 
     square = (64, 64)
     few = max(1, pictures // 4)
-    return {
-        "renders, train": accuracy(judge, canvases(pictures, "train", "world", square)),
-        "renders, test": accuracy(judge, canvases(pictures, "test", "world", square)),
-        "renders, wide, all canvases": accuracy(judge, canvases(pictures, "any", "wide")),
-        "through the tokenizer, world": accuracy(judge, canvases(few, "any", "world", square), through),
-        "through the tokenizer, blocks": accuracy(judge, canvases(few, "any", "blocks", square), through),
-    }
+    tests: tuple[tuple[str, Split], ...] = (
+        ("renders, 64 px, level world", "train"),
+        ("renders, 64 px, level world, test", "test"),
+    )
+    found = {name: accuracy(judge, canvases(pictures, split, "world", square)) for name, split in tests}
+    found["renders, all canvases, level wide"] = accuracy(judge, canvases(pictures, "any", "wide"))
+    for level in ("world", "blocks"):
+        name = f"through the tokenizer, 64 px, level {level}"
+        found[name] = accuracy(judge, canvases(few, "any", level, square), through)
+    return found

@@ -104,8 +104,8 @@ def turn_of(item: Item, canvas: Canvas) -> int | None:
 
 
 def flat_anyway(canvas: Canvas) -> bool:
-    """Whether a picture is the same to the pixel in full colour and as a silhouette: shapes in the ink of its background, or
-    nothing at all.
+    """Whether a picture is the same to the pixel in full colour and as a silhouette: shapes in the ink of its background,
+    or nothing at all.
     """
     ink = "black" if ink_on(canvas.background) == INK else "white"
     shapes = all(item.name in SHAPES for item in canvas.items)
