@@ -211,7 +211,7 @@ def train(
 
 @app.command()
 def evaluate(
-    suite: Annotated[str, typer.Argument(help="playground, or tokenizer")],
+    suite: Annotated[str, typer.Argument(help="playground, world (the wide playground), or tokenizer")],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder for results; a stopped run goes on there.")
     ],
@@ -227,6 +227,14 @@ def evaluate(
             "--photos", help="Photographs for the suite tokenizer: files or folders, never trained on."
         ),
     ] = None,
+    items: Annotated[int | None, typer.Option("--items", min=2, help="world: items per line.")] = None,
+    lines: Annotated[list[str] | None, typer.Option("--line", help="world: only these lines.")] = None,
+    canvases: Annotated[
+        list[str] | None, typer.Option("--canvas", help="world: WIDTHxHEIGHT, such as 96x96.")
+    ] = None,
+    settings_file: Annotated[
+        Path | None, typer.Option("--settings", help="world: YAML of the benchmark's own settings.")
+    ] = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -235,12 +243,21 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model (drawing, captions, and the ceilings beside them), or an image tokenizer."""
-    if suite not in ("playground", "tokenizer"):
-        raise UsageError(f"unknown suite {suite!r}: playground or tokenizer")
+    if suite not in ("playground", "world", "tokenizer"):
+        raise UsageError(f"unknown suite {suite!r}: playground, world or tokenizer")
     if suite == "tokenizer":
         from nextflow_ar.app.stages import evaluate_tokenizer
 
         typer.echo(evaluate_tokenizer(model, out, photos or [], prompts, judge, as_json))
+        return
+    if suite == "world":
+        from nextflow_ar.app.world_command import evaluate_world_with, world_settings, world_table
+
+        wide = world_settings(settings_file, items, lines or [], canvases or [])
+        pipeline = _load(model)
+        chosen = sampling(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        found = evaluate_world_with(pipeline, chosen, seed, out, wide, judge, model)
+        typer.echo(found.to_json() if as_json else world_table(found))
         return
     from nextflow_ar.app.stages import evaluate_playground
     from nextflow_ar.evaluation.playground import BenchSettings

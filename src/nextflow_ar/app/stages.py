@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nextflow_ar.generation.pipeline import NextFlowPipeline
     from nextflow_ar.model.checkpoint import Bundle
 
-KINDS = ("teacher", "tokenizer", "model", "judge")
+KINDS = ("teacher", "tokenizer", "model", "judge", "world_judge")
 SHEET_PROMPTS = (
     "a red circle on a blue background",
     "a dog on a white background",
@@ -58,6 +58,10 @@ def run_recipe(path: Path, changes: list[str]) -> Path:
 
         model = from_dict(ModelRecipe, values, where)
         return train_model(model, to_dict(model), preview_sheet)
+    if kind == "world_judge":
+        from nextflow_ar.app.world_command import train_judge_of
+
+        return train_judge_of(values, where)
     return _judge(values, where)
 
 

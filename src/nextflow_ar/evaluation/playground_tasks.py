@@ -159,7 +159,7 @@ def caption_questions(
 def score(metadata: Metadata, verdict: Verdict) -> Result:
     """Score what the judge saw against what the prompt asked."""
     reason = _exact_fault(metadata, verdict)
-    return Result(reason == "", _geneval(metadata, verdict.things), reason)
+    return Result(reason == "", geneval_rule(metadata, verdict.things), reason)
 
 
 def _say(name: str, colour: str | None) -> str:
@@ -213,7 +213,7 @@ def _background_fault(metadata: Metadata, verdict: Verdict) -> str:
     return f"background: wanted {named}, saw {verdict.background}"
 
 
-def _geneval(metadata: Metadata, things: Sequence[Found]) -> bool:
+def geneval_rule(metadata: Metadata, things: Sequence[Found]) -> bool:
     """GenEval's ``evaluate``: things of a class, best first, cut to the count; colours; relations; the
     exclusions.
 
