@@ -305,7 +305,9 @@ def export(
     ] = None,
     image_tokenizer: Annotated[
         str | None,
-        typer.Option("--image-tokenizer", help="Folder of one with the same codes and another decoder: put it in."),
+        typer.Option(
+            "--image-tokenizer", help="Folder of one with the same codes and another decoder: put it in."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

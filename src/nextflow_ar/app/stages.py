@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nextflow_ar.evaluation.playground_report import Report
     from nextflow_ar.generation.pipeline import NextFlowPipeline
     from nextflow_ar.model.checkpoint import Bundle
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
 KINDS = ("teacher", "tokenizer", "model", "judge", "world_judge")
 SHEET_PROMPTS = (

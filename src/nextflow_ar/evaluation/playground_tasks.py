@@ -270,4 +270,6 @@ def score_caption(scene: Scene, text: str) -> CaptionResult:
     said: Counter[Kind] = Counter()
     for (name, colour), count in reading.counts:
         said[name, None if NATIVE.get(name) == colour else colour] += count
-    return CaptionResult(said == Counter(dict(counts_of(scene))), reading.background == scene.background, True)
+    return CaptionResult(
+        said == Counter(dict(counts_of(scene))), reading.background == scene.background, True
+    )

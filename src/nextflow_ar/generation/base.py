@@ -8,7 +8,6 @@ around every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model draws and re
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +22,15 @@ from nextflow_ar.generation.documents import Manner, Part, part
 from nextflow_ar.generation.engine import Engine, ImageRequest, Request, TextRequest
 from nextflow_ar.generation.forcing import Forced, composite
 from nextflow_ar.generation.sampling import SamplingSettings
-from nextflow_ar.model.checkpoint import Bundle, load_bundle
+from nextflow_ar.model.checkpoint import BUNDLED, Bundle, find_checkpoint, load_bundle
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import BOI
-from nextflow_ar.storage import StorageError, find_folder
+from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.pictures import fit_picture, to_rgb
 from nextflow_ar.types import Codes, Document, Event, ImageReady, Text, TextDelta
 
 Picture = PILImage.Image | np.ndarray | Codes
 """A Pillow image, (H, W, 3) uint8, or codes, such as those of a picture that was drawn."""
-BUNDLED = ("nano",)
 OPTIONS = ("think", "dialogue", "canvases", "caption", "answer_guidance", "video", "next_frame")
 """Keys of ``generation.json`` beside the sampling settings."""
 THOUGHT_TOKENS = 96
@@ -48,14 +46,12 @@ def resolve_model(name: str | Path) -> Path:
 
     Raises RequestError for an unknown name, StorageError when a download fails.
     """
-    if str(name) in BUNDLED:
-        return Path(str(importlib.resources.files("nextflow_ar") / "checkpoints" / str(name)))
-    found = find_folder(name)
-    if found is not None:
-        return found
-    raise RequestError(
-        f"unknown model {str(name)!r}: {', '.join(BUNDLED)}, a checkpoint folder or a Hub id OWNER/NAME"
-    )
+    found = find_checkpoint(name)
+    if found is None:
+        raise RequestError(
+            f"unknown model {str(name)!r}: {', '.join(BUNDLED)}, a checkpoint folder or a Hub id OWNER/NAME"
+        )
+    return found
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -178,11 +178,19 @@ def load_bundle(
     return Bundle(model, image_tokenizer.to(device), vocab, generation, card)
 
 
-def find_checkpoint(name: Path | str) -> Path:
-    """Folder of a bundled model, a checkpoint folder, or that of a Hub id (downloaded). Raises StorageError."""
+def find_checkpoint(name: Path | str) -> Path | None:
+    """Folder of a bundled model, a checkpoint folder, or that of a Hub id (downloaded); None where there is none.
+
+    Raises StorageError when a download fails.
+    """
     if str(name) in BUNDLED:
         return Path(str(importlib.resources.files("nextflow_ar") / "checkpoints" / str(name)))
-    folder = find_folder(name)
+    return find_folder(name)
+
+
+def checkpoint_folder(name: Path | str) -> Path:
+    """:func:`find_checkpoint`; raises StorageError where there is none, too."""
+    folder = find_checkpoint(name)
     if folder is None:
         raise StorageError(
             f"{name}: no such checkpoint folder; {', '.join(BUNDLED)} or a Hub id will do, too"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError
-from nextflow_ar.model.checkpoint import WEIGHTS_FILE, Bundle, find_checkpoint
+from nextflow_ar.model.checkpoint import WEIGHTS_FILE, Bundle, checkpoint_folder
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.storage import (
     StorageError,
@@ -86,7 +86,7 @@ def save_adapter(folder: Path, named: dict[str, Tensor], config: LoraConfig, sta
         settings.save_pretrained(str(target))
         write_atomic(target / ADAPTER_WEIGHTS, pack_weights(adapter_weights(named)))
         write_atomic(
-            target / BASE_FILE, json.dumps({"weights": weights_print(find_checkpoint(start))}).encode()
+            target / BASE_FILE, json.dumps({"weights": weights_print(checkpoint_folder(start))}).encode()
         )
 
     write_folder(folder, fill)

@@ -13,7 +13,7 @@ from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
-from nextflow_ar.model.checkpoint import find_checkpoint
+from nextflow_ar.model.checkpoint import checkpoint_folder
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan import PlanConfig
@@ -155,7 +155,7 @@ class ModelRecipe:
     @property
     def base(self) -> Path | None:
         """The folder of ``start``. Raises StorageError when there is none."""
-        return None if self.start is None else find_checkpoint(self.start)
+        return None if self.start is None else checkpoint_folder(self.start)
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
