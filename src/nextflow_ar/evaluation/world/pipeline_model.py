@@ -64,12 +64,14 @@ class PipelineAnswers:
             )
             for ask in asks
         ]
+        said: list[list[str | Codes]] = [[] for _ in requests]
         if pipeline.thinks if think is None else think:
-            requests = pipeline.think(requests)
-            thoughts = [request.document.segments[-1] for request in requests]
-            said = [[one.text] if isinstance(one, Text) and one.text.strip() else [] for one in thoughts]
-        else:
-            said = [[] for _ in requests]
+            fitting = [k for k, request in enumerate(requests) if self._fits(request)]
+            thought = pipeline.think([requests[k] for k in fitting])
+            for k, request in zip(fitting, thought, strict=True):
+                last = request.document.segments[-1]
+                requests[k] = request
+                said[k] = [last.text] if isinstance(last, Text) and last.text.strip() else []
         return [[*words, *drawn] for words, drawn in zip(said, self._run(requests), strict=True)]
 
     def _request(self, ask: Ask) -> TextRequest | WriteRequest:
