@@ -48,6 +48,14 @@ def test_every_kind_of_ask(answers: PipelineAnswers) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(pictures_of(before), pictures_of(after), strict=True))
 
 
+def test_what_does_not_fit_the_context_is_not_answered() -> None:
+    bundle = tiny_bundle(replace(TINY_MODEL, max_positions=700))
+    bundle.generation = {"guidance": 1.0, "canvases": ["64x64"]}
+    short = PipelineAnswers(NextFlowPipeline(bundle), NextFlowPipeline(bundle).defaults, 0)
+    replies = short([asked("story_script"), asked("draw_scene"), asked("video_draw")])
+    assert replies[0] == () and replies[2] == () and len(pictures_of(replies[1])) == 1
+
+
 def test_pictures_through_the_tokenizer_keep_their_sizes(answers: PipelineAnswers) -> None:
     pictures = [
         np.zeros((64, 64, 3), np.uint8),

@@ -11,7 +11,7 @@ import torch
 
 from nextflow_ar.evaluation.world.asking import Ask, Reply
 from nextflow_ar.generation.documents import Part, part
-from nextflow_ar.generation.engine import TextRequest, WriteRequest
+from nextflow_ar.generation.engine import ContextError, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.sequence.batch import collate
@@ -31,7 +31,7 @@ class PipelineAnswers:
         self.pipeline, self.settings, self.seed = pipeline, settings, seed
 
     def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
-        """Answers in order. Raises RequestError or ContextError where the model cannot take an ask."""
+        """Answers in order; none where an ask is beyond the model's context. Raises RequestError where a size is."""
         out: list[list[str | Codes]] = [[] for _ in asks]
         groups: dict[object, list[int]] = defaultdict(list)
         for number, ask in enumerate(asks):
@@ -64,12 +64,14 @@ class PipelineAnswers:
             )
             for ask in asks
         ]
+        said: list[list[str | Codes]] = [[] for _ in requests]
         if pipeline.thinks if think is None else think:
-            requests = pipeline.think(requests)
-            thoughts = [request.document.segments[-1] for request in requests]
-            said = [[one.text] if isinstance(one, Text) and one.text.strip() else [] for one in thoughts]
-        else:
-            said = [[] for _ in requests]
+            fitting = [k for k, request in enumerate(requests) if self._fits(request)]
+            thought = pipeline.think([requests[k] for k in fitting])
+            for k, request in zip(fitting, thought, strict=True):
+                last = request.document.segments[-1]
+                requests[k] = request
+                said[k] = [last.text] if isinstance(last, Text) and last.text.strip() else []
         return [[*words, *drawn] for words, drawn in zip(said, self._run(requests), strict=True)]
 
     def _request(self, ask: Ask) -> TextRequest | WriteRequest:
@@ -90,18 +92,27 @@ class PipelineAnswers:
             last_image_ends=True,
         )
 
-    def _run(self, requests: Sequence) -> list[list[str | Codes]]:
-        """Texts and codes of every request, in the order in which they came."""
+    def _fits(self, request: Request) -> bool:
+        try:
+            self.pipeline.engine.job(0, request)
+        except ContextError:
+            return False
+        return True
+
+    def _run(self, requests: Sequence[Request]) -> list[list[str | Codes]]:
+        """Texts and codes of every request, in the order in which they came; nothing for one beyond the model's context."""
         out: list[list[str | Codes]] = [[] for _ in requests]
-        for event in self.pipeline.engine.run(requests):
+        fitting = [k for k, request in enumerate(requests) if self._fits(request)]
+        for event in self.pipeline.engine.run([requests[k] for k in fitting]):
+            if not isinstance(event, ImageReady | TextDelta):
+                continue
+            row = out[fitting[event.row]]
             if isinstance(event, ImageReady):
-                out[event.row].append(event.codes)
-            elif isinstance(event, TextDelta):
-                row = out[event.row]
-                if row and isinstance(row[-1], str):
-                    row[-1] += event.text
-                else:
-                    row.append(event.text)
+                row.append(event.codes)
+            elif row and isinstance(row[-1], str):
+                row[-1] += event.text
+            else:
+                row.append(event.text)
         return [[one for one in row if not isinstance(one, str) or one.strip()] for row in out]
 
     def _decoded(self, replies: Sequence[Sequence[str | Codes]]) -> list[Reply]:
