@@ -198,7 +198,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert line in capsys.readouterr().err, arguments
 
 
-TRANSFORMERS = [path for path in sorted(RECIPES.glob("*.yaml")) if load_yaml(path)["kind"] == "model"]
+TRANSFORMERS = [path for path in sorted(RECIPES.glob("*.yaml")) if load_yaml(path).get("kind") == "model"]
 
 
 @pytest.mark.parametrize("path", TRANSFORMERS, ids=lambda path: path.stem)
