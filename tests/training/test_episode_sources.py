@@ -214,7 +214,9 @@ def test_ahead_gives_every_step_once_and_tells_errors() -> None:
     assert made[:4] == [0, 1, 2, 3] and max(made) == 5
 
 
-STAGES = [p for p in sorted(RECIPES.glob("world_*.yaml")) if yaml.safe_load(p.read_text()).get("kind") == "model"]
+STAGES = [
+    p for p in sorted(RECIPES.glob("world_*.yaml")) if yaml.safe_load(p.read_text()).get("kind") == "model"
+]
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
