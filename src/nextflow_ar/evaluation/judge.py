@@ -24,6 +24,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from nextflow_ar.evaluation.blocks import Block, down
+
 UNKNOWN = "unknown"
 STRIDE = 4
 SIZE_UNIT = 32.0  # sizes are predicted as log(size / 32 px)
@@ -106,24 +108,6 @@ class Verdict:
         return f"{listed or 'nothing'} on {self.background}"
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions around a skip."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm_first, self.norm_second = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm_first(self.first(x)))
-        return F.relu(x + self.norm_second(self.second(y)))
-
-
-def _down(inside: int, outside: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inside, outside, 3, 2, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
-
-
 class JudgeNetwork(nn.Module):
     """Picture -> maps. Cell (i, j) speaks of the point (4 j, 4 i) in pixels.
 
@@ -137,11 +121,11 @@ class JudgeNetwork(nn.Module):
         low, mid, high = config.widths
         colours = len(config.colours)
         self.splits = {"heat": 1, "name": len(config.names) + 1, "colour": colours, "offset": 2, "size": 1}
-        self.stem = _down(3, low)
-        self.middle = nn.Sequential(_down(low, mid), _Block(mid))
-        self.deep = nn.Sequential(_down(mid, high), _Block(high), _Block(high))
+        self.stem = down(3, low)
+        self.middle = nn.Sequential(down(low, mid), Block(mid))
+        self.deep = nn.Sequential(down(mid, high), Block(high), Block(high))
         self.lift = nn.Conv2d(high, mid, 1)
-        self.fuse = _Block(mid)
+        self.fuse = Block(mid)
         self.neck = nn.Sequential(nn.Conv2d(mid, mid, 1), nn.ReLU())
         self.heads = nn.Conv2d(mid, sum(self.splits.values()), 1)
         self.background = nn.Sequential(nn.Linear(2 * high, 64), nn.ReLU(), nn.Linear(64, colours))

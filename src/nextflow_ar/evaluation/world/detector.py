@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextflow_ar.data.playground.canvases import base_of
+from nextflow_ar.evaluation.blocks import Block, down
 from nextflow_ar.evaluation.world.lettering import box_of_letters
 from nextflow_ar.evaluation.world.verdict import UNKNOWN, SeenThing, SeenWord, Verdict
 
@@ -52,24 +53,6 @@ class DetectorConfig:
     letter_distance: float
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions around a skip."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm_first, self.norm_second = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm_first(self.first(x)))
-        return F.relu(x + self.norm_second(self.second(y)))
-
-
-def _down(inside: int, outside: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inside, outside, 3, 2, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
-
-
 class Detector(nn.Module):
     """Picture -> maps and answers about the whole.
 
@@ -99,11 +82,11 @@ class Detector(nn.Module):
             "mood": len(config.moods) + 1,
             "light": len(config.lights) + 1,
         }
-        self.stem = _down(3, low)
-        self.middle = nn.Sequential(_down(low, mid), _Block(mid))
-        self.deep = nn.Sequential(_down(mid, high), *(_Block(high) for _ in range(config.blocks)))
+        self.stem = down(3, low)
+        self.middle = nn.Sequential(down(low, mid), Block(mid))
+        self.deep = nn.Sequential(down(mid, high), *(Block(high) for _ in range(config.blocks)))
         self.lift = nn.Conv2d(high, mid, 1)
-        self.fuse = _Block(mid)
+        self.fuse = Block(mid)
         self.neck = nn.Sequential(nn.Conv2d(mid, neck, 1), nn.ReLU())
         self.heads = nn.Conv2d(neck, sum(self.cells.values()), 1)
         self.spell = nn.Conv2d(neck, 4 * (1 + len(config.letters)), 1)
