@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nextflow_ar.app.terminal import Model
+
 if TYPE_CHECKING:
     from nextflow_ar.app.serving.settings import ServerSettings
     from nextflow_ar.generation.pipeline import NextFlowPipeline
@@ -24,9 +26,7 @@ class ServeError(RuntimeError):
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="nano (bundled), a checkpoint folder, or a Hub id.")
-    ] = "nano",
+    model: Model = "nano",
     host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
     name: Annotated[
@@ -68,7 +68,7 @@ def serve(
         from nextflow_ar.app.serving.settings import ServerSettings
     except ImportError as error:
         raise ServeError(
-            f"serving needs more packages ({error.name}): pip install 'nextflow-ar[serve]'"
+            f"more packages are needed ({error.name}): pip install 'nextflow-ar[serve]'"
         ) from None
     keys = read_keys(key_file)
     settings = ServerSettings(
@@ -81,12 +81,14 @@ def serve(
         app = create_app(pipeline, settings)
         if page:
             app = with_page(app, pipeline, settings)
-        bound = listening.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        logging.getLogger("nextflow_ar.serving").info(
-            "serving", extra={"model": settings.name, "url": f"http://{shown}:{bound}", "keys": len(keys)}
-        )
-        make_server(app, host, bound).run(sockets=[listening])
+        about = {"model": settings.name, "url": _url(host, listening), "keys": len(keys)}
+        logging.getLogger("nextflow_ar.serving").info("serving", extra=about)
+        make_server(app, host, listening.getsockname()[1]).run(sockets=[listening])
+
+
+def _url(host: str, listening: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listening.getsockname()[1]}"
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ EXAMPLES = (
     "a red circle on a blue background",
     "three frogs on an orange background",
     "a cat left of a rocket",
-    "a yellow star and a green triangle",
+    "a yellow cross and a green triangle",
 )
 EMPTY = (
     '<div class="nf-empty"><p>Your picture appears here. It starts as a single cell of colour and sharpens '
