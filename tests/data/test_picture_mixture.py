@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from nextflow_ar.config import ConfigError
 from nextflow_ar.data.photos import PhotoFolder
 from nextflow_ar.data.pictures import PictureMixture, PictureSource
+from nextflow_ar.data.playground.curriculum import episode, held_out_of
+from nextflow_ar.data.playground.episodes import Episode
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.tokenizer.pictures import PictureError
@@ -100,6 +103,35 @@ def test_a_mixture_is_deterministic_and_keeps_to_its_budget(folder: Path) -> Non
     assert {len(b.schedule) for b in batches if b.source == "photos"} == {4, 6}
 
 
+def test_pictures_of_the_wide_world_come_in_its_sizes_and_keep_the_split() -> None:
+    tasks = {"draw_scene": 1.0, "edit": 1.0}
+    world = PictureSource("world", 1.0, seed=3, scales=(8, 10), ratios="all", tasks=tasks)
+    mixture = PictureMixture({"world": world}, pixels=16384, downsample=8, seed=1)
+    batches = [mixture.batch(i) for i in range(12)]
+    assert np.array_equal(mixture.batch(5).pictures, batches[5].pictures)
+    assert {len(b.schedule) for b in batches} == {8, 10}
+    assert len({b.pictures.shape[1:3] for b in batches}) > 5
+    for batch in batches:
+        assert batch.pictures.shape[1:3] == batch.schedule.image_size(8)
+        assert len({p.tobytes() for p in batch.pictures}) == len(batch.pictures)
+
+
+def test_a_split_of_the_wide_world_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Episode] = []
+
+    def noted(*args: Any) -> Episode:
+        made.append(episode(*args))
+        return made[-1]
+
+    monkeypatch.setattr("nextflow_ar.data.pictures.episode", noted)
+    for split in ("train", "test"):
+        source = PictureSource("world", 1.0, tasks={"draw_scene": 1.0}, split=split)
+        PictureMixture({"w": source}, 32768, 8, 1).batch(0)
+        shown = sum(held_out_of(e) > 0 for e in made)
+        assert len(made) == 8 and (shown == 0 if split == "train" else shown > 4)
+        made.clear()
+
+
 def test_a_mixture_that_cannot_work_says_why(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     photos = PictureSource("photos", 1.0, folder=folder, scales=(3,))
     with pytest.raises(
@@ -118,9 +150,15 @@ def test_a_mixture_that_cannot_work_says_why(folder: Path, caplog: pytest.LogCap
     for bad in (
         {"kind": "photos", "weight": 1.0},
         {"kind": "textures", "weight": 0.0},
+        {"kind": "world", "weight": 1.0},
+        {"kind": "textures", "weight": 1.0, "tasks": {"draw": 1.0}},
+        {"kind": "world", "weight": 1.0, "tasks": {"plain": 1.0}},
+        {"kind": "world", "weight": 1.0, "tasks": {"paint": 1.0}},
         {"kind": "textures", "weight": 1.0, "ratios": "own"},
         {"kind": "textures", "weight": 1.0, "scales": (19,)},
         {"kind": "playground", "weight": 1.0},
     ):
-        with pytest.raises(ValueError, match=r"goes with|above 0|from 1 to 18"):
+        with pytest.raises(
+            ValueError, match=r"goes with|above 0|from 1 to 18|no pictures|unknown playground task"
+        ):
             PictureSource(**bad)

@@ -19,7 +19,8 @@ from nextflow_ar.config import ConfigError, ImageTokenizerConfig, from_dict, loa
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import contrastive_model
-from nextflow_ar.training.tokenizer_stage import ScaleDropout, TokenizerRecipe, TokenizerTrainer, start_from
+from nextflow_ar.training.growth import start_from
+from nextflow_ar.training.tokenizer_stage import ScaleDropout, TokenizerRecipe, TokenizerTrainer
 from tests.conftest import TINY_SEMANTIC, TINY_TOKENIZER
 
 OPTIMIZER = {
@@ -113,13 +114,19 @@ def test_a_grown_tokenizer_draws_what_the_pixel_branch_drew() -> None:
     )
     for blocks in (2, 4):
         larger = ImageTokenizer(replace(DUAL, decoder_blocks=blocks))
-        start_from(larger, new, larger_decoder=True)
+        start_from(larger, new, ("decoder",))
         assert sum(p.numel() for p in larger.decoder.parameters()) > sum(
             p.numel() for p in new.decoder.parameters()
         )
         torch.testing.assert_close(
             larger.decode_pixels(codes, schedule), new.decode_pixels(codes, schedule), atol=1e-5, rtol=1e-5
         )
+    for blocks in (2, 3):
+        larger = ImageTokenizer(replace(DUAL, encoder_blocks=blocks))
+        start_from(larger, new, ("encoder", "decoder"))
+        pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+        torch.testing.assert_close(larger.embed(pixels), new.embed(pixels), atol=1e-5, rtol=1e-5)
+        assert len(larger.state_dict()) > len(new.state_dict())
     with pytest.raises(ConfigError, match="does not fit this recipe's: encoder"):
         start_from(ImageTokenizer(replace(DUAL, encoder_channels=(8, 16, 32))), old)
 

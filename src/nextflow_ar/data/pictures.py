@@ -7,6 +7,7 @@ follows from (seed, step), so that a resumed run sees what the first would have 
 from __future__ import annotations
 
 import logging
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,31 +17,39 @@ from pydantic import ConfigDict
 
 from nextflow_ar.config import ConfigError
 from nextflow_ar.data.photos import PhotoFolder
+from nextflow_ar.data.playground.canvases import canvas_sizes
+from nextflow_ar.data.playground.curriculum import by_task, episode
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
+from nextflow_ar.data.playground.scenes import Split
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.scales import BASE_SIZES, FINAL_GRIDS, Grid, ScaleSchedule
 
 _LOG = logging.getLogger(__name__)
+_MOST = 1 << 16  # episodes of a step have numbers of their own
 
 
 @dataclass(frozen=True)
 class PictureSource:
     """One source. ``weight``: its share of the steps.
 
-    ``kind`` "playground": scenes of ``playground`` (a canvas of 64 pixels). "photos": crops of the pictures in ``folder``;
-    ``optional``: leave the source out when the folder is not there. "textures": dead leaves. ``scales``: levels to draw
-    from, each equally likely (canvas side = BASE_SIZES[scales - 1] * downsample). ``ratios``: "square", "all" 41, or
-    "own" (photographs only): each picture in the bucket of its own aspect ratio. ``dropout``: share of the scale dropout
-    for these pictures (null: the recipe's).
+    ``kind`` "playground": scenes of ``playground`` (a canvas of 64 pixels). "world": pictures of the wide world's episodes,
+    ``tasks`` (weights of tasks or groups, docs/playground.md) at ``level``, of any size and a ratio up to 2. "photos":
+    crops of the pictures in ``folder``; ``optional``: leave the source out when the folder is not there. "textures":
+    dead leaves. ``scales``: levels to draw from, each equally likely (canvas side = BASE_SIZES[scales - 1] * downsample).
+    ``ratios``: "square", "all" 41, or "own" (photographs only): each picture in the bucket of its own aspect ratio.
+    ``dropout``: share of the scale dropout for these pictures (null: the recipe's).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    kind: Literal["playground", "photos", "textures"]
+    kind: Literal["playground", "world", "photos", "textures"]
     weight: float
     seed: int = 0
     scales: tuple[int, ...] = (8,)
     ratios: Literal["square", "all", "own"] = "square"
     playground: MixtureConfig | None = None
+    tasks: dict[str, float] | None = None
+    level: Literal["world", "blocks", "hues", "wide"] = "world"
+    split: Split = "train"
     folder: Path | None = None
     optional: bool = False
     dropout: float | None = None
@@ -52,6 +61,10 @@ class PictureSource:
             raise ValueError(f"scales are from 1 to {len(BASE_SIZES)}")
         if (self.kind == "playground") != (self.playground is not None):
             raise ValueError("playground goes with the kind playground")
+        if (self.kind == "world") != (self.tasks is not None):
+            raise ValueError("tasks goes with the kind world")
+        if self.tasks is not None and "plain" in by_task(self.tasks):
+            raise ValueError("the task plain has no pictures")
         if (self.kind == "photos") != (self.folder is not None):
             raise ValueError("folder goes with the kind photos")
         if self.dropout is not None and not 0 <= self.dropout <= 1:
@@ -122,6 +135,8 @@ class PictureMixture:
         name = self.names[min(int(np.searchsorted(self._edges, rng.random())), len(self.names) - 1)]
         source = self.sources[name]
         scales = int(rng.choice(source.scales))
+        if source.tasks is not None:
+            return self._world(source, source.tasks, name, scales, step, rng.random())
         bucket = self._bucket(source, name, rng.random())
         schedule = ScaleSchedule.from_final(bucket or (64, 64), scales)
         count = self.count(schedule)
@@ -136,6 +151,23 @@ class PictureMixture:
         else:
             crops = [dead_leaves(seed, height, width) for seed in seeds]
         return PictureBatch(np.stack(crops), schedule, name)
+
+    def _world(
+        self, source: PictureSource, tasks: dict[str, float], name: str, scales: int, step: int, draw: float
+    ) -> PictureBatch:
+        sizes = canvas_sizes(scales)
+        canvas = sizes[int(draw * len(sizes))] if source.ratios == "all" else sizes[0]
+        schedule = ScaleSchedule.nearest(*canvas, scales)
+        spread = by_task(tasks)
+        pictures: list[np.ndarray] = []
+        for number in range(self.count(schedule)):
+            rng = random.Random(f"nextflow-ar pictures {source.seed} {step} {number}")
+            task = rng.choices(tuple(spread), tuple(spread.values()))[0]
+            shown = episode(
+                task, step * _MOST + number, source.seed, source.split, canvas, source.level
+            ).pictures
+            pictures.append(rng.choice(shown).render())
+        return PictureBatch(np.stack(pictures), schedule, name)
 
     def _bucket(self, source: PictureSource, name: str, draw: float) -> Grid | None:
         if source.ratios == "own":

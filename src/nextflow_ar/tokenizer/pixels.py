@@ -104,10 +104,13 @@ class PixelDecoder(nn.Module):
         return self.layers(features)
 
 
-def deeper(state: dict[str, torch.Tensor], levels: int, old: int, new: int) -> dict[str, torch.Tensor]:
+def deeper(
+    state: dict[str, torch.Tensor], levels: int, old: int, new: int, between: int = 2
+) -> dict[str, torch.Tensor]:
     """Weights of a :class:`PixelDecoder` of ``old`` residual blocks per level, renamed for one of ``new`` blocks.
 
     The blocks in between are not among them: they start as the identity, so the deeper decoder draws the same pictures.
+    ``between``: layers from one level to the next, 2 in a decoder, 1 in a :class:`PixelEncoder`.
     """
 
     def places(blocks: int) -> list[list[int]]:
@@ -116,7 +119,7 @@ def deeper(state: dict[str, torch.Tensor], levels: int, old: int, new: int) -> d
         for level in range(levels):
             found.append(list(range(at, at + blocks)))
             at += blocks
-            rest = 2 if level + 1 < levels else 4
+            rest = between if level + 1 < levels else 4
             found.append(list(range(at, at + rest)))
             at += rest
         return found

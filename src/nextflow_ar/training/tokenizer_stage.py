@@ -32,9 +32,10 @@ from nextflow_ar.tokenizer.losses import (
     structure_distance,
 )
 from nextflow_ar.tokenizer.metrics import frechet_distance, psnr, ssim
-from nextflow_ar.tokenizer.pixels import deeper, to_unit
+from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import Trace
 from nextflow_ar.tokenizer.semantic import SemanticEncoder
+from nextflow_ar.training.growth import start_from
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
 from nextflow_ar.training.parallel import World
@@ -110,7 +111,8 @@ class TokenizerRecipe:
 
     ``trains``: "pixel" (the pixel branch alone), "joint" (all; goes on from a "pixel" tokenizer, or from nothing), or
     "decoder" (the pixel decoder alone; encoder, codebook and so all codes stay as in ``start``; ``tokenizer`` may ask
-    for more decoder blocks, which start as the identity, or for wider ones, which start anew). ``teacher``: folder or
+    for more decoder blocks, which start as the identity, or for wider ones, which start anew; "joint" may ask for more
+    blocks of both). ``teacher``: folder or
     Hub id of a SigLIP2. ``pixels``: per step and process.
     """
 
@@ -217,9 +219,8 @@ class TokenizerTrainer:
         if recipe.trains == "joint" and self.teacher is not None and model.semantic_encoder is not None:
             model.semantic_encoder.load_state_dict(self.teacher.state_dict())
         if recipe.start is not None:
-            start_from(
-                model, ImageTokenizer.from_pretrained(recipe.start), larger_decoder=recipe.trains == "decoder"
-            )
+            larger = {"pixel": (), "joint": ("encoder", "decoder"), "decoder": ("decoder",)}[recipe.trains]
+            start_from(model, ImageTokenizer.from_pretrained(recipe.start), larger)
         return model
 
     def _perceptual(self) -> Perceptual | None:
@@ -415,45 +416,6 @@ class TokenizerTrainer:
             self.model.save_pretrained(recipe.out / "final")
         self.world.leave()
         return recipe.out / "final"
-
-
-@torch.no_grad()
-def start_from(model: ImageTokenizer, old: ImageTokenizer, *, larger_decoder: bool = False) -> None:
-    """Take over ``old``'s weights. A tokenizer of the pixel branch alone becomes the pixel half of a dual one: the
-    codebook's and the decoder's semantic channels start at zero, so the first pictures are the old ones. With
-    ``larger_decoder`` a decoder of more blocks starts by drawing as the old one, a wider one starts anew. Raises
-    ConfigError when anything else differs.
-    """
-    state, target = old.state_dict(), model.state_dict()
-    extra = model.config.quantizer.semantic_dim - old.config.quantizer.semantic_dim
-    if extra:
-        wider = target["quantizer.codebook"].new_zeros(target["quantizer.codebook"].shape)
-        wider[:, extra:] = state["quantizer.codebook"]
-        state["quantizer.codebook"] = wider
-        if model.config.decoder_sees_semantic:
-            first = torch.zeros_like(target["decoder.layers.0.weight"])
-            first[:, extra:] = state["decoder.layers.0.weight"]
-            state["decoder.layers.0.weight"] = first
-    if larger_decoder and model.config != old.config:
-        drawn = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
-        state = {k: v for k, v in state.items() if not k.startswith("decoder.")}
-        ours, theirs = model.config, old.config
-        if ours.decoder_channels == theirs.decoder_channels and ours.decoder_blocks > theirs.decoder_blocks:
-            levels = len(ours.decoder_channels)
-            grown = deeper(drawn, levels, theirs.decoder_blocks, ours.decoder_blocks)
-            state |= {"decoder." + k: v for k, v in grown.items()}
-            for (
-                name,
-                value,
-            ) in target.items():  # a new block adds nothing at first: its last kernel is zero already
-                if name.startswith("decoder.") and name not in state and name.endswith("conv2.bias"):
-                    state[name] = torch.zeros_like(value)
-    wrong = [k for k, v in state.items() if k not in target or target[k].shape != v.shape]
-    allowed = ("semantic_", "quantizer.refiner.") + (("decoder.",) if larger_decoder else ())
-    missing = [k for k in target if k not in state and not k.startswith(allowed)]
-    if wrong or missing:
-        raise ConfigError(f"the tokenizer to start from does not fit this recipe's: {(wrong + missing)[0]}")
-    model.load_state_dict(state, strict=False)
 
 
 @torch.no_grad()
