@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.attention import mask_of_rows
 from nextflow_ar.model.backbone import Backbone, Cache
 from nextflow_ar.model.embeddings import ScaleInputs
 from nextflow_ar.model.loss import chunked_linear_cross_entropy
@@ -114,8 +115,10 @@ class NextFlowModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
         """Hidden states of a whole batch (teacher forcing)."""
-        mask = block_mask(batch.blocks, batch.documents)
-        return self.runner(self.embed(batch), batch.positions, mask)
+        embeddings, mask = self.embed(batch), block_mask(batch.blocks, batch.documents)
+        if self.config.heads == self.config.kv_heads:
+            mask = mask_of_rows(mask, embeddings)
+        return self.runner(embeddings, batch.positions, mask)
 
     def step(
         self,
