@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
 BIN := .venv/bin
-NANO_RECIPES := $(addprefix recipes/nano_,$(addsuffix .yaml,teacher tokenizer_v1 pretrain model finish judge pixel tokenizer decoder))
+NANO_RECIPES := $(addprefix recipes/,$(addsuffix .yaml,nano_teacher nano_pixel nano_tokenizer nano_decoder nano_decoder_ssim \
+	world_start world_pretrain_64 world_read world_read2 world_read3 nano_judge world_judge))
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 define HAS_TORCH

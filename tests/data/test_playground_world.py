@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -299,6 +300,28 @@ def test_hues_are_shades_that_no_other_palette_colour_is_nearer_to() -> None:
         ValueError, match="the level hues is for captions and questions, not for 'edit_colour'"
     ):
         episode("edit_colour", 0, 1, level="hues")
+
+
+def test_shades_are_for_sprites_too_and_some_pictures_are_black_and_white() -> None:
+    palette = np.array(list(COLOURS.values()))
+    sprites = gray = 0
+    for number in range(300):
+        canvas = episode("caption_short", number, 5, level="shades").pictures[0].canvas
+        gray += canvas.mood == "gray"
+        picture = render(canvas).astype(int)
+        if canvas.mood == "gray":
+            assert (picture.max(-1) == picture.min(-1)).all()
+        for item in canvas.items:
+            if item.rgb is None or item.name in SHAPES:
+                continue
+            assert item.colour not in (None, NATIVE.get(item.name))
+            assert list(COLOURS)[int(((palette - np.array(item.rgb)) ** 2).sum(1).argmin())] == item.colour
+            sprites += item.rgb != COLOURS[str(item.colour)]
+            if canvas.style == "full" and canvas.mood is None and item.rgb != COLOURS[str(item.colour)]:
+                plain = replace(item, rgb=None)
+                other = render(replace(canvas, items=tuple(plain if i is item else i for i in canvas.items)))
+                assert (other != picture).any()
+    assert sprites > 40 and 15 < gray < 60
 
 
 def test_captions_by_hand() -> None:

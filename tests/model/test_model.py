@@ -223,3 +223,11 @@ def test_a_fresh_model_is_exactly_undecided() -> None:
     model.scale_inputs.start_from(torch.full((24, 10), 0.5) * torch.tensor([1.0, -1.0] * 5))
     block = model.scale_inputs.block(sample_codes.target[None], SQUARE, 3)
     assert float(block.std()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_frequencies_stay_in_fp32_when_weights_are_cast() -> None:
+    model = tiny_model()
+    before = model.backbone.rotary_emb.inv_freq.clone()
+    model = model.to(torch.bfloat16)
+    assert model.head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.backbone.rotary_emb.inv_freq, before) and before.dtype == torch.float32

@@ -37,7 +37,7 @@ class EpisodeSource:
     packing: Packing
     canvases: dict[str, float]
     seed: int
-    level: Literal["world", "blocks", "hues", "wide"] = "world"
+    level: Literal["world", "blocks", "hues", "shades", "wide"] = "world"
     split: Split = "train"
     dialogue: bool = False
     scales: int | None = None

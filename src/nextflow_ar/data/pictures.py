@@ -48,7 +48,7 @@ class PictureSource:
     ratios: Literal["square", "all", "own"] = "square"
     playground: MixtureConfig | None = None
     tasks: dict[str, float] | None = None
-    level: Literal["world", "blocks", "hues", "wide"] = "world"
+    level: Literal["world", "blocks", "hues", "shades", "wide"] = "world"
     split: Split = "train"
     folder: Path | None = None
     optional: bool = False

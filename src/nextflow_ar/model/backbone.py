@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -74,6 +76,17 @@ class Backbone(Qwen2_5_VLTextModel):
             frequencies = axis_frequencies(config)
             self.rotary_emb.register_buffer("inv_freq", frequencies, persistent=False)
             self.rotary_emb.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the stack; frequencies stay in fp32: rounded to bf16 they are 0.4 % off, radians at far places."""
+        rope = self.rotary_emb
+        kept = {name: getattr(rope, name) for name in ("inv_freq", "original_inv_freq")}
+        moved = super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = getattr(rope, name)
+            if new.dtype in (torch.bfloat16, torch.float16):
+                setattr(rope, name, old.to(new.device))
+        return moved
 
     def run(
         self,

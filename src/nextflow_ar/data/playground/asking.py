@@ -71,6 +71,13 @@ def _captioned(draft: Draft, *, full: bool) -> Episode:
         canvas = replace(canvas, mood=rng.choice(("dark", "bright", "gray")), second=None, tint=(0, 0, 0))
         if not mood_shows(canvas):
             raise Reject
+    elif maker.level.gray and rng.random() < maker.level.gray:
+        plain = tuple(
+            replace(item, rgb=None) for item in canvas.items
+        )  # shades could be as bright as the background
+        canvas = replace(canvas, mood="gray", second=None, tint=(0, 0, 0), items=plain)
+        if not mood_shows(canvas):
+            raise Reject
     if canvas.style == "line" and canvas.word is not None:
         canvas = replace(canvas, word=None)
     text, kind = (full_caption(canvas), "full_caption") if full else (short_caption(canvas), "short_caption")

@@ -78,13 +78,13 @@ def episode(
 
     ``split``: "train" never shows a held-out combination in any picture nor joins held-out clues; "test" does at
     least once where the task can; "any" ignores it. ``canvas``: (height, width) in pixels. ``level``: "world", "blocks",
-    "hues" or "wide". Raises ValueError for an unknown task or level, RuntimeError when nothing fits such a canvas.
+    "hues", "shades" or "wide". Raises ValueError for an unknown task or level, RuntimeError when nothing fits the canvas.
     """
     if task not in BUILDERS:
         raise ValueError(f"unknown playground task {task!r}: one of {', '.join(TASK_NAMES)}")
-    if level == "hues" and task not in (*GROUPED["caption"], *GROUPED["ask"]):
+    if level in ("hues", "shades") and task not in (*GROUPED["caption"], *GROUPED["ask"]):
         raise ValueError(
-            f"the level hues is for captions and questions, not for {task!r}: its shades have no words"
+            f"the level {level} is for captions and questions, not for {task!r}: its shades have no words"
         )
     rng = random.Random(f"nextflow-ar {task} {seed} {index} {split} {canvas[0]}x{canvas[1]} {level}")
     draft = Draft(rng, Maker(rng, world_level(level), canvas), index, split)

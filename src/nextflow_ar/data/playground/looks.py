@@ -39,9 +39,12 @@ def _hue(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return hue * 60 % 360, (high - low) / np.maximum(high, 1e-6)
 
 
-def _recoloured(name: str, colour: str, folder: Path | None) -> Image.Image:
-    """The sprite with its main hue replaced: brightness relative to the median of those pixels, times the new colour."""
-    picture = np.asarray(source(name, folder), np.float32).copy()
+@lru_cache(maxsize=256)
+def _recolouring(name: str, folder: Path | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a sprite: (h, w, 4) pixels, (h, w, 1) how much of each takes a new colour, and how bright each is relative to
+    the median of those.
+    """
+    picture = np.asarray(source(name, folder), np.float32)
     rgb, alpha = picture[..., :3], picture[..., 3]
     hue, saturation = _hue(rgb)
     strong = (saturation > _GRAY) & (alpha > 128)
@@ -52,13 +55,18 @@ def _recoloured(name: str, colour: str, folder: Path | None) -> Image.Image:
     share = np.clip((_HUE_SPAN - distance) / 12, 0, 1) * np.clip((saturation - _GRAY + 0.1) / 0.1, 0, 1)
     light = rgb @ _LUMA
     middle = float(np.median(light[strong & (distance < _HUE_SPAN)]))
-    shade = np.clip(light / middle, 0.45, 1.6)[..., None]
-    goal = np.array(COLOURS[colour], np.float32)
+    return picture, share[..., None], np.clip(light / middle, 0.45, 1.6)[..., None]
+
+
+def _recoloured(name: str, colour: str, folder: Path | None, rgb: RGB | None = None) -> Image.Image:
+    """The sprite with its main hue replaced by the palette's colour, or by its shade ``rgb``."""
+    picture, share, shade = _recolouring(name, folder)
+    goal = np.array(rgb or COLOURS[colour], np.float32)
     new = np.where(shade <= 1, goal * shade, goal + (255 - goal) * (shade - 1) * 0.6)
     if colour == "black":  # nothing is darker than black: its shading goes upwards
         new = goal + (shade - 0.45) * 45
-    picture[..., :3] = rgb * (1 - share[..., None]) + new * share[..., None]
-    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8), "RGBA")
+    made = np.concatenate([picture[..., :3] * (1 - share) + new * share, picture[..., 3:]], -1)
+    return Image.fromarray(np.clip(made + 0.5, 0, 255).astype(np.uint8), "RGBA")
 
 
 @lru_cache(maxsize=1024)
@@ -87,12 +95,13 @@ def shades(colour: str) -> list[RGB]:
 def _inside(
     name: str, colour: str | None, size: int, folder: Path | None, rgb: RGB | None = None
 ) -> Image.Image:
-    """The thing in a square box with a small margin, RGBA. ``rgb``: shade of a shape."""
+    """The thing in a square box with a small margin, RGBA. ``rgb``: the shade of its colour."""
     inner = size - 2 * max(1, size // 16)
     if name in SHAPES:
         picture = draw_shape(name, inner, rgb or COLOURS[colour or "black"])
     else:
-        picture = _native(name, colour, folder)
+        shaded = rgb is not None and colour is not None
+        picture = _recoloured(name, colour, folder, rgb) if shaded else _native(name, colour, folder)
         scale = inner / max(picture.size)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         picture = picture.convert("RGBa").resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")

@@ -3,8 +3,8 @@ size.
 
 ``world`` is the easier level: corners on the 8-pixel lattice of the codes, three sizes, plain backgrounds in palette
 colours. ``blocks``: as coarse as the small world's easy level, every second point of the lattice and one size however
-many things there are, every other one a shape; ``hues``: the same in all shades. ``wide``: any pixel, a range of sizes,
-gradients, backgrounds off the palette.
+many things there are, every other one a shape; ``hues``: the same with shapes in all shades, ``shades``: sprites too.
+``wide``: any pixel, a range of sizes, gradients, backgrounds off the palette.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class WorldLevel:
     ``small``, ``normal``, ``large``: ranges of sizes in 64ths of the base. ``crowded``: the normal range from three
     things on. ``gradient``: share of gradients. ``tint``: how far a background may be off the palette. ``shapes``: share of
     shapes among things, 0: about one in eight. ``hues``: how often a shape or a background has any shade that goes by its
-    colour's name instead of the palette's.
+    colour's name instead of the palette's; ``sprites``: sprites that come in colours too, and
+    most do. ``gray``: share of pictures
+    to be described that are black and white.
     """
 
     name: str
@@ -59,12 +61,29 @@ class WorldLevel:
     tint: int
     shapes: float = 0.0
     hues: float = 0.0
+    sprites: bool = False
+    gray: float = 0.0
 
 
 WORLD_LEVELS: dict[str, WorldLevel] = {
     "world": WorldLevel("world", 8, (18, 18), (32, 32), (40, 40), (24, 24), 4, 0.0, 0),
     "blocks": WorldLevel("blocks", 16, (18, 18), (32, 32), (40, 40), (32, 32), 4, 0.0, 0, shapes=0.4),
     "hues": WorldLevel("hues", 16, (18, 18), (32, 32), (40, 40), (32, 32), 4, 0.0, 0, shapes=0.5, hues=0.6),
+    "shades": WorldLevel(
+        "shades",
+        16,
+        (18, 18),
+        (32, 32),
+        (40, 40),
+        (32, 32),
+        4,
+        0.0,
+        0,
+        shapes=0.5,
+        hues=0.6,
+        sprites=True,
+        gray=0.15,
+    ),
     "wide": WorldLevel("wide", 0, (17, 19), (27, 36), (42, 48), (22, 27), 5, 0.35, 12),
 }
 _APART = 70  # between the colours of a shape and its background, in RGB
@@ -96,7 +115,7 @@ class Maker:
         if self.level.shapes and pool in ("any", "coloured") and rng.random() < self.level.shapes:
             pool = "shape"
         if pool == "any":
-            pool = "coloured" if rng.random() < 0.3 else "sprite"
+            pool = "coloured" if rng.random() < (0.7 if self.level.sprites else 0.3) else "sprite"
         names: Sequence[str] = {
             "sprite": _SPRITES,
             "coloured": _COLOURED,
@@ -186,7 +205,8 @@ class Maker:
         """The canvas with its shapes and its background in other shades of their colours, now and then."""
         rgb: dict[Kind, RGB] = {}
         for item in canvas.items:
-            if item.name in SHAPES and item.kind not in rgb:
+            sprite = self.level.sprites and item.colour is not None and item.colour != NATIVE.get(item.name)
+            if (item.name in SHAPES or sprite) and item.kind not in rgb:
                 rgb[item.kind] = self._shade(str(item.colour))
         ground = self._shade(canvas.background)
         if any(
