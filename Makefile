@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 NANO_RECIPES := $(addprefix recipes/nano_,$(addsuffix .yaml,teacher tokenizer_v1 pretrain model finish judge pixel tokenizer decoder))
-BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCHMARKS = $(filter-out benchmarks/_% benchmarks/gpu_%,$(wildcard benchmarks/*.py))
 
 define HAS_TORCH
 from importlib.metadata import version; assert tuple(map(int, version("torch").split(".")[:2])) >= (2, 11)
