@@ -211,7 +211,8 @@ def main(arguments=None):
     wait(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, graphs off"
     weights = sum(p.numel() for p in bundle.model.parameters())
-    print(f"{name}, torch {torch.__version__}, {weights / 1e9:.2f}B parameters in {dtype}, {changed} layers in {given.bits}, "
+    bits = f", {changed} layers in {given.bits}" if changed else ""
+    print(f"{name}, torch {torch.__version__}, {weights / 1e9:.2f}B parameters in {dtype}{bits}, "
           f"{schedule.num_tokens} tokens, made in {time.perf_counter() - began:.1f} s")  # fmt: skip
     print(f"{'way':<10}{'attends':<8}{'guidance':>9}{'batch':>6}{'s/picture':>12}{'least':>9}{'cpu':>8}{'first':>8}"
           f"{'TFLOP/s':>9}{'GB':>7}     (phases in ms)")  # fmt: skip

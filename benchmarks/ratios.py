@@ -41,7 +41,8 @@ LOOPS = ("ours", "raster", "janus", "emu3")
 @dataclass(frozen=True)
 class Row:
     """One loop at one size. ``wall``, ``cpu``: seconds of a picture (median). ``parameters``: of what a picture needs,
-    embeddings and heads included; ``stack``: of the transformer's layers alone. ``steps``: forward passes behind the prompt.
+    embeddings and heads included; ``stack``: of the transformer's layers alone. ``steps``: forward passes behind the
+    prompt.
     """
 
     size: int
@@ -212,7 +213,7 @@ def measure(size, layers, loops, repeats):
                 works = [lambda n=n: raster(engine, schedule, prompt, n, GUIDANCE) for n in (short, final)]
                 steps = final
             else:
-                works = [lambda n=n: picture(n) for n in (short, final)]
+                works = [lambda n=n, picture=picture: picture(n) for n in (short, final)]
                 steps = final + (round(final**0.5) if loop == "emu3" else 0)
             works[0]()  # kernels of these shapes are made
             wall, cpu = timed(works[1], repeats)

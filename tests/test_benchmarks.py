@@ -1,4 +1,4 @@
-"""The benchmarks that stand beside others run, and say what they claim: small settings of benchmarks/ratios.py and gpu_7b.py."""
+"""benchmarks/ratios.py and gpu_7b.py, small: equal sizes, as many tokens as they say, the paper's own formula."""
 
 from __future__ import annotations
 

@@ -90,9 +90,9 @@ def test_what_does_not_fit_is_said(bundle: Bundle) -> None:
     other = replace(requests(bundle, plain, ("a",))[0], schedule=ScaleSchedule.square(3))
     with pytest.raises(ValueError, match="of the drawer's schedule"):
         list(drawer.images([other]))
+    small = tiny_bundle(replace(TINY_MODEL, max_positions=40))
+    narrow = StaticDrawer(small, SCHEDULE, 1, guided=False, prefix=16, graphs=False)
     with pytest.raises(ContextError, match="the model's context holds 40"):
-        small = tiny_bundle(replace(TINY_MODEL, max_positions=40))
-        narrow = StaticDrawer(small, SCHEDULE, 1, guided=False, prefix=16, graphs=False)
         list(narrow.images(requests(small, plain, ("a",))))
 
 
