@@ -23,10 +23,13 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "bundle"
 
 def test_without_ray_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ServeError, match=r"Ray Serve is missing \(ray\): pip install 'nextflow-ar\[serve,ray\]'"):
+    with pytest.raises(
+        ServeError, match=r"Ray Serve is missing \(ray\): pip install 'nextflow-ar\[serve,ray\]'"
+    ):
         deployment()
 
 
+@pytest.mark.slow
 def test_two_replicas_answer_openais_client(monkeypatch: pytest.MonkeyPatch) -> None:
     ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
     with pytest.raises(ServeError, match="unknown argument 'modle': model, replicas"):

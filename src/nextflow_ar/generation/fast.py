@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextflow_ar.config import ModelConfig
@@ -70,8 +70,9 @@ class StaticDrawer:
     """Draws up to ``pictures`` pictures of ``schedule`` at a time.
 
     ``guided``: room for the unconditional rows. ``prefix``: most places of a prompt with its ``<boi>``. ``attention``:
-    "split" runs the fused kernel without a mask and joins the prefix to it, "masked" gives it a mask over all. ``graphs``:
-    record every scale as a CUDA graph when it is first drawn (None: where there is CUDA).
+    "split" runs the fused kernel without a mask and joins the prefix to it, "masked" gives it a mask over all (None: split,
+    but in fp32 on a GPU, which has no such kernel, masked). ``graphs``: record every scale as a CUDA graph when it is first
+    drawn (None: where there is CUDA).
     Pictures are the engine's: the same codes up to rounding. Not for several threads: its memory is its own.
     """
 
@@ -83,17 +84,19 @@ class StaticDrawer:
         *,
         guided: bool,
         prefix: int = 128,
-        attention: Literal["split", "masked"] = "split",
+        attention: Literal["split", "masked"] | None = None,
         graphs: bool | None = None,
     ) -> None:
         self.bundle, self.schedule, self.pictures = bundle, schedule, pictures
-        self.tracks, self.prefix, self.attention = 2 if guided else 1, prefix, attention
+        self.tracks, self.prefix = 2 if guided else 1, prefix
         self.model, self.layout = bundle.model, bundle.layout
         weight = bundle.model.head.weight
         self.device = device = weight.device
         self.graphs = device.type == "cuda" if graphs is None else graphs
         rows, columns = pictures * self.tracks, spanned(prefix + schedule.num_tokens - 1)
         dtype = bundle.model.backbone.norm.weight.dtype
+        whole = device.type == "cuda" and dtype == torch.float32
+        self.attention = attention or ("masked" if whole else "split")
         self.cache = StaticCache(bundle.model.config, rows, columns, device, dtype)
         self.codes = torch.zeros(pictures, schedule.num_tokens, dtype=torch.long, device=device)
         self.clocks = torch.zeros(rows, 1, device=device)
@@ -238,7 +241,7 @@ def compile_layers(model: NextFlowModel) -> None:
     """
     for layer in model.backbone.layers:
         for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
-            part.compile(dynamic=True)
+            cast(nn.Module, part).compile(dynamic=True)
 
 
 def _unwatched(_: str) -> AbstractContextManager[object]:
