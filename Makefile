@@ -11,8 +11,8 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 NANO_RECIPES := $(addprefix recipes/,$(addsuffix .yaml,nano_teacher nano_pixel nano_tokenizer nano_decoder nano_decoder_ssim \
-	world_start world_pretrain_64 world_read world_read2 world_read3 nano_judge world_judge))
-BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+	world_start world_pretrain_64 world_read world_read2 world_read3 world_read4 nano_judge world_judge))
+BENCHMARKS = $(filter-out benchmarks/_% benchmarks/gpu_%,$(wildcard benchmarks/*.py))
 
 define HAS_TORCH
 from importlib.metadata import version; assert tuple(map(int, version("torch").split(".")[:2])) >= (2, 11)

@@ -133,11 +133,12 @@ def draw(
 ) -> Int[Tensor, " n"]:
     """One entry per row of logits, by the Gumbel-max rule with ``generator``'s noise; the best at temperature 0.
 
-    The filters see the tempered distribution. Consumes ``n * v`` numbers whatever the settings, so that changing one
+    The filters see the tempered distribution. Noise is made where the generator lives: a CPU's gives the same on every
+    device, one of the logits' own device is faster. Consumes ``n * v`` numbers whatever the settings, so that changing one
     scale's settings does not shift the noise of later scales.
     """
     logits = logits.float()
-    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float32)
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float32, device=generator.device)
     if temperature <= 0:
         return logits.argmax(-1)
     logits = keep_best(logits / temperature, top_k, top_p)

@@ -1,7 +1,10 @@
-"""Attention as the backbone runs it: torch's fused kernel, and on a CPU in training two products with a softmax between."""
+"""Attention as the backbone runs it: torch's fused kernel, and on a CPU in training two products with a softmax between.
+Behind prefixes of several lengths the fused kernel runs without a mask (:class:`PrefixMask`).
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +19,21 @@ LONGEST = 640
 """Keys up to which whole matrices of scores are faster; beyond it the fused kernel catches up and needs less memory."""
 
 
+@dataclass(frozen=True, eq=False)
+class PrefixMask:
+    """What new places see of a cache whose first columns hold a prefix of another length in every row: of those columns
+    what ``prefix`` says, of the keys behind them all. No row's prefix is empty.
+    """
+
+    prefix: Bool[Tensor, "b 1 1 p"]
+
+
 def attend(
     module: torch.nn.Module,
     query: Float[Tensor, "b h l d"],
     key: Float[Tensor, "b g k d"],
     value: Float[Tensor, "b g k d"],
-    attention_mask: Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"] | None,
+    attention_mask: Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"] | PrefixMask | None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "b l h d"], None]:
     """Attention behind transformers' interface. ``attention_mask``: True where a query sees a key, None where it sees all;
@@ -31,6 +43,8 @@ def attend(
     up to 640 places, scores are held in full, which takes two thirds of the time (benchmarks/attention.py). Everything
     else, generation first of all, goes through the fused kernel.
     """
+    if isinstance(attention_mask, PrefixMask):
+        return _behind_prefix(query, key, value, attention_mask.prefix, kwargs["scaling"]), None
     if attention_mask is not None and attention_mask.dtype == torch.bool and key.shape[1] == query.shape[1]:
         attention_mask = mask_of_rows(attention_mask, query)
     if attention_mask is None or attention_mask.dtype == torch.bool:
@@ -62,6 +76,43 @@ def _dtype(query: Tensor) -> torch.dtype | None:
     if query.device.type != "cpu":
         return None
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+
+
+def _behind_prefix(
+    query: Float[Tensor, "b h l d"],
+    key: Float[Tensor, "b g k d"],
+    value: Float[Tensor, "b g k d"],
+    seen: Bool[Tensor, "b 1 1 p"],
+    scaling: float,
+) -> Float[Tensor, "b l h d"]:
+    """Attention over the masked prefix and over the keys behind it, joined by their sums of exponentials.
+
+    The prefix is short and its scores are held in full; the rest, nearly all of an image, goes through the fused kernel,
+    which is fastest without a mask. For inference: no gradient.
+    """
+    groups, columns = key.shape[1], seen.shape[-1]
+    grouped = query.unflatten(1, (groups, -1)).flatten(
+        2, 3
+    )  # queries of heads that share keys, one behind the other
+    scores = (grouped @ key[:, :, :columns].transpose(-1, -2)).float() * scaling
+    scores = scores.masked_fill(~seen, float("-inf"))
+    before = torch.logsumexp(scores, dim=-1, keepdim=True)
+    near = ((scores - before).exp().to(value.dtype) @ value[:, :, :columns]).view(query.shape)
+    far, behind = _fused(query, key[:, :, columns:], value[:, :, columns:], scaling)
+    share = torch.sigmoid(behind[..., None] - before.view(*query.shape[:3], 1))
+    return torch.lerp(near.float(), far.float(), share).to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(B, H, L, D) and the logarithm (B, H, L) of each query's sum of exponentials, without a mask.
+
+    torch has no public function that returns both for every device and version.
+    """
+    if query.device.type == "cuda":
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)[:2]
+    more = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(more, dim=1) if more > 1 else x for x in (key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
 
 
 def _in_full(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor) -> Tensor:

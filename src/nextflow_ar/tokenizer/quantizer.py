@@ -64,12 +64,19 @@ def resize_matrix(source: int, target: int, mode: str) -> Tensor:
         return out[:, 0, :, 0].T.contiguous()
 
 
+@lru_cache(maxsize=1024)
+def _placed(source: int, target: int, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """:func:`resize_matrix` where it is used: a copy from the host would wait for the device, and cannot be recorded."""
+    with torch.inference_mode(False):
+        return resize_matrix(source, target, mode).to(device, dtype)
+
+
 def resize(x: Float[Tensor, "b c h w"], size: Grid, mode: str) -> Float[Tensor, "b c i j"]:
     """Separable resizing by :func:`resize_matrix`; the identity when the size is already right."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    rows = resize_matrix(x.shape[-2], size[0], mode).to(x)
-    columns = resize_matrix(x.shape[-1], size[1], mode).to(x)
+    rows = _placed(x.shape[-2], size[0], mode, x.device, x.dtype)
+    columns = _placed(x.shape[-1], size[1], mode, x.device, x.dtype)
     return rows @ x @ columns.T
 
 

@@ -1,0 +1,91 @@
+"""benchmarks/ratios.py and gpu_7b.py, small: equal sizes, as many tokens as they say, the paper's own formula."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nextflow_ar.model.costs import ImageShape, TextShape, count
+from nextflow_ar.scales import ScaleSchedule
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the checkout")
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch):
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(FOLDER))
+        sys.modules.pop(name, None)
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_loops_of_equal_size_side_by_side(benchmark, tmp_path: Path) -> None:
+    told = tmp_path / "out" / "ratios.json"
+    arguments = ["--sizes", "64", "--layers", "1", "--repeats", "1", "--json", str(told)]
+    rows, counts = benchmark("ratios").main(arguments)
+    assert [(r.loop, r.final_tokens, r.steps) for r in rows] == [
+        ("ours", 64, 7), ("raster", 64, 64), ("janus", 64, 64), ("emu3", 64, 72)
+    ]  # fmt: skip
+    assert all(r.cpu > 0 and abs(r.stack / rows[0].stack - 1) < 0.01 for r in rows)
+    assert 1.0 < counts[0].layers_counted / counts[0].layers_formula < 1.2  # what small steps are padded by
+    saved = json.loads(told.read_text())
+    assert (
+        len(saved["rows"]) == 4
+        and saved["flops"][0]["counted"] == counts[0].counted > counts[0].layers_counted
+    )
+
+
+def test_the_others_draw_as_many_tokens_as_they_say(benchmark) -> None:
+    ratios = benchmark("ratios")
+    engine, schedule = ratios.our_engine(8, 6)
+    config, whole = engine.model.config, ratios.size_of(engine.model)
+    parameters, _, picture = ratios.janus(config, 64)
+    assert picture(4).shape == (1, 4) and abs(parameters / whole - 1) < 0.05
+    parameters, _, picture = ratios.emu3(config, 64)
+    drawn = picture(16)[0].tolist()  # two rows of eight, each with its mark
+    assert [i for i, token in enumerate(drawn) if token == 5] == [8, 17] and len(drawn) == 18
+    assert (
+        all(token >= config.text_vocab for token in drawn if token != 5)
+        and abs(parameters / whole - 1) < 0.05
+    )
+    codes = ratios.raster(engine, schedule, "two dogs", 5)
+    assert codes.shape == (5,) and codes.max() < config.codes
+
+
+def test_the_papers_formula_is_ours_in_its_own_units(benchmark) -> None:
+    ratios = benchmark("ratios")
+    counts = ratios.paper_counts(count([TextShape(100), ImageShape(ScaleSchedule.square(18), True)]))
+    for hidden in (256, 3584):
+        assert ratios.paper_flops(hidden, counts) == 122_208 * hidden**2 + 256_215_912 * hidden
+
+
+def test_the_gpu_benchmark_runs_small_on_a_cpu(benchmark, tmp_path: Path) -> None:
+    gpu, told = benchmark("gpu_7b"), tmp_path / "gpu.json"
+    arguments = [
+        "--tiny",
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--guidance",
+        "on",
+        "--ways",
+        "graphs",
+        "--repeats",
+        "1",
+    ]
+    (result,) = gpu.main([*arguments, "--attention", "split", "--json", str(told)])
+    names = ["prefill", *(f"scale {k}" for k in range(2, 7)), "sampling", "image decode", "rest"]
+    assert sorted(result.phases) == sorted(names) and all(s >= 0 for s in result.phases.values())
+    assert result.seconds > 0 and result.tflops > 0
+    assert json.loads(told.read_text())["results"][0]["phases"] == result.phases
+    with pytest.raises(SystemExit, match="the 7B shape needs a GPU"):
+        gpu.main(["--device", "cpu"])
