@@ -100,13 +100,21 @@ class RowCache:
         elif self.keys[layer].shape[2] < span:
             self.keys[layer] = _widened(self.keys[layer], _capacity(span))
             self.values[layer] = _widened(self.values[layer], _capacity(span))
+        runs = self._runs()
         for store, given in ((self.keys[layer], keys), (self.values[layer], values)):
-            if min(self.lengths) == max(self.lengths):
-                store[:, :, self.lengths[0] : self.lengths[0] + new] = given
-            else:
-                for row, length in enumerate(self.lengths):
-                    store[row, :, length : length + new] = given[row]
+            for start, end, length in runs:
+                store[start:end, :, length : length + new] = given[start:end]
         return self.keys[layer][:, :, :span], self.values[layer][:, :, :span]
+
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """(start, end, length) of neighbouring rows of one length."""
+        found: list[tuple[int, int, int]] = []
+        for row, length in enumerate(self.lengths):
+            if found and found[-1][2] == length:
+                found[-1] = (found[-1][0], row + 1, length)
+            else:
+                found.append((row, row + 1, length))
+        return found
 
     def advance(self, real: Sequence[int]) -> None:
         """Keep the first ``real[row]`` of each row's new places; padding behind them is written over later."""

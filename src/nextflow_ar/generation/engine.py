@@ -191,8 +191,8 @@ class Rounds:
             for track in job.tracks:
                 if track.feed is not None:
                     groups.setdefault(track.shape, []).append(track)
-        for tracks in groups.values():
-            self.engine.feed(tracks)
+        for tracks in groups.values():  # rows of one length side by side are written at once
+            self.engine.feed(sorted(tracks, key=lambda track: track.length))
         for job in working:
             if job not in self.active:
                 continue

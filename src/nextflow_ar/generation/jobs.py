@@ -61,17 +61,21 @@ class Track:
     scores: Tensor | None = None
 
     @property
+    def length(self) -> int:
+        """Places that it has in its cache."""
+        return self.cache.lengths[self.row] if self.cache is not None else 0
+
+    @property
     def shape(self) -> tuple[object, ...]:
         """Tracks of the same shape can be fed together."""
         assert self.feed is not None
-        have = self.cache.lengths[self.row] if self.cache is not None else 0
         kind = "sample" if self.feed.sample is not None else "token"
         at = (
             (self.feed.schedule, self.feed.k)
             if self.feed.codes is not None
             else (kind, self.feed.image_scales)
         )
-        return self.feed.new, spanned(have + self.feed.new), at
+        return self.feed.new, spanned(self.length + self.feed.new), at
 
     def go_on(self, feed: Feed, wants: str) -> None:
         """What to feed next."""
@@ -142,6 +146,7 @@ class Job:
         self.written: list[int] = []
         self.counted = 0
         self.shown = ""
+        self._closed: dict[frozenset[str], Tensor] = {}
         prefix = self._prefix()
         self._fits(prefix, limit)
         wants = "codes" if isinstance(request, ImageRequest) else "text"
@@ -265,25 +270,29 @@ class Job:
         assert not isinstance(request, ImageRequest)
         if not request.max_tokens:  # images alone
             return self.vocab.boi
-        scores, never = scores.clone(), self._never()
-        scores[:, never] = float("-inf")
+        scores = scores.masked_fill(self._never().to(scores.device), float("-inf"))
         guidance, temperature, top_k, top_p = request.settings.at(0, 1)
         if self.other is not None:
             assert self.other.scores is not None
             scores = guide_words(scores, self.other.scores, guidance)
         return int(draw(scores, temperature, top_k, top_p, self.generator)[0])
 
-    def _never(self) -> list[int]:
-        """Entries that cannot be chosen now."""
+    def _never(self) -> Tensor:
+        """(V,) of the text entries: True for those that cannot be chosen now."""
         request = self.request
         allowed = set() if isinstance(request, ImageRequest) else set(request.ends)
         if isinstance(request, TextRequest) and self.counted < request.min_tokens:
             allowed = set()
         if isinstance(request, WriteRequest) and self.images < request.max_images:
             allowed.add(BOI)
-        marks = (END_OF_TEXT, TURN_START, TURN_END, BOI, EOI)
-        closed = [self.vocab.special(name) for name in marks if name not in allowed]
-        return closed + list(range(len(self.vocab.tokenizer), self.vocab.text_size))
+        known = frozenset(allowed)
+        if known not in self._closed:
+            closed = torch.zeros(self.vocab.text_size, dtype=torch.bool)
+            marks = (END_OF_TEXT, TURN_START, TURN_END, BOI, EOI)
+            closed[[self.vocab.special(name) for name in marks if name not in allowed]] = True
+            closed[len(self.vocab.tokenizer) :] = True
+            self._closed[known] = closed
+        return self._closed[known]
 
     def _said(self, *, final: bool) -> Iterator[Event]:
         """The new text, held back while a character is incomplete."""
