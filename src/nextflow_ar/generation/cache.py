@@ -63,6 +63,17 @@ class RowCache:
             ]
         return out
 
+    @classmethod
+    def of(cls, keys: list[Tensor], values: list[Tensor]) -> RowCache:
+        """A cache of the one row whose keys and values of every layer, (1, H, n, D), are given."""
+        out = cls(1, 1)
+        out.keys, out.values, out.lengths = keys, values, [keys[0].shape[2]]
+        return out
+
+    def cut(self, row: int, start: int, end: int) -> Float[Tensor, "m h n d"]:
+        """A copy of a row's places: keys of all layers, then values."""
+        return torch.stack([x[row, :, start:end] for x in (*self.keys, *self.values)])
+
     def _narrow(self, rows: int) -> None:
         if len(self.lengths) > rows:
             self.lengths = self.lengths[:rows]

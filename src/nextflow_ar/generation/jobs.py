@@ -7,13 +7,14 @@ contrasts with. It knows nothing of other jobs; the scheduler feeds the tracks o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nextflow_ar.generation.cache import RowCache, rounded, spanned
 from nextflow_ar.generation.forcing import Forcing
+from nextflow_ar.generation.kept import part_key
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.sampling import SamplingSettings, draw, guide, guide_words
 from nextflow_ar.scales import ScaleSchedule
@@ -49,7 +50,8 @@ class Feed:
 @dataclass(eq=False)
 class Track:
     """One sequence: its place in a cache, where its next token stands, what it is to be fed, and whether the scores that
-    it then gives are of codes or of text (``wants``).
+    it then gives are of codes or of text (``wants``). ``later``: parts of its prefix behind the one that is to be fed;
+    ``names``: what part_key calls those up to that one; ``awaited``: the one that it let another track be fed first.
     """
 
     wants: str
@@ -59,6 +61,30 @@ class Track:
     clock: int = 0
     block: int = 0
     scores: Tensor | None = None
+    later: list[Sample] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    awaited: bytes = b""
+
+    @classmethod
+    def behind(cls, wants: str, prefix: Sample) -> Track:
+        """A new track that is to be fed a prefix, part by part."""
+        first, *later = prefix.parts()
+        return cls(wants, Feed(sample=first), later=later)
+
+    def named(self) -> bytes:
+        """Name of the part that is to be fed."""
+        assert self.feed is not None and self.feed.sample is not None
+        if not self.names:
+            self.names.append(part_key(b"", self.feed.sample))
+        return self.names[-1]
+
+    def next_part(self) -> None:
+        """Behind a part of the prefix: go on with the next one, if there is one."""
+        if self.later:
+            self.feed = Feed(sample=self.later.pop(0))
+            if self.names:
+                assert self.feed.sample is not None
+                self.names.append(part_key(self.names[-1], self.feed.sample))
 
     @property
     def length(self) -> int:
@@ -75,7 +101,7 @@ class Track:
             if self.feed.codes is not None
             else (kind, self.feed.image_scales)
         )
-        return self.feed.new, spanned(self.length + self.feed.new), at
+        return self.feed.new, spanned(self.length + self.feed.new), at, self.cache is None
 
     def go_on(self, feed: Feed, wants: str) -> None:
         """What to feed next."""
@@ -147,15 +173,13 @@ class Job:
         self.counted = 0
         self.shown = ""
         self._closed: dict[frozenset[str], Tensor] = {}
-        prefix = self._prefix()
+        self.prefix = prefix = self._prefix()
         self._fits(prefix, limit)
         wants = "codes" if isinstance(request, ImageRequest) else "text"
-        self.track = Track(wants, Feed(sample=prefix))
+        self.track = Track.behind(wants, prefix)
         self.other: Track | None = None  # the unconditional one of a text
         if isinstance(request, TextRequest) and request.guided and request.unconditional is not None:
-            self.other = Track(
-                "text", Feed(sample=build(request.unconditional, vocab, layout, close_last=True))
-            )
+            self.other = Track.behind("text", build(request.unconditional, vocab, layout, close_last=True))
         if isinstance(request, ImageRequest):
             forcing = None if request.forced is None else Forcing(request.forced, quantizer)
             self.drawing = Drawing(self.track, self._partner(), request.schedule, request.settings, forcing)
@@ -188,7 +212,7 @@ class Job:
         if not settings.guided:
             return None
         sample = image_prefix(request.unconditional, request.schedule, self.vocab, self.layout)
-        return Track("codes", Feed(sample=sample))
+        return Track.behind("codes", sample)
 
     @property
     def tracks(self) -> list[Track]:

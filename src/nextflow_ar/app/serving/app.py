@@ -19,6 +19,7 @@ from nextflow_ar.app.serving.chat import chat_routes
 from nextflow_ar.app.serving.errors import ApiError, bad, dumps, install
 from nextflow_ar.app.serving.gate import Gate
 from nextflow_ar.app.serving.images import image_routes
+from nextflow_ar.app.serving.memory import trimming
 from nextflow_ar.app.serving.metrics import CONTENT_TYPE
 from nextflow_ar.app.serving.schemas import ChatBody, EditBody, ImageBody
 from nextflow_ar.app.serving.service import Service
@@ -33,7 +34,9 @@ def create_app(pipeline: NextFlowPipeline, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
+        tidy = asyncio.create_task(trimming(lambda: service.metrics.answered))
         yield
+        tidy.cancel()
         await service.worker.drain(settings.grace)
         await asyncio.to_thread(service.close)
 
