@@ -20,7 +20,7 @@ from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.generation import jobs
 from nextflow_ar.generation.pipeline import NextFlowPipeline, fold_seed
 from nextflow_ar.model.checkpoint import Bundle
-from nextflow_ar.types import Codes, ScaleReady
+from nextflow_ar.types import Codes, Image, ScaleReady
 from tests.app.serving import Running, running
 
 
@@ -201,6 +201,59 @@ def test_chat_reads_and_draws(
     assert kinds[at : at + 3] == ["a cat", "Image", "the end"]
 
 
+def test_a_conversation_is_continued_and_its_pictures_are_not_read_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next turn feeds what is new, the picture that was drawn has its very codes, and the answer stays the same."""
+    keeping = NextFlowPipeline(bundle, kept_bytes=2**26)
+    encoded: list[int] = []
+    true_encode = bundle.image_tokenizer.encode_bytes
+    with running(keeping) as up:
+        client, engine = up.client(), keeping.engine
+        messages: list = [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "what is this?"}]}]  # fmt: skip
+
+        def said(more: dict | None = None) -> object:
+            asked = {"seed": 4, "top_k": 20, "max_pictures": 0, **(more or {})}
+            return client.chat.completions.create(
+                model="tiny", messages=messages, max_tokens=6, temperature=6.0, extra_body=asked
+            )
+
+        drawn = client.images.generate(prompt="two dogs", extra_body={"seed": 7})
+        codes = keeping.pictures.get(next(iter(keeping.pictures._values)))
+        monkeypatch.setattr(
+            bundle.image_tokenizer, "encode_bytes", lambda p: encoded.append(1) or true_encode(p)
+        )
+        first = said()
+        assert len(encoded) == 1
+        fed, reused = engine.fed, engine.reused
+        own = "data:image/png;base64," + (drawn.data[0].b64_json or "")  # type: ignore[index]
+        messages += [
+            first.choices[0].message,  # type: ignore[attr-defined]
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": own}}]},
+        ]
+        asked: list = []
+        true_job = engine.job
+        monkeypatch.setattr(engine, "job", lambda n, r: asked.append(r) or true_job(n, r))
+        second = said()
+        assert len(encoded) == 1  # neither the client's picture nor our own
+        shown = [s for s in asked[-1].document.segments if isinstance(s, Image)]
+        assert codes is not None and torch.equal(shown[-1].codes.target, codes.codes.target)
+        turn = first.usage.prompt_tokens  # type: ignore[attr-defined]
+        assert engine.reused - reused == turn and engine.fed - fed == second.usage.prompt_tokens - turn  # type: ignore
+        engine.kept.clear()
+        again = said()
+        assert again.choices[0].message.content == second.choices[0].message.content  # type: ignore[attr-defined]
+        assert engine.fed - fed == 2 * second.usage.prompt_tokens - turn  # type: ignore[attr-defined]
+        with up.http() as http:
+            page = http.get("/metrics").text
+        for name, value in (
+            ("prefix_reused_tokens_total", engine.reused), ("prefix_fed_tokens_total", engine.fed),
+            ("prefix_hits_total", engine.kept.hits), ("pictures_known_total", keeping.pictures.hits),
+        ):  # fmt: skip
+            assert value > 0 and f"nextflow_ar_{name} {float(value)}" in page
+
+
 def test_stop_texts_end_the_answer(
     client: openai.OpenAI, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,11 +387,12 @@ class Gated:
     def __init__(self, up: Running, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes = threading.Semaphore(0)
         true_feed = up.service.pipeline.engine.feed
-        self.open = False
+        self.open = self.held = False
 
         def feed(tracks: object) -> None:
             while not self.open and not self.passes.acquire(timeout=0.02):
-                pass
+                self.held = True
+            self.held = False
             true_feed(tracks)  # type: ignore[arg-type]
 
         monkeypatch.setattr(up.service.pipeline.engine, "feed", feed)
@@ -367,11 +421,14 @@ def test_a_client_that_leaves_frees_its_place_within_one_step(
     wait(lambda: worker.working == 1)
     for _ in range(2):
         gate.passes.release()
-    wait(lambda: worker.steps == began + 2)
+    wait(lambda: worker.steps == began + 2 and gate.held)  # the third step is under way
     assert worker.working == 1
     before = server.service.metrics.cancelled._value.get()
     raw.close()
-    time.sleep(0.3)  # the loop sees the closed connection while the third step is held
+    wait(
+        lambda: not worker._inbox.empty()
+    )  # the loop sees the closed connection while the third step is held
+    assert gate.held and worker.steps == began + 2
     gate.passes.release()
     wait(lambda: worker.open == 0)
     assert worker.steps == began + 3 and worker.working == 0  # five scales were asked for

@@ -21,7 +21,8 @@ DEFAULTS = {
 
 
 def deployment(given: dict[str, str] | None = None) -> Any:
-    """A Ray Serve application. ``given``: ``model``, ``replicas``, ``cpus`` and ``gpus`` of each, ``rows``, ``queue``, ``keep``.
+    """A Ray Serve application. ``given``: ``model``, ``replicas``, ``cpus`` and ``gpus`` of each, ``rows``, ``queue``,
+    ``keep`` as ``nextflow-ar serve`` has them.
 
     API keys come from the environment of each replica. Raises ServeError for an unknown argument or where Ray is missing.
     """

@@ -71,6 +71,7 @@ def serve(
     """Serve a model with OpenAI's API: pictures (streamed as they sharpen), edits, chat."""
     try:
         from nextflow_ar.app.serving.app import create_app, make_server
+        from nextflow_ar.app.serving.memory import settle_in
         from nextflow_ar.app.serving.settings import ServerSettings
     except ImportError as error:
         raise ServeError(
@@ -87,6 +88,7 @@ def serve(
         app = create_app(pipeline, settings)
         if page:
             app = with_page(app, pipeline, settings)
+        settle_in()
         about = {"model": settings.name, "url": _url(host, listening), "keys": len(keys)}
         logging.getLogger("nextflow_ar.serving").info("serving", extra=about)
         make_server(app, host, listening.getsockname()[1]).run(sockets=[listening])
@@ -137,7 +139,10 @@ def start_logs() -> None:
 
 
 def load(model: str, device: str, rows: int, keep: int) -> NextFlowPipeline:
-    """The pipeline, with so many rows, which keeps so many megabytes for conversations that go on. Raises ServeError for a device that there is not, and as ``from_pretrained``."""
+    """The pipeline, with so many rows, which keeps so many megabytes for conversations that go on.
+
+    Raises ServeError for a device that there is not, and as ``from_pretrained``.
+    """
     import torch
 
     from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype, resolve_model

@@ -139,7 +139,7 @@ def _descending(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
 def _beyond(
     logits: Float[Tensor, "n v"], ordered: Float[Tensor, "n v"], outside: Bool[Tensor, "n v"]
 ) -> Bool[Tensor, "n v"]:
-    """Which entries are outside, where ``outside`` says it of the ranks in ``ordered``; among equals the first rank first."""
+    """Which entries are outside, where ``outside`` says it of the ranks in ``ordered``; equals are ranked as they stand."""
     if (outside[..., :-1] & ~outside[..., 1:]).any():  # rounding broke the order of the sums: rank by rank
         index = logits.sort(dim=-1, descending=True, stable=True).indices
         return outside.scatter(-1, index, outside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -20,12 +21,23 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def trim() -> bool:
-    """Give freed memory of all threads back; takes milliseconds. Returns whether this system can."""
+    """Give freed memory of all threads back; takes milliseconds. Returns whether this system can.
+
+    An error that was answered holds the picture that it was about until the collector of cycles comes by: that goes
+    first.
+    """
+    gc.collect()
     found = _malloc_trim()
     if found is None:
         return False
     found(0)
     return True
+
+
+def settle_in() -> None:
+    """What is loaded by now stays for good: the collector of cycles, which :func:`trim` calls, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 async def trimming(done: Callable[[], float]) -> None:
