@@ -35,6 +35,8 @@ def _object(required: dict[str, Any], **more: Any) -> dict[str, Any]:
 _TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 _MAYBE = {"anyOf": [_TEXT, {"type": "null"}]}
 _MODEL = _object({"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT})
+_EVENT = {"type": "object", "required": ["data"], "properties": {"event": _TEXT, "data": _TEXT}}
+"""One server-sent event; its data is JSON, or [DONE] behind the last of a chat."""
 _ANSWERS: dict[str, dict[str, Any]] = {
     "Error": _object({"error": _object({"message": _TEXT, "type": _TEXT, "param": _MAYBE, "code": _MAYBE})}),
     "Model": _MODEL,
@@ -114,7 +116,7 @@ def _body(operation: dict[str, Any], kind: str, model: type[BaseModel], answer: 
     refers = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
     operation["requestBody"] = {"required": True, "content": {kind: refers}}
     whole = _response("The answer; with stream, server-sent events.", answer)
-    whole["content"]["text/event-stream"] = {"schema": _TEXT}
+    whole["content"]["text/event-stream"] = {"schema": _EVENT}
     operation["responses"] = {"200": whole} | _errors(*_ERRORS)
     return {**found, model.__name__: schema}
 
