@@ -1,4 +1,4 @@
-"""Many clients for minutes, each asking for one thing after the other: pictures, whole and streamed, talks, questions, edits.
+"""Many clients for minutes, each asking for one thing after the other: pictures, streams, talks, questions, edits.
 
     python benchmarks/serving_soak.py --clients 64 --seconds 300
 
