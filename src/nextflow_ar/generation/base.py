@@ -183,7 +183,7 @@ class Loaded:
         """The engine's request for a plan in words behind a prompt."""
         ends = (*self.manner.ends, BOI)  # a thought ends where the image begins
         return TextRequest(
-            request.document, THOUGHT_TOKENS, request.seed, THOUGHT_SETTINGS, ends, min_tokens=1
+            request.document, THOUGHT_TOKENS, request.seed, THOUGHT_SETTINGS, ends, min_tokens=1, plans=True
         )
 
     def with_thought(self, request: ImageRequest, thought: str) -> ImageRequest:

@@ -215,8 +215,8 @@ class Engine:
                     tracks[row].scores = found
 
 
-GATHER = 8
-"""Rounds that an image may wait for others to begin with it."""
+GATHER, GATHER_PLANNED = 8, 24
+"""Rounds that an image may wait for others to begin with it: where none is planned yet, and where some are."""
 
 
 class Rounds:
@@ -276,10 +276,12 @@ class Rounds:
 
     def _gathered(self) -> list[Job]:
         """The jobs that take a step now: an image that has not begun waits up to :data:`GATHER` rounds behind the last that
-        did, so that images go through their scales together; not when nothing else is in work.
+        did, so that images go through their scales together; not when nothing else is in work. While others are being
+        planned in words, which takes longer than an image does, it waits for those.
         """
         going = [job for job in self.active if not job.starting]
-        if not going or self.round - self.began >= GATHER:
+        planned = any(isinstance(job.request, TextRequest) and job.request.plans for job in going)
+        if not going or self.round - self.began >= (GATHER_PLANNED if planned else GATHER):
             if len(going) < len(self.active):
                 self.began = self.round
             return list(self.active)
