@@ -334,11 +334,12 @@ class Gated:
     def __init__(self, up: Running, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes = threading.Semaphore(0)
         true_feed = up.service.pipeline.engine.feed
-        self.open = False
+        self.open = self.held = False
 
         def feed(tracks: object) -> None:
             while not self.open and not self.passes.acquire(timeout=0.02):
-                pass
+                self.held = True
+            self.held = False
             true_feed(tracks)  # type: ignore[arg-type]
 
         monkeypatch.setattr(up.service.pipeline.engine, "feed", feed)
@@ -367,11 +368,14 @@ def test_a_client_that_leaves_frees_its_place_within_one_step(
     wait(lambda: worker.working == 1)
     for _ in range(2):
         gate.passes.release()
-    wait(lambda: worker.steps == began + 2)
+    wait(lambda: worker.steps == began + 2 and gate.held)  # the third step is under way
     assert worker.working == 1
     before = server.service.metrics.cancelled._value.get()
     raw.close()
-    time.sleep(0.3)  # the loop sees the closed connection while the third step is held
+    wait(
+        lambda: not worker._inbox.empty()
+    )  # the loop sees the closed connection while the third step is held
+    assert gate.held and worker.steps == began + 2
     gate.passes.release()
     wait(lambda: worker.open == 0)
     assert worker.steps == began + 3 and worker.working == 0  # five scales were asked for

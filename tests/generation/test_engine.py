@@ -248,6 +248,28 @@ def test_images_begin_together_but_do_not_wait_long(bundle: Bundle, monkeypatch:
     assert fed == [1, 1, 1, 1, 2, 1, 2, 2, 2, 2]
 
 
+def test_images_wait_longer_for_those_that_are_planned(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "GATHER", 2)
+    monkeypatch.setattr(engine_module, "GATHER_PLANNED", 9)
+    image = ImageRequest(Document((Text("two dogs"),)), SQUARE, 1, PLAIN)
+    began: dict[bool, dict[int, int]] = {}
+    for plans in (False, True):
+        text = TextRequest(
+            Document((Text("two"),)), 40, 1, SamplingSettings(temperature=4.0), (), plans=plans
+        )
+        rounds = Rounds(Engine(bundle))
+        rounds.submit(0, text)
+        for number in range(1, 16):
+            if number in (1, 4):
+                rounds.submit(number, image)
+            for event in rounds.step():
+                if isinstance(event, ScaleReady):
+                    began.setdefault(plans, {}).setdefault(event.row, number)
+    assert began == {False: {1: 2, 4: 4}, True: {1: 9, 4: 9}}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     bundle = tiny_bundle()

@@ -90,3 +90,18 @@ def test_guided_and_changed() -> None:
 def test_senseless_settings_are_errors(setting: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         SamplingSettings(**setting)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.95, 0.9999])
+def test_the_nucleus_is_that_of_a_stable_sort(top_p: float) -> None:
+    """Ties (bf16 scores tie often), entries that are out already, and even rows: rank by rank as sorting would have it."""
+    generator = torch.Generator().manual_seed(3)
+    for spread in (0.0, 0.5, 3.0, 30.0):
+        logits = (torch.randn(40, 97, generator=generator) * spread).bfloat16().float()
+        logits[:, ::7] = -torch.inf
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        share = ordered.softmax(-1)
+        outside = share.cumsum(-1) - share >= top_p
+        outside[:, 0] = False
+        wanted = logits.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+        assert torch.equal(keep_best(logits, 0, top_p), wanted)

@@ -9,11 +9,20 @@ from typing import Any
 
 from nextflow_ar.app.serve_command import ServeError, load, read_keys
 
-DEFAULTS = {"model": "nano", "replicas": "1", "cpus": "1", "gpus": "0", "rows": "64", "queue": "128"}
+DEFAULTS = {
+    "model": "nano",
+    "replicas": "1",
+    "cpus": "1",
+    "gpus": "0",
+    "rows": "64",
+    "queue": "128",
+    "keep": "256",
+}
 
 
 def deployment(given: dict[str, str] | None = None) -> Any:
-    """A Ray Serve application. ``given``: ``model``, ``replicas``, ``cpus`` and ``gpus`` of each, ``rows``, ``queue``.
+    """A Ray Serve application. ``given``: ``model``, ``replicas``, ``cpus`` and ``gpus`` of each, ``rows``, ``queue``,
+    ``keep`` as ``nextflow-ar serve`` has them.
 
     API keys come from the environment of each replica. Raises ServeError for an unknown argument or where Ray is missing.
     """
@@ -51,4 +60,4 @@ def replica_app(told: dict[str, str]) -> Any:
         name=told["model"].rstrip("/").rsplit("/", 1)[-1], keys=read_keys(None), max_open=int(told["queue"])
     )
     device = "cuda" if float(told["gpus"]) else "cpu"
-    return create_app(load(told["model"], device, int(told["rows"])), settings)
+    return create_app(load(told["model"], device, int(told["rows"]), int(told["keep"])), settings)

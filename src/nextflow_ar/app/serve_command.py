@@ -45,6 +45,12 @@ def serve(
     queue: Annotated[
         int, typer.Option("--queue", min=1, help="Pictures and texts in work or waiting, at most.")
     ] = 128,
+    keep: Annotated[
+        int,
+        typer.Option(
+            "--keep", min=0, help="Megabytes of caches kept for conversations that go on. 0: nothing."
+        ),
+    ] = 256,
     most: Annotated[int, typer.Option("--max-n", min=1, help="Pictures of one request.")] = 10,
     body: Annotated[float, typer.Option("--max-body", min=0.001, help="Megabytes of a request.")] = 20,
     pixels: Annotated[
@@ -65,6 +71,7 @@ def serve(
     """Serve a model with OpenAI's API: pictures (streamed as they sharpen), edits, chat."""
     try:
         from nextflow_ar.app.serving.app import create_app, make_server
+        from nextflow_ar.app.serving.memory import settle_in
         from nextflow_ar.app.serving.settings import ServerSettings
     except ImportError as error:
         raise ServeError(
@@ -76,11 +83,12 @@ def serve(
         max_pixels=round(pixels * _MEGA), timeout=timeout, grace=grace, fetch=fetch, origins=tuple(origins or ()),
     )  # fmt: skip
     with listen(host, port) as listening:
-        pipeline = load(model, device, rows)
+        pipeline = load(model, device, rows, keep)
         start_logs()
         app = create_app(pipeline, settings)
         if page:
             app = with_page(app, pipeline, settings)
+        settle_in()
         about = {"model": settings.name, "url": _url(host, listening), "keys": len(keys)}
         logging.getLogger("nextflow_ar.serving").info("serving", extra=about)
         make_server(app, host, listening.getsockname()[1]).run(sockets=[listening])
@@ -130,8 +138,11 @@ def start_logs() -> None:
         logger.setLevel(logging.INFO)
 
 
-def load(model: str, device: str, rows: int) -> NextFlowPipeline:
-    """The pipeline, with so many rows. Raises ServeError for a device that there is not, and as ``from_pretrained``."""
+def load(model: str, device: str, rows: int, keep: int) -> NextFlowPipeline:
+    """The pipeline, with so many rows, which keeps so many megabytes for conversations that go on.
+
+    Raises ServeError for a device that there is not, and as ``from_pretrained``.
+    """
     import torch
 
     from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype, resolve_model
@@ -143,7 +154,7 @@ def load(model: str, device: str, rows: int) -> NextFlowPipeline:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ServeError(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
-    return NextFlowPipeline(load_bundle(folder, place, best_dtype(place)), rows)
+    return NextFlowPipeline(load_bundle(folder, place, best_dtype(place)), rows, keep * _MEGA)
 
 
 def with_page(app: Any, pipeline: NextFlowPipeline, settings: ServerSettings) -> Any:

@@ -21,6 +21,7 @@ from PIL import Image as PILImage
 from nextflow_ar.generation.documents import Manner, Part, part
 from nextflow_ar.generation.engine import Engine, ImageRequest, Request, TextRequest
 from nextflow_ar.generation.forcing import Forced, composite
+from nextflow_ar.generation.kept import PICTURE_BYTES, KeptCodes, Store, picture_key
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import BUNDLED, Bundle, find_checkpoint, load_bundle
 from nextflow_ar.scales import ScaleSchedule
@@ -72,11 +73,16 @@ def fold_seed(seed: int, row: int) -> int:
 
 
 class Loaded:
-    """A loaded checkpoint and its engine. Methods are re-entrant; nothing is kept between calls."""
+    """A loaded checkpoint and its engine. Methods are re-entrant.
 
-    def __init__(self, bundle: Bundle, max_rows: int = 64) -> None:
+    ``kept_bytes``: what may be kept between calls, for conversations that go on and pictures that are shown again: caches
+    of prefixes (see :class:`Engine`) and codes of pictures. 0: nothing.
+    """
+
+    def __init__(self, bundle: Bundle, max_rows: int = 64, kept_bytes: int = 0) -> None:
         self.bundle = bundle
-        self.engine = Engine(bundle, max_rows)
+        self.engine = Engine(bundle, max_rows, kept_bytes)
+        self.pictures: Store[KeptCodes] = Store(min(kept_bytes, PICTURE_BYTES))
         self.image_tokenizer = bundle.image_tokenizer
         self.thinks = bool(bundle.generation.get("think", False))
         self.manner = Manner(bool(bundle.generation.get("dialogue", False)))
@@ -91,14 +97,20 @@ class Loaded:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path = "nano", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        name: str | Path = "nano",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        kept_bytes: int = 0,
     ) -> Self:
         """Load "nano" (bundled), a checkpoint folder or a Hub id. ``dtype``: of the transformer (None: the fastest).
+        ``kept_bytes``: see :class:`Loaded`.
 
         Raises StorageError, one line, for an unknown model or a missing or damaged file.
         """
         device = torch.device(device)
-        return cls(load_bundle(resolve_model(name), device, dtype or best_dtype(device)))
+        bundle = load_bundle(resolve_model(name), device, dtype or best_dtype(device))
+        return cls(bundle, kept_bytes=kept_bytes)
 
     def _canvas(self, name: str) -> ScaleSchedule:
         width, _, height = str(name).partition("x")
@@ -171,7 +183,7 @@ class Loaded:
         """The engine's request for a plan in words behind a prompt."""
         ends = (*self.manner.ends, BOI)  # a thought ends where the image begins
         return TextRequest(
-            request.document, THOUGHT_TOKENS, request.seed, THOUGHT_SETTINGS, ends, min_tokens=1
+            request.document, THOUGHT_TOKENS, request.seed, THOUGHT_SETTINGS, ends, min_tokens=1, plans=True
         )
 
     def with_thought(self, request: ImageRequest, thought: str) -> ImageRequest:
@@ -261,13 +273,26 @@ class Loaded:
 
     @torch.inference_mode()
     def encode(self, picture: Picture) -> Codes:
-        """Codes of a picture, cropped and scaled to fit; codes are what they are."""
+        """Codes of a picture, cropped and scaled to fit; codes are what they are. Those of a picture that is known (it was
+        read before, or :meth:`remember` was told) are not computed again.
+        """
         if isinstance(picture, Codes):
             return picture
-        pixels = torch.from_numpy(self.fit(picture).copy()).to(self.engine.device)
+        fitted = self.fit(picture)
+        key = picture_key(fitted) if self.pictures.budget else b""
+        known = self.pictures.get(key) if self.pictures.budget else None
+        if known is not None:
+            return known.codes
+        pixels = torch.from_numpy(fitted.copy()).to(self.engine.device)
         found = self.image_tokenizer.encode_bytes(pixels[None])
         schedule = self.image_tokenizer.schedule_for(pixels.shape[0], pixels.shape[1])
-        return Codes.plain(schedule, found.target[0].cpu())
+        codes = Codes.plain(schedule, found.target[0].cpu())
+        self.pictures.put(key, KeptCodes(codes))
+        return codes
+
+    def remember(self, picture: PILImage.Image, codes: Codes) -> None:
+        """Let a picture that was drawn have the very codes that it was drawn from when it is shown again."""
+        self.pictures.put(picture_key(np.asarray(picture)), KeptCodes(codes))
 
 
 def listed(pictures: Picture | Sequence[Picture]) -> list[Picture]:

@@ -63,6 +63,17 @@ class RowCache:
             ]
         return out
 
+    @classmethod
+    def of(cls, keys: list[Tensor], values: list[Tensor]) -> RowCache:
+        """A cache of the one row whose keys and values of every layer, (1, H, n, D), are given."""
+        out = cls(1, 1)
+        out.keys, out.values, out.lengths = keys, values, [keys[0].shape[2]]
+        return out
+
+    def cut(self, row: int, start: int, end: int) -> Float[Tensor, "m h n d"]:
+        """A copy of a row's places: keys of all layers, then values."""
+        return torch.stack([x[row, :, start:end] for x in (*self.keys, *self.values)])
+
     def _narrow(self, rows: int) -> None:
         if len(self.lengths) > rows:
             self.lengths = self.lengths[:rows]
@@ -100,13 +111,21 @@ class RowCache:
         elif self.keys[layer].shape[2] < span:
             self.keys[layer] = _widened(self.keys[layer], _capacity(span))
             self.values[layer] = _widened(self.values[layer], _capacity(span))
+        runs = self._runs()
         for store, given in ((self.keys[layer], keys), (self.values[layer], values)):
-            if min(self.lengths) == max(self.lengths):
-                store[:, :, self.lengths[0] : self.lengths[0] + new] = given
-            else:
-                for row, length in enumerate(self.lengths):
-                    store[row, :, length : length + new] = given[row]
+            for start, end, length in runs:
+                store[start:end, :, length : length + new] = given[start:end]
         return self.keys[layer][:, :, :span], self.values[layer][:, :, :span]
+
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """(start, end, length) of neighbouring rows of one length."""
+        found: list[tuple[int, int, int]] = []
+        for row, length in enumerate(self.lengths):
+            if found and found[-1][2] == length:
+                found[-1] = (found[-1][0], row + 1, length)
+            else:
+                found.append((row, row + 1, length))
+        return found
 
     def advance(self, real: Sequence[int]) -> None:
         """Keep the first ``real[row]`` of each row's new places; padding behind them is written over later."""

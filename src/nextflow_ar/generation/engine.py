@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nextflow_ar.generation.cache import RowCache
 from nextflow_ar.generation.jobs import Job, Track, settle
+from nextflow_ar.generation.kept import KeptPart, Store, restored
 from nextflow_ar.generation.requests import (
     ContextError,
     ImageRequest,
@@ -46,13 +47,18 @@ __all__ = [
 
 
 class Engine:
-    """Sampling over one loaded checkpoint. Holds no state between calls: any number of them may be under way.
+    """Sampling over one loaded checkpoint. Any number of calls may be under way; what they leave to each other are kept
+    prefixes alone, which change no result.
 
-    ``max_rows``: sequences in work at once, unconditional ones included; more requests wait for a place.
+    ``max_rows``: sequences in work at once, unconditional ones included; more requests wait for a place. ``kept_bytes``:
+    how much of the caches of prefixes is kept for requests that begin alike (0: nothing); let go when memory is short.
+    ``fed``, ``reused``: places of prefixes that were computed, and that were taken from there.
     """
 
-    def __init__(self, bundle: Bundle, max_rows: int = 64) -> None:
+    def __init__(self, bundle: Bundle, max_rows: int = 64, kept_bytes: int = 0) -> None:
         self.bundle, self.max_rows = bundle, max(2, max_rows)
+        self.kept: Store[KeptPart] = Store(kept_bytes)
+        self.fed = self.reused = 0
         self.model, self.vocab, self.layout = bundle.model, bundle.vocab, bundle.layout
         self.device = bundle.model.head.weight.device
         keep_steady(self.model.backbone)
@@ -82,8 +88,58 @@ class Engine:
         return Job(number, request, self.vocab, self.layout, self.model.config.max_positions, quantizer)
 
     @torch.inference_mode()
+    def resume(self, tracks: Sequence[Track]) -> tuple[list[Track], list[Track]]:
+        """Give tracks what is kept of their prefixes. Returns those that are to be fed now, and those that begin like one
+        of them: they find kept, a little later, what it is fed.
+        """
+        if not self.kept.budget:
+            return list(tracks), []
+        now, waiting, complete, names = [], [], [], set()
+        for track in tracks:
+            if track.feed is None or track.feed.sample is None:
+                now.append(track)
+                continue
+            last = self._take(track)
+            if track.feed is None:
+                complete.append((track, last))
+            elif track.named() in names and track.named() != track.awaited:
+                track.awaited = track.named()  # once: what is too large to be kept is not found
+                waiting.append(track)
+            else:
+                names.add(track.named())
+                now.append(track)
+        if complete:
+            hidden = torch.stack([last.hidden for _, last in complete if last is not None])
+            self._score([track for track, _ in complete], hidden[:, None])
+        return now, waiting
+
+    def _take(self, track: Track) -> KeptPart | None:
+        """Move a track behind the parts of its prefix that are kept; returns the last of them."""
+        found: list[KeptPart] = []
+        while track.feed is not None and (part := self.kept.get(track.named())) is not None:
+            found.append(part)
+            settle(track)
+            track.next_part()
+        if found:
+            had = [] if track.cache is None else [track.cache.cut(track.row, 0, track.length)]
+            track.cache, track.row = RowCache.of(*restored([*had, *(part.rows for part in found)])), 0
+            self.kept.touch(reversed(track.names))  # what others may share is let go last
+            self.reused += sum(len(part) for part in found)
+        return found[-1] if found else None
+
     def feed(self, tracks: Sequence[Track]) -> None:
-        """Feed tracks of one shape in one batch and give each the scores that it wants."""
+        """Feed tracks of one shape in one batch and give each the scores that it wants. Where memory is short, what is
+        kept is let go.
+        """
+        try:
+            self._feed(tracks)
+        except torch.OutOfMemoryError:
+            if not self.kept.clear():
+                raise
+            self._feed(tracks)
+
+    @torch.inference_mode()
+    def _feed(self, tracks: Sequence[Track]) -> None:
         new = tracks[0].shape[0]
         assert isinstance(new, int)
         rows = max(len(tracks), -(-LEAST_ROWS // new))
@@ -107,10 +163,26 @@ class Engine:
         if feed.sample is not None:  # only what stands behind the prefix is asked for
             last = torch.tensor(real, device=self.device) - 1
             hidden = hidden[torch.arange(rows, device=self.device), last][:, None]
+        if feed.sample is not None:
+            self._keep(tracks, cache, real, hidden)
         for row, track in enumerate(tracks):
             track.cache, track.row = cache, row
             settle(track)
-        self._score(tracks, hidden)
+            if feed.sample is not None:
+                track.next_part()
+        whole = [row for row, track in enumerate(tracks) if track.feed is None]
+        if len(whole) == len(tracks):
+            self._score(tracks, hidden)
+        elif whole:
+            self._score([tracks[row] for row in whole], hidden[whole])
+
+    def _keep(self, tracks: Sequence[Track], cache: RowCache, real: Sequence[int], hidden: Tensor) -> None:
+        for row, track in enumerate(tracks):
+            self.fed += real[row]
+            if self.kept.budget:
+                end = cache.lengths[row]
+                rows = cache.cut(row, end - real[row], end)
+                self.kept.put(track.named(), KeptPart(rows, hidden[row, -1].clone()))
 
     def _scale_inputs(self, tracks: Sequence[Track]) -> tuple[Tensor, Tensor]:
         """(R, n, D) inputs and (3, R, n) positions of the block behind the last scale of growing images."""
@@ -143,8 +215,8 @@ class Engine:
                     tracks[row].scores = found
 
 
-GATHER = 8
-"""Rounds that an image may wait for others to begin with it."""
+GATHER, GATHER_PLANNED = 8, 24
+"""Rounds that an image may wait for others to begin with it: where none is planned yet, and where some are."""
 
 
 class Rounds:
@@ -186,13 +258,15 @@ class Rounds:
         self._admit()
         self.round += 1
         working = self._gathered()
-        groups: dict[tuple[object, ...], list[Track]] = {}
-        for job in working:
-            for track in job.tracks:
-                if track.feed is not None:
-                    groups.setdefault(track.shape, []).append(track)
-        for tracks in groups.values():
-            self.engine.feed(tracks)
+        left = [track for job in working for track in job.tracks if track.feed is not None]
+        while left:  # prefixes of several parts take several turns
+            now, waiting = self.engine.resume(left)
+            groups: dict[tuple[object, ...], list[Track]] = {}
+            for track in now:
+                groups.setdefault(track.shape, []).append(track)
+            for tracks in groups.values():  # rows of one length side by side are written at once
+                self.engine.feed(sorted(tracks, key=lambda track: track.length))
+            left = [track for track in (*now, *waiting) if track.feed is not None]
         for job in working:
             if job not in self.active:
                 continue
@@ -202,10 +276,12 @@ class Rounds:
 
     def _gathered(self) -> list[Job]:
         """The jobs that take a step now: an image that has not begun waits up to :data:`GATHER` rounds behind the last that
-        did, so that images go through their scales together; not when nothing else is in work.
+        did, so that images go through their scales together; not when nothing else is in work. While others are being
+        planned in words, which takes longer than an image does, it waits for those.
         """
         going = [job for job in self.active if not job.starting]
-        if not going or self.round - self.began >= GATHER:
+        planned = any(isinstance(job.request, TextRequest) and job.request.plans for job in going)
+        if not going or self.round - self.began >= (GATHER_PLANNED if planned else GATHER):
             if len(going) < len(self.active):
                 self.began = self.round
             return list(self.active)

@@ -7,13 +7,14 @@ contrasts with. It knows nothing of other jobs; the scheduler feeds the tracks o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nextflow_ar.generation.cache import RowCache, rounded, spanned
 from nextflow_ar.generation.forcing import Forcing
+from nextflow_ar.generation.kept import part_key
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.sampling import SamplingSettings, draw, guide, guide_words
 from nextflow_ar.scales import ScaleSchedule
@@ -49,7 +50,8 @@ class Feed:
 @dataclass(eq=False)
 class Track:
     """One sequence: its place in a cache, where its next token stands, what it is to be fed, and whether the scores that
-    it then gives are of codes or of text (``wants``).
+    it then gives are of codes or of text (``wants``). ``later``: parts of its prefix behind the one that is to be fed;
+    ``names``: what part_key calls those up to that one; ``awaited``: the one that it let another track be fed first.
     """
 
     wants: str
@@ -59,19 +61,47 @@ class Track:
     clock: int = 0
     block: int = 0
     scores: Tensor | None = None
+    later: list[Sample] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    awaited: bytes = b""
+
+    @classmethod
+    def behind(cls, wants: str, prefix: Sample) -> Track:
+        """A new track that is to be fed a prefix, part by part."""
+        first, *later = prefix.parts()
+        return cls(wants, Feed(sample=first), later=later)
+
+    def named(self) -> bytes:
+        """Name of the part that is to be fed."""
+        assert self.feed is not None and self.feed.sample is not None
+        if not self.names:
+            self.names.append(part_key(b"", self.feed.sample))
+        return self.names[-1]
+
+    def next_part(self) -> None:
+        """Behind a part of the prefix: go on with the next one, if there is one."""
+        if self.later:
+            self.feed = Feed(sample=self.later.pop(0))
+            if self.names:
+                assert self.feed.sample is not None
+                self.names.append(part_key(self.names[-1], self.feed.sample))
+
+    @property
+    def length(self) -> int:
+        """Places that it has in its cache."""
+        return self.cache.lengths[self.row] if self.cache is not None else 0
 
     @property
     def shape(self) -> tuple[object, ...]:
         """Tracks of the same shape can be fed together."""
         assert self.feed is not None
-        have = self.cache.lengths[self.row] if self.cache is not None else 0
         kind = "sample" if self.feed.sample is not None else "token"
         at = (
             (self.feed.schedule, self.feed.k)
             if self.feed.codes is not None
             else (kind, self.feed.image_scales)
         )
-        return self.feed.new, spanned(have + self.feed.new), at
+        return self.feed.new, spanned(self.length + self.feed.new), at, self.cache is None
 
     def go_on(self, feed: Feed, wants: str) -> None:
         """What to feed next."""
@@ -142,15 +172,14 @@ class Job:
         self.written: list[int] = []
         self.counted = 0
         self.shown = ""
-        prefix = self._prefix()
+        self._closed: dict[frozenset[str], Tensor] = {}
+        self.prefix = prefix = self._prefix()
         self._fits(prefix, limit)
         wants = "codes" if isinstance(request, ImageRequest) else "text"
-        self.track = Track(wants, Feed(sample=prefix))
+        self.track = Track.behind(wants, prefix)
         self.other: Track | None = None  # the unconditional one of a text
         if isinstance(request, TextRequest) and request.guided and request.unconditional is not None:
-            self.other = Track(
-                "text", Feed(sample=build(request.unconditional, vocab, layout, close_last=True))
-            )
+            self.other = Track.behind("text", build(request.unconditional, vocab, layout, close_last=True))
         if isinstance(request, ImageRequest):
             forcing = None if request.forced is None else Forcing(request.forced, quantizer)
             self.drawing = Drawing(self.track, self._partner(), request.schedule, request.settings, forcing)
@@ -183,7 +212,7 @@ class Job:
         if not settings.guided:
             return None
         sample = image_prefix(request.unconditional, request.schedule, self.vocab, self.layout)
-        return Track("codes", Feed(sample=sample))
+        return Track.behind("codes", sample)
 
     @property
     def tracks(self) -> list[Track]:
@@ -265,25 +294,29 @@ class Job:
         assert not isinstance(request, ImageRequest)
         if not request.max_tokens:  # images alone
             return self.vocab.boi
-        scores, never = scores.clone(), self._never()
-        scores[:, never] = float("-inf")
+        scores = scores.masked_fill(self._never().to(scores.device), float("-inf"))
         guidance, temperature, top_k, top_p = request.settings.at(0, 1)
         if self.other is not None:
             assert self.other.scores is not None
             scores = guide_words(scores, self.other.scores, guidance)
         return int(draw(scores, temperature, top_k, top_p, self.generator)[0])
 
-    def _never(self) -> list[int]:
-        """Entries that cannot be chosen now."""
+    def _never(self) -> Tensor:
+        """(V,) of the text entries: True for those that cannot be chosen now."""
         request = self.request
         allowed = set() if isinstance(request, ImageRequest) else set(request.ends)
         if isinstance(request, TextRequest) and self.counted < request.min_tokens:
             allowed = set()
         if isinstance(request, WriteRequest) and self.images < request.max_images:
             allowed.add(BOI)
-        marks = (END_OF_TEXT, TURN_START, TURN_END, BOI, EOI)
-        closed = [self.vocab.special(name) for name in marks if name not in allowed]
-        return closed + list(range(len(self.vocab.tokenizer), self.vocab.text_size))
+        known = frozenset(allowed)
+        if known not in self._closed:
+            closed = torch.zeros(self.vocab.text_size, dtype=torch.bool)
+            marks = (END_OF_TEXT, TURN_START, TURN_END, BOI, EOI)
+            closed[[self.vocab.special(name) for name in marks if name not in allowed]] = True
+            closed[len(self.vocab.tokenizer) :] = True
+            self._closed[known] = closed
+        return self._closed[known]
 
     def _said(self, *, final: bool) -> Iterator[Event]:
         """The new text, held back while a character is incomplete."""

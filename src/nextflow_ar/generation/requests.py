@@ -42,6 +42,7 @@ class TextRequest:
     """Write text after ``document`` until a token of ``ends``: ``min_tokens`` to ``max_tokens`` tokens.
 
     ``unconditional``: the document that guidance contrasts with (the question without its picture, say); none without it.
+    ``plans``: whether an image is to be drawn behind it.
     """
 
     document: Document
@@ -51,6 +52,7 @@ class TextRequest:
     ends: tuple[str, ...] = (END_OF_TEXT,)
     min_tokens: int = 0
     unconditional: Document | None = None
+    plans: bool = False
 
     @property
     def guided(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,7 +99,9 @@ def pack(samples: Sequence[Sample]) -> Sample:
     """One sample that holds several one after the other; each keeps its own positions and sees only itself."""
     if len(samples) == 1:
         return samples[0]
-    columns = {name: torch.cat([getattr(s, name) for s in samples]) for name in _PAD if name != "documents"}
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(s, name) for s in samples]) for name in _PAD if name != "documents"
+    }
     documents, images, offset, number = [], [], 0, 0
     for sample in samples:
         documents.append(sample.documents + number)

@@ -9,7 +9,7 @@ Training samples and generation prefixes both come from :func:`build`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,7 +67,8 @@ class Sample:
     ``tokens``: (L,) text ids, -1 where codes are fed. ``targets``: (L,) ids to predict at that place, IGNORED where
     none. ``weights``: (L,) loss weights. ``positions``: (3, L) as in positions.py. ``blocks``: (L,) of the mask rule.
     ``scales``: (L,) which scale a place predicts (0-based), the closing block S, text TEXT_SCALE. ``lengths``: (L,)
-    number of scales of the image a place belongs to, 0 for text. ``documents``: (L,) -1 for padding.
+    number of scales of the image a place belongs to, 0 for text. ``documents``: (L,) -1 for padding. ``cuts``: places
+    at which a prefix is fed in parts, so that what stands before them can be kept: behind an image, and where turns change.
     """
 
     tokens: Tensor
@@ -79,9 +80,21 @@ class Sample:
     lengths: Tensor
     documents: Tensor
     images: tuple[ImageSpan, ...]
+    cuts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def parts(self) -> tuple[Sample, ...]:
+        """The sample cut at its ``cuts``; positions and blocks stay those of the whole."""
+        ends = (*self.cuts, len(self))
+        return tuple(self._part(start, end) for start, end in zip((0, *self.cuts), ends, strict=True))
+
+    def _part(self, start: int, end: int) -> Sample:
+        names = ("tokens", "targets", "weights", "blocks", "scales", "lengths", "documents")
+        columns = {name: getattr(self, name)[start:end] for name in names}
+        images = tuple(replace(s, boi=s.boi - start) for s in self.images if start <= s.boi < end)
+        return Sample(**columns, positions=self.positions[:, start:end], images=images)
 
 
 def scale_weights(schedule: ScaleSchedule, alpha: float) -> list[float]:
@@ -107,6 +120,7 @@ class _Builder:
         self.lengths: list[int] = []
         self.positions: list[Tensor] = []
         self.images: list[ImageSpan] = []
+        self.cuts: list[int] = []
         self.clock = 0  # next text position
         self.block = 0
 
@@ -184,7 +198,13 @@ class _Builder:
 
     def segments(self, document: Document, *, close_last: bool) -> None:
         last = len(document.segments) - 1
+        # What the model says last is fed with what it answers: a plan in words is no turn of its own.
+        given = max((i for i, one in enumerate(document.segments) if not one.supervised), default=-1)
         for i, segment in enumerate(document.segments):
+            before = document.segments[i - 1] if i else segment
+            turned = before.supervised != segment.supervised and i <= given
+            if self.tokens and (isinstance(before, Image) or turned) and i:
+                self.cuts.append(len(self.tokens))
             if isinstance(segment, Text):
                 ids = self.vocab.encode(segment.text)
                 if segment.supervised:
@@ -213,6 +233,7 @@ class _Builder:
             lengths=torch.tensor(self.lengths),
             documents=torch.zeros(len(self.tokens), dtype=torch.long),
             images=tuple(self.images),
+            cuts=tuple(dict.fromkeys(cut for cut in self.cuts if cut < len(self.tokens))),
         )
 
 

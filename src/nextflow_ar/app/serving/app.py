@@ -11,16 +11,16 @@ from typing import Any
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
-from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nextflow_ar.app.serving.chat import chat_routes
+from nextflow_ar.app.serving.description import described
 from nextflow_ar.app.serving.errors import ApiError, bad, dumps, install
 from nextflow_ar.app.serving.gate import Gate
 from nextflow_ar.app.serving.images import image_routes
+from nextflow_ar.app.serving.memory import trimming
 from nextflow_ar.app.serving.metrics import CONTENT_TYPE
-from nextflow_ar.app.serving.schemas import ChatBody, EditBody, ImageBody
 from nextflow_ar.app.serving.service import Service
 from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.generation.pipeline import NextFlowPipeline
@@ -33,7 +33,9 @@ def create_app(pipeline: NextFlowPipeline, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
+        tidy = asyncio.create_task(trimming(lambda: service.metrics.answered))
         yield
+        tidy.cancel()
         await service.worker.drain(settings.grace)
         await asyncio.to_thread(service.close)
 
@@ -50,7 +52,7 @@ def create_app(pipeline: NextFlowPipeline, settings: ServerSettings) -> FastAPI:
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id"],
         )  # fmt: skip
-    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
     return app
 
 
@@ -92,34 +94,6 @@ def _plain_routes(service: Service) -> APIRouter:
         return Response(service.metrics.page(), headers={"content-type": CONTENT_TYPE})
 
     return router
-
-
-_BODIES: dict[str, tuple[str, type[BaseModel]]] = {
-    "/v1/images/generations": ("application/json", ImageBody),
-    "/v1/images/edits": ("multipart/form-data", EditBody),
-    "/v1/chat/completions": ("application/json", ChatBody),
-}
-
-
-def _described(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI's description; bodies are read by hand, so they are written in here."""
-    if app.openapi_schema is None:
-        told = FastAPI.openapi(app)
-        schemas = told.setdefault("components", {}).setdefault("schemas", {})
-        for path, (kind, model) in _BODIES.items():
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= schema.pop("$defs", {})
-            if kind == "multipart/form-data":
-                file = {"type": "string", "format": "binary"}
-                schema["properties"] |= {"image": {"type": "array", "items": file}, "mask": file}
-                schema["required"] = [*schema["required"], "image"]
-            schemas[model.__name__] = schema
-            refers = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
-            operation = told["paths"][path]["post"]
-            operation["requestBody"] = {"required": True, "content": {kind: refers}}
-            operation["responses"]["400"] = {"description": "Asked wrongly: {error: {message, ...}}"}
-        app.openapi_schema = told
-    return app.openapi_schema
 
 
 class Patient(H11Protocol):

@@ -140,7 +140,9 @@ class Told:
                 yield index, {"images": [image], **({"content": rest} if rest else {})}
 
     def _url(self, codes: Codes) -> str:
-        return media.data_url(self.service.pipeline.decode(codes))
+        picture = self.service.pipeline.decode(codes)
+        self.service.pipeline.remember(picture, codes)
+        return media.data_url(picture)
 
     async def whole(self) -> dict[str, Any]:
         """The answer at once."""

@@ -184,6 +184,7 @@ class Gate:
         route = getattr(scope.get("route"), "path", "other")
         method = visit.method if visit.method in ("GET", "POST", "HEAD", "OPTIONS") else "other"
         seconds = time.perf_counter() - visit.began
+        self.metrics.answered += 1
         self.metrics.requests.labels(route, method, str(visit.status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         log.info(

@@ -19,6 +19,7 @@ from nextflow_ar.app.serving.orders import Order, Thought
 from nextflow_ar.app.serving.schemas import EditBody, ImageBody
 from nextflow_ar.app.serving.service import EventStream, Read, Service, client_of, too_slow
 from nextflow_ar.app.serving.worker import Stream
+from nextflow_ar.generation.engine import ImageRequest
 from nextflow_ar.types import ImageReady, ScaleReady
 
 _FILES = ("image", "image[]", "mask")
@@ -95,6 +96,8 @@ async def _finished(
         pipeline = service.pipeline
         if upto is None:
             picture = pipeline.finished(order.request, codes)
+            if not isinstance(order.request, ImageRequest) or order.request.forced is None:
+                pipeline.remember(picture, codes)  # what is put together of two has other codes
         else:
             assert order.schedule is not None
             picture = pipeline.preview(order.schedule, codes, upto)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class _Read(Collector):
+    """A counter behind a function."""
+
+    def __init__(self, name: str, what: str, read: Callable[[], float]) -> None:
+        self.name, self.what, self.read = name, what, read
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Prometheus's."""
+        yield CounterMetricFamily(self.name, self.what, value=self.read())
 
 
 class Metrics:
@@ -15,6 +28,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.answered = 0
         r = self.registry
         self.requests = Counter(
             "nextflow_ar_requests", "Answered HTTP requests.", ["route", "method", "status"], registry=r
@@ -34,6 +48,10 @@ class Metrics:
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A gauge that is read when somebody looks."""
         Gauge(f"nextflow_ar_{name}", what, registry=self.registry).set_function(read)
+
+    def watch_count(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """A counter that somebody else keeps, read when somebody looks."""
+        self.registry.register(_Read(f"nextflow_ar_{name}", what, read))
 
     def used(self, way: str, text: int, image: int) -> None:
         """Count tokens; ``way``: "in" or "out"."""

@@ -46,6 +46,15 @@ class Service:
         self.pool = ThreadPoolExecutor(PICTURE_THREADS, "nextflow-ar-pictures")
         self.metrics.watch("orders_open", "Pictures and texts in work or waiting.", lambda: self.worker.open)
         self.metrics.watch("orders_working", "Pictures and texts in work.", lambda: self.worker.working)
+        self._watch_kept(pipeline)
+
+    def _watch_kept(self, pipeline: NextFlowPipeline) -> None:
+        engine, count = pipeline.engine, self.metrics.watch_count
+        count("prefix_hits", "Parts of prefixes that were found kept.", lambda: engine.kept.hits)
+        count("prefix_reused_tokens", "Tokens of prefixes taken from there.", lambda: engine.reused)
+        count("prefix_fed_tokens", "Tokens of prefixes that were computed.", lambda: engine.fed)
+        count("pictures_known", "Given pictures whose codes were known.", lambda: pipeline.pictures.hits)
+        self.metrics.watch("prefix_bytes", "Memory of kept prefixes.", lambda: engine.kept.used)
 
     async def aside(self, work: Callable[..., T], *given: Any) -> T:
         """Run something slow in one of the threads."""
@@ -136,7 +145,6 @@ async def _gone(receive: Receive) -> None:
 
 
 def _read(jobs: Sequence[Job]) -> Read:
-    fed = [job.track.feed.sample for job in jobs[:1] if job.track.feed is not None]
-    places = sum(len(s) for s in fed if s is not None)
-    image = sum(int((s.tokens < 0).sum()) for s in fed if s is not None)
+    places = sum(len(job.prefix) for job in jobs[:1])
+    image = sum(int((job.prefix.tokens < 0).sum()) for job in jobs[:1])
     return Read(places - image, image)

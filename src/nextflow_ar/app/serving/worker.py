@@ -48,6 +48,11 @@ class Stream:
                 self.left -= 1
             yield index, news
 
+    def left_rows(self) -> list[_Row]:
+        """The rows, from now on nobody's: with them go their caches, which no collector of cycles has to find then."""
+        rows, self.rows = self.rows, []
+        return rows
+
     def cancel(self) -> None:
         """Drop what is not done yet. Does nothing when all is."""
         if self.left:
@@ -212,7 +217,7 @@ class Worker:
 
     def _drop(self, stream: Stream) -> None:
         room = self._rooms.get(stream.client, deque())
-        for row in stream.rows:
+        for row in stream.left_rows():
             if self._rows.pop(row.number, None) is not None:
                 self._rounds.cancel(row.number)
             elif row in room:
@@ -266,8 +271,9 @@ class Worker:
         except Exception as error:
             log.exception("an order failed")
             self._rounds.cancel(row.number)
-            self._rows.pop(row.number, None)
-            self._closed(1)
+            if self._rows.pop(row.number, None) is not None:
+                row.stream.rows.remove(row)
+                self._closed(1)
             return Failed(error)
 
     def _heard(self, row: _Row, event: Event) -> News | None:
@@ -297,6 +303,7 @@ class Worker:
 
     def _finished(self, row: _Row) -> None:
         self._rows.pop(row.number)
+        row.stream.rows.remove(row)
         now = time.monotonic()
         self._gap += 0.1 * (min(now - self._last_done, 10.0) - self._gap)
         self._last_done = now
@@ -308,6 +315,7 @@ class Worker:
         rows, self._rows = list(self._rows.values()), {}
         for row in rows:
             row.stream.tell([(row.index, Failed(error))])
+            row.stream.rows.remove(row)
         self._closed(len(rows))
 
     def _fail_all(self, error: BaseException) -> None:
@@ -316,8 +324,10 @@ class Worker:
         self._rooms.clear()
         for row in rows:
             row.stream.tell([(row.index, Failed(error))])
+            row.stream.rows.remove(row)
         self._closed(len(rows))
 
     def _closed(self, orders: int) -> None:
+        """So many orders are no longer open."""
         with self._lock:
             self._open -= orders

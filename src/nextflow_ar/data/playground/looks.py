@@ -100,8 +100,8 @@ def _inside(
     if name in SHAPES:
         picture = draw_shape(name, inner, rgb or COLOURS[colour or "black"])
     else:
-        shaded = rgb is not None and colour is not None
-        picture = _recoloured(name, colour, folder, rgb) if shaded else _native(name, colour, folder)
+        shaded = _recoloured(name, colour, folder, rgb) if rgb and colour else None
+        picture = shaded or _native(name, colour, folder)
         scale = inner / max(picture.size)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         picture = picture.convert("RGBa").resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")

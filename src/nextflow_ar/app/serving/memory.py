@@ -1,0 +1,51 @@
+"""Memory that was used once goes back to the system: glibc keeps what threads have freed, and large pictures leave much."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+from collections.abc import Callable
+from functools import lru_cache
+
+EVERY = 2.0
+"""Seconds between two looks."""
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return None
+
+
+def trim() -> bool:
+    """Give freed memory of all threads back; takes milliseconds. Returns whether this system can.
+
+    An error that was answered holds the picture that it was about until the collector of cycles comes by: that goes
+    first.
+    """
+    gc.collect()
+    found = _malloc_trim()
+    if found is None:
+        return False
+    found(0)
+    return True
+
+
+def settle_in() -> None:
+    """What is loaded by now stays for good: the collector of cycles, which :func:`trim` calls, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+async def trimming(done: Callable[[], float]) -> None:
+    """For as long as the server runs: :func:`trim` from time to time, where ``done`` (what was answered) has grown."""
+    before = done()
+    while True:
+        await asyncio.sleep(EVERY)
+        if (now := done()) != before:
+            before = now
+            if not await asyncio.to_thread(trim):
+                return
