@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nextflow_ar.app.cli import run
+from nextflow_ar.model.checkpoint import load_bundle, save_bundle
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bundle"
 ROOT = Path(__file__).parent.parent.parent
@@ -221,6 +223,21 @@ def test_export_changes_card_and_defaults(tmp_path: Path, capsys: pytest.Capture
         status, line = mistake(capsys, "export", GOLDEN, "-o", tmp_path / "bad", "--set", change)
         assert status == 2 and told in line
     assert not (tmp_path / "bad").exists()
+
+
+def test_export_of_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = load_bundle(GOLDEN)
+    for value in bundle.model.state_dict().values():
+        value.mul_(3.0)
+    other = tmp_path / "other"
+    save_bundle(other, bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, {}, "# other\n")
+    out = tmp_path / "mean"
+    assert run(["export", str(GOLDEN), "-o", str(out), "--average", str(other)]) == 0
+    old, new = (load_bundle(folder).model.state_dict() for folder in (GOLDEN, out))
+    assert all(torch.allclose(new[k].float(), 2.0 * old[k].float(), rtol=0.01) for k in old)
+    capsys.readouterr()
+    status, line = mistake(capsys, "export", GOLDEN, "-o", tmp_path / "bad", "--average", "nano")
+    assert status == 2 and "nano has another architecture" in line and not (tmp_path / "bad").exists()
 
 
 def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,9 @@ def test_the_names() -> None:
     assert set(UNSPLIT) < set(TASK_NAMES) and {f"edit_{kind}" for kind in EDITS} < set(TASK_NAMES)
     with pytest.raises(ValueError, match="unknown playground task 'dance': one of draw_scene"):
         episode("dance", 0, 0)
-    with pytest.raises(ValueError, match="unknown world level 'easy': one of world, blocks, hues, wide"):
+    with pytest.raises(
+        ValueError, match="unknown world level 'easy': one of world, blocks, hues, shades, wide"
+    ):
         episode("draw_scene", 0, 0, level="easy")
 
 

@@ -309,15 +309,19 @@ def export(
             "--image-tokenizer", help="Folder of one with the same codes and another decoder: put it in."
         ),
     ] = None,
+    average: Annotated[
+        list[str] | None,
+        typer.Option("--average", help="Another stage of the same model: write the mean of the weights."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint folder anew: another card, sampling defaults or decoder, or an adapter merged in."""
+    """Write a checkpoint folder anew: another card, defaults or decoder, an adapter merged in, a mean of stages."""
     from nextflow_ar.app.stages import export_bundle
 
     if card is not None and not card.is_file():
         raise UsageError(f"{card}: no such file")
     text = card.read_text() if card is not None else None
-    export_bundle(model, out, text, changes or [], adapter, image_tokenizer)
+    export_bundle(model, out, text, changes or [], adapter, image_tokenizer, average or [])
     typer.echo(json.dumps({"out": str(out)}) if as_json else str(out))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,11 @@ def export_bundle(
     changes: list[str],
     adapter: Path | None = None,
     image_tokenizer: str | None = None,
+    average: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. ``adapter``: folder of one, trained
-    on these weights, to merge in. ``image_tokenizer``: one of the same codes with another decoder. Raises ConfigError,
-    StorageError.
+    on these weights, to merge in. ``image_tokenizer``: one of the same codes with another decoder. ``average``: checkpoints
+    of the same architecture and vocabulary; the weights become the mean of all. Raises ConfigError, StorageError.
     """
     from nextflow_ar.generation.pipeline import OPTIONS, NextFlowPipeline, resolve_model
     from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
@@ -123,6 +125,8 @@ def export_bundle(
         from nextflow_ar.training.adapters import merge_adapter
 
         merge_adapter(bundle, folder, adapter)
+    if average:
+        _average(bundle, average)
     if image_tokenizer is not None:
         bundle.image_tokenizer = _same_codes(bundle.image_tokenizer, image_tokenizer)
     generation = override(bundle.generation, changes)
@@ -134,6 +138,28 @@ def export_bundle(
     NextFlowPipeline(bundle)  # senseless settings are an error here, not at the next load
     text = card if card is not None else read_checked(folder, CARD_FILE).decode()
     save_bundle(out, bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, generation, text)
+
+
+def _average(bundle: Bundle, names: Sequence[str]) -> None:
+    """The mean of the bundle's weights and those of checkpoints that read and draw the same tokens."""
+    from nextflow_ar.generation.pipeline import resolve_model
+    from nextflow_ar.model.checkpoint import load_bundle
+
+    weights = {name: value.float() for name, value in bundle.model.state_dict().items()}
+    for name in names:
+        other = load_bundle(resolve_model(name))
+        if other.model.config != bundle.model.config:
+            raise ConfigError(
+                f"{name} has another architecture: only weights of the same one can be averaged"
+            )
+        if other.vocab.tokenizer.get_vocab() != bundle.vocab.tokenizer.get_vocab():
+            raise ConfigError(f"{name} has another text vocabulary: its weights stand for other words")
+        if other.image_tokenizer.fingerprint() != bundle.image_tokenizer.fingerprint():
+            raise ConfigError(f"{name} draws with other codes: its weights stand for other pictures")
+        for key, value in other.model.state_dict().items():
+            weights[key] += value.float()
+    parts = 1 + len(names)
+    bundle.model.load_state_dict({key: value / parts for key, value in weights.items()})
 
 
 def _same_codes(old: ImageTokenizer, name: str) -> ImageTokenizer:
