@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 NANO_RECIPES := $(addprefix recipes/,$(addsuffix .yaml,nano_teacher nano_pixel nano_tokenizer nano_decoder nano_decoder_ssim \
-	world_start world_pretrain_64 world_read world_read2 world_read3 world_read4 nano_judge world_judge))
+	world_start world_pretrain_64 world_read world_read2 world_read3 world_read4 world_read5 nano_judge world_judge))
 BENCHMARKS = $(filter-out benchmarks/_% benchmarks/gpu_%,$(wildcard benchmarks/*.py))
 
 define HAS_TORCH
@@ -34,6 +34,9 @@ lint: .venv/.ready-dev
 
 nano: .venv/.ready
 	set -e; for recipe in $(NANO_RECIPES); do $(BIN)/nextflow-ar train $$recipe; done
+	$(BIN)/nextflow-ar export runs/world_read5/final -o runs/nano --image-tokenizer runs/nano_decoder_ssim/final \
+		--average runs/world_read4/final --average runs/world_read3/final \
+		--set guidance=2.0 --set think=true --set "caption=say in one sentence what this is" --set answer_guidance=1.25
 
 bench: .venv/.ready
 	set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done

@@ -36,7 +36,7 @@ from nextflow_ar.types import Codes
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-BUNDLED = {"nano": "nano/image_tokenizer", "nano-tokenizer": "nano_tokenizer"}
+BUNDLED = {"nano": "nano/image_tokenizer", "nano-tokenizer": "nano/image_tokenizer"}
 """Names that need no download: the tokenizer inside the bundled model, and the one that serves photographs too."""
 
 Picture = PILImage.Image | np.ndarray | Tensor
