@@ -48,7 +48,7 @@ def test_the_others_draw_as_many_tokens_as_they_say(benchmark) -> None:
     engine, schedule = ratios.our_engine(8, 6)
     config, whole = engine.model.config, ratios.size_of(engine.model)
     parameters, _, picture = ratios.janus(config, 64)
-    assert picture(4).shape == (1, 4) and abs(parameters / whole - 1) < 0.05
+    assert picture(4).shape == (1, 4) and abs(parameters / whole - 1) < 0.1
     parameters, _, picture = ratios.emu3(config, 64)
     drawn = picture(16)[0].tolist()  # two rows of eight, each with its mark
     assert [i for i, token in enumerate(drawn) if token == 5] == [8, 17] and len(drawn) == 18

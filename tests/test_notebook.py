@@ -32,7 +32,7 @@ def test_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
     printed = capsys.readouterr().out
-    assert "plan: a cat" in printed and "a red circle on a blue background" in printed
+    assert "plan: " in printed and " cat" in printed and "a red circle on a blue background" in printed
     assert "the same picture: True" in printed
     assert [picture.height for picture in shown] == [160, 120, 160, 160, 160]
     assert all(np.asarray(picture).std() > 10 for picture in shown)

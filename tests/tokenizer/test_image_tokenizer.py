@@ -233,10 +233,13 @@ def test_push_to_hub_uploads_a_whole_folder(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_was_decoded_encodes_to_nearly_the_same_picture() -> None:
     tokenizer = ImageTokenizer.from_pretrained("nano")
-    picture = np.full((64, 64, 3), (45, 95, 210), np.uint8)
-    picture[16:48, 16:48] = (220, 40, 40)
-    first = tokenizer.decode(tokenizer.encode(picture))
-    again = tokenizer.decode(tokenizer.encode(first))  # type: ignore[arg-type]
-    errors = [((np.asarray(x, float) - picture) ** 2).mean() for x in (first, again)]
-    assert 10 * np.log10(255**2 / errors[0]) > 22
-    assert errors[1] < 1.6 * errors[0]  # less than 2 dB are lost by a second pass
+    blue, red, white, green = (45, 95, 210), (220, 40, 40), (245, 245, 245), (50, 160, 70)
+    errors = np.zeros(2)
+    for ground, square in ((blue, red), (white, green)):
+        picture = np.full((64, 64, 3), ground, np.uint8)
+        picture[16:48, 16:48] = square
+        first = tokenizer.decode(tokenizer.encode(picture))
+        again = tokenizer.decode(tokenizer.encode(first))  # type: ignore[arg-type]
+        errors += [((np.asarray(x, float) - picture) ** 2).mean() for x in (first, again)]
+    assert 10 * np.log10(255**2 / (errors[0] / 2)) > 26
+    assert errors[1] < 2 * errors[0]  # less than 3 dB are lost by a second pass (scenes: 1.4, the model's card)
