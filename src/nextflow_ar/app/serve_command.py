@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +70,18 @@ def serve(
     page: Annotated[bool, typer.Option("--ui/--no-ui", help="The web page too, at /ui.")] = False,
 ) -> None:
     """Serve a model with OpenAI's API: pictures (streamed as they sharpen), edits, chat."""
+    given = {
+        "name": name or Path(model).name, "keys": read_keys(key_file), "max_open": queue, "max_n": most,
+        "max_body": round(body * _MEGA), "max_pixels": round(pixels * _MEGA), "timeout": timeout, "grace": grace,
+        "fetch": fetch, "origins": tuple(origins or ()),
+    }  # fmt: skip
+    _serve(lambda: load(model, device, rows, keep), host, port, given, page=page)
+
+
+def _serve(
+    loaded: Callable[[], NextFlowPipeline], host: str, port: int, given: dict[str, Any], *, page: bool
+) -> None:
+    """Listen first, so that an address in use is told before the model is loaded. ``given``: of ServerSettings."""
     try:
         from nextflow_ar.app.serving.app import create_app, make_server
         from nextflow_ar.app.serving.memory import settle_in
@@ -77,19 +90,15 @@ def serve(
         raise ServeError(
             f"more packages are needed ({error.name}): pip install 'nextflow-ar[serve]'"
         ) from None
-    keys = read_keys(key_file)
-    settings = ServerSettings(
-        name=name or Path(model).name, keys=keys, max_open=queue, max_n=most, max_body=round(body * _MEGA),
-        max_pixels=round(pixels * _MEGA), timeout=timeout, grace=grace, fetch=fetch, origins=tuple(origins or ()),
-    )  # fmt: skip
+    settings = ServerSettings(**given)
     with listen(host, port) as listening:
-        pipeline = load(model, device, rows, keep)
+        pipeline = loaded()
         start_logs()
         app = create_app(pipeline, settings)
         if page:
             app = with_page(app, pipeline, settings)
         settle_in()
-        about = {"model": settings.name, "url": _url(host, listening), "keys": len(keys)}
+        about = {"model": settings.name, "url": _url(host, listening), "keys": len(settings.keys)}
         logging.getLogger("nextflow_ar.serving").info("serving", extra=about)
         make_server(app, host, listening.getsockname()[1]).run(sockets=[listening])
 

@@ -24,7 +24,7 @@ from nextflow_ar.app.ui.settings import (
 from nextflow_ar.app.ui.showing import Growing, status
 from nextflow_ar.app.ui.style import stage_html, status_html
 from nextflow_ar.app.ui.wiring import wire
-from nextflow_ar.app.ui.work import Follow, Work, line_for
+from nextflow_ar.app.ui.work import Follow, line_for, watched
 from nextflow_ar.generation.pipeline import fold_seed
 
 if TYPE_CHECKING:
@@ -91,11 +91,7 @@ def draw_steps(
             (lambda _, codes, k: pipeline.preview(schedule, codes, k)) if steps else None,
         )
         yield [growing.html() if prompt.strip() else skip, status("Drawing …"), used, *nothing]
-        with Work(draw) as work:
-            for events in work:
-                growing.take(events)
-                yield [growing.html(), skip, skip, *nothing]
-            pictures = work.result
+        pictures = yield from watched(draw, growing, skip, skip, *nothing)
     except Exception as error:
         yield [EMPTY, status(line_for(error), failed=True), skip, *nothing]
         return

@@ -16,7 +16,7 @@ from nextflow_ar.app.ui.settings import chosen, next_seed, sampling_inputs, seed
 from nextflow_ar.app.ui.showing import Growing, data_uri, status
 from nextflow_ar.app.ui.style import notice, stage_html, status_html
 from nextflow_ar.app.ui.wiring import wire
-from nextflow_ar.app.ui.work import Follow, Work, line_for
+from nextflow_ar.app.ui.work import Follow, line_for, watched
 from nextflow_ar.generation.pipeline import RequestError, fold_seed
 from nextflow_ar.tokenizer.pictures import to_rgb
 
@@ -115,11 +115,7 @@ def edit_steps(
         def draw(on_event: Follow) -> list[PILImage.Image]:
             return pipeline.draw(requests, think=False, on_event=on_event)
 
-        with Work(draw) as work:
-            for events in work:
-                growing.take(events)
-                yield [growing.html(), skip, skip, *nothing]
-            pictures = work.result
+        pictures = yield from watched(draw, growing, skip, skip, *nothing)
     except Exception as error:
         yield [EMPTY, status(line_for(error), failed=True), skip, *nothing]
         return

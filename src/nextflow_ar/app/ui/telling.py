@@ -18,7 +18,7 @@ from nextflow_ar.app.ui.showing import Telling, enlarged, film, status
 from nextflow_ar.app.ui.style import notice, stage_html, status_html
 from nextflow_ar.app.ui.uploads import picture_input
 from nextflow_ar.app.ui.wiring import wire
-from nextflow_ar.app.ui.work import Follow, Work, line_for
+from nextflow_ar.app.ui.work import Follow, line_for, watched
 from nextflow_ar.tokenizer.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -75,11 +75,8 @@ def story_steps(
             )
 
         yield [STORY_EMPTY, status("Telling …"), used, *nothing]
-        with Work(tell) as work:
-            for events in work:
-                telling.take(events)
-                yield [telling.html(), skip, skip, *nothing]
-            drawn = [one for one in work.result if isinstance(one, PILImage.Image)]
+        parts = yield from watched(tell, telling, skip, skip, *nothing)
+        drawn = [one for one in parts if isinstance(one, PILImage.Image)]
     except Exception as error:
         yield [STORY_EMPTY, status(line_for(error), failed=True), skip, *nothing]
         return
@@ -123,11 +120,7 @@ def film_steps(
             )
 
         yield [FILM_EMPTY, status("Drawing frames …"), used, *nothing]
-        with Work(move) as work:
-            for events in work:
-                growing.take(events)
-                yield [growing.html(), skip, skip, *nothing]
-            found = work.result
+        found = yield from watched(move, growing, skip, skip, *nothing)
     except Exception as error:
         yield [FILM_EMPTY, status(line_for(error), failed=True), skip, *nothing]
         return

@@ -6,8 +6,8 @@ import logging
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Generic, Protocol, TypeVar
 
 from nextflow_ar.types import Event
 
@@ -70,6 +70,26 @@ class Work(Generic[T]):
         if self._stop.is_set():
             raise Stopped
         self._events.put(event)
+
+
+class Page(Protocol):
+    """What a page shows of a call."""
+
+    def take(self, events: list[Event]) -> None:
+        """Show these too."""
+
+    def html(self) -> str:
+        """As it is now."""
+        ...
+
+
+def watched(call: Callable[[Follow], T], page: Page, *rest: object) -> Generator[list[object], None, T]:
+    """Values of (page, *rest) after every step of ``call``; returns what it returned."""
+    with Work(call) as work:
+        for events in work:
+            page.take(events)
+            yield [page.html(), *rest]
+        return work.result
 
 
 def line_for(error: Exception) -> str:
