@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from nextflow_ar.app.cli import run
-from nextflow_ar.config import from_dict, to_dict
+from nextflow_ar.config import ConfigError, from_dict, to_dict
+from nextflow_ar.data.grounded import patch_labels
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
 from nextflow_ar.model.checkpoint import load_bundle
 from nextflow_ar.storage import StorageError
@@ -21,7 +22,6 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import SemanticEncoder
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer, Source, swap_words
 from nextflow_ar.training.optim import OptimizerConfig
-from nextflow_ar.training.teacher import patch_labels
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_image_tokenizer
 
 CURVE = Path(__file__).parent.parent / "golden" / "loss_curve.json"
@@ -195,6 +195,29 @@ def test_the_averages_are_what_is_exported(tokenizer_folder: Path, tmp_path: Pat
         torch.testing.assert_close(parameter, training.averages[name], rtol=2**-7, atol=1e-6, msg=name)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2 and {"loss", "text", "scale_1", "scale_8", "norm"} <= set(lines[-1])
+
+
+def test_other_codes_than_the_starts_are_refused_or_learnt_anew(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    old = trainer(tmp_path / "old", tokenizer_folder, steps=1).fit()
+    other = ImageTokenizer.from_pretrained(tokenizer_folder)
+    other.quantizer.codebook.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    changes = {"start": str(old), "model": None}
+    with pytest.raises(ConfigError, match="trained with the codes of another image tokenizer"):
+        trainer(tmp_path / "refused", tmp_path / "other", **changes)
+    training = trainer(tmp_path / "anew", tmp_path / "other", codes="anew", **changes)
+    kept, model = load_bundle(old).model, training.model
+    text = model.config.text_vocab
+    assert torch.equal(model.scale_inputs.code_embed.weight, other.quantizer.codebook)
+    assert not model.head.weight[text:].any() and torch.equal(
+        model.head.weight[:text], kept.head.weight[:text]
+    )
+    training.advance()
+    assert model.head.weight[text:].any()
+    with pytest.raises(ConfigError, match="codes: anew is for a run with a start"):
+        trainer(tmp_path / "nothing", tokenizer_folder, codes="anew")
 
 
 def test_schedules_of_the_learning_rate() -> None:

@@ -19,7 +19,7 @@ from nextflow_ar.config import ConfigError, ImageTokenizerConfig, from_dict, loa
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import contrastive_model
-from nextflow_ar.training.growth import start_from
+from nextflow_ar.training.growth import start_from, without_semantics
 from nextflow_ar.training.tokenizer_stage import ScaleDropout, TokenizerRecipe, TokenizerTrainer
 from tests.conftest import TINY_SEMANTIC, TINY_TOKENIZER
 
@@ -127,6 +127,13 @@ def test_a_grown_tokenizer_draws_what_the_pixel_branch_drew() -> None:
         pixels = torch.rand(2, 3, 64, 64) * 2 - 1
         torch.testing.assert_close(larger.embed(pixels), new.embed(pixels), atol=1e-5, rtol=1e-5)
         assert len(larger.state_dict()) > len(new.state_dict())
+    new.quantizer.codebook.normal_()
+    alone = without_semantics(new)
+    assert alone.config.semantic is None and alone.config.quantizer.dim == PIXEL.quantizer.dim
+    assert torch.equal(alone.quantizer.codebook, new.quantizer.codebook[:, -PIXEL.quantizer.dim :])
+    features = torch.randn(2, DUAL.quantizer.dim, 8, 8)
+    features[:, : -PIXEL.quantizer.dim] = 0
+    torch.testing.assert_close(alone.render(features[:, -PIXEL.quantizer.dim :]), new.render(features))
     with pytest.raises(ConfigError, match="does not fit this recipe's: encoder"):
         start_from(ImageTokenizer(replace(DUAL, encoder_channels=(8, 16, 32))), old)
 
@@ -157,6 +164,15 @@ def test_a_resumed_run_equals_one_that_never_stopped(adversarial: float, tmp_pat
     assert all(
         torch.equal(a, b) for a, b in zip(whole.averages.values(), second.averages.values(), strict=True)
     )
+
+
+def test_pictures_made_ahead_train_the_same_weights(tmp_path: Path) -> None:
+    plain = trainer(tmp_path / "plain", "pixel", PIXEL, steps=4)
+    ahead = trainer(tmp_path / "ahead", "pixel", PIXEL, steps=4, prefetch=True)
+    folders = [plain.fit(), ahead.fit()]
+    for a, b in zip(plain.model.parameters(), ahead.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
 
 
 def test_the_critic_waits_for_its_step_and_then_learns(tmp_path: Path) -> None:
@@ -260,7 +276,18 @@ def test_dropout_masks() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nano_pixel", "nano_tokenizer", "nano_decoder", "full_pixel", "full_tokenizer", "full_decoder"]
+    "name",
+    [
+        "nano_pixel",
+        "nano_tokenizer",
+        "nano_decoder",
+        "nano_decoder_ssim",
+        "nano_joint",
+        "world_tokenizer",
+        "full_pixel",
+        "full_tokenizer",
+        "full_decoder",
+    ],
 )
 def test_the_recipes_are_complete(name: str) -> None:
     path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"

@@ -58,6 +58,12 @@ class NextFlowModel(nn.Module):
                 parameter.normal_(0.0, spread, generator=generator)
         self.head.weight.zero_()
 
+    @torch.no_grad()
+    def codes_anew(self, codebook: Float[Tensor, "k c"]) -> None:
+        """Forget what each code means: embeddings from another image tokenizer's ``codebook``, a zero head for codes."""
+        self.scale_inputs.start_from(codebook)
+        self.head.weight[self.config.text_vocab :] = 0.0
+
     def compile_backbone(self) -> None:
         """Compile the transformer (training); embeddings and loss stay eager."""
         self.runner = torch.compile(self.backbone.run, dynamic=False)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import deeper
+
+
+@torch.no_grad()
+def without_semantics(old: ImageTokenizer) -> ImageTokenizer:
+    """The pixel branch of a dual tokenizer as a tokenizer by itself; what its decoder read from semantics is lost."""
+    dim, half = old.config.quantizer.pixel_dim, old.config.quantizer.semantic_dim
+    quantizer = replace(old.config.quantizer, semantic_dim=0)
+    config = replace(old.config, semantic=None, quantizer=quantizer)
+    model = ImageTokenizer(config)
+    state = {k: v for k, v in old.state_dict().items() if not k.startswith("semantic_")}
+    state["quantizer.codebook"] = state["quantizer.codebook"][:, half:]
+    if old.config.decoder_sees_semantic:
+        state["decoder.layers.0.weight"] = state["decoder.layers.0.weight"][:, -dim:]
+    model.load_state_dict(state)
+    return model
 
 
 @torch.no_grad()

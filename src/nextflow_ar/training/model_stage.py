@@ -48,7 +48,13 @@ from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
-from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, self_test
+from nextflow_ar.training.selftest import (  # fmt: skip
+    SelfTestError,
+    check_agreement,
+    check_data,
+    check_same_codes,
+    self_test,
+)
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
@@ -75,9 +81,7 @@ _LOOK = 64
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """One source's part of a step: batches to be computed one after the other, and for every row of each, the tasks of its
-    documents.
-    """
+    """One source's part of a step: batches to be computed in turn, and the tasks of the documents of every row of each."""
 
     batches: tuple[Batch, ...]
     tasks: tuple[tuple[tuple[str, ...], ...], ...]
@@ -173,6 +177,7 @@ class ModelTrainer:
         """The untrained or started model, in shards or on its device, and what of it trains."""
         recipe, chosen = self.recipe, []
         codebook = self.image_tokenizer.quantizer.codebook.cpu()
+        check_same_codes(self.base if recipe.codes == "kept" else None, self.image_tokenizer)
         fits = codebook.shape == (self.config.codes, self.config.code_dim)  # the self-test tells where not
         if self.shards is not None and self.shards.spread:
             model = self.shards.model(
@@ -187,6 +192,8 @@ class ModelTrainer:
         model = NextFlowModel(self.config)
         if self.base is not None:
             model.load_state_dict(load_bundle(self.base).model.state_dict())
+            if recipe.codes == "anew" and fits:
+                model.codes_anew(codebook)
         else:
             model.initialise(self.generator)
             if fits:

@@ -121,6 +121,9 @@ class ModelRecipe:
     ``sharding``: weights, moments and averages are spread over the processes, checkpoints are written by all and read by
     any number of them, one alone too; null: every process holds all of them. ``prefetch``:
     episodes of the next step are made by a thread while this one is computed; worth it where a device or a core is idle.
+
+    ``codes``: "anew" where ``start`` was trained with another image tokenizer's codes: their embeddings begin as this
+    tokenizer's codebook, their rows of the head at zero. Without it, other codes than ``start``'s are refused.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -151,6 +154,7 @@ class ModelRecipe:
     plan: PlanConfig | None = None
     sharding: ShardingConfig | None = None
     prefetch: bool = False
+    codes: Literal["kept", "anew"] = "kept"
 
     @property
     def base(self) -> Path | None:
@@ -167,6 +171,10 @@ class ModelRecipe:
             raise ConfigError(
                 "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"
             )
+        if self.codes == "anew" and (
+            self.start is None or self.trains == "lora" or self.sharding is not None
+        ):
+            raise ConfigError("codes: anew is for a run with a start, without lora and without sharding")
         if self.sharding is not None and self.trains == "lora":
             raise ConfigError("adapters are not trained in shards: leave out the key sharding")
         if self.sharding is not None and (self.compile or self.checkpointing):

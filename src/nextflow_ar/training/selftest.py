@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,6 +57,18 @@ def check_agreement(model: NextFlowModel, tokenizer: ImageTokenizer, vocab: Voca
     marks = {token: vocab.special(token) for token in (BOI, EOI, END_OF_TEXT)}
     if len(set(marks.values())) < len(marks) or not all(0 <= i < vocab.text_size for i in marks.values()):
         raise SelfTestError(f"self-test: the special tokens' ids are wrong: {marks}")
+
+
+def check_same_codes(start: Path | None, tokenizer: ImageTokenizer) -> None:
+    """The model to start from, if there is one, learnt this tokenizer's codes. Raises SelfTestError."""
+    if start is None:
+        return
+    folder = start / "image_tokenizer"
+    if ImageTokenizer.from_pretrained(folder).fingerprint() != tokenizer.fingerprint():
+        raise SelfTestError(
+            f"self-test: {start} was trained with the codes of another image tokenizer than the recipe's: name its own "
+            f"({folder}), or set codes: anew to learn the new ones"
+        )
 
 
 @torch.no_grad()

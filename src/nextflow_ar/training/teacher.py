@@ -7,32 +7,31 @@ frozen afterwards, and the image tokenizer's semantic branch learns its features
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextflow_ar.config import SemanticConfig
-from nextflow_ar.data.playground.captions import caption, plan, prompt
+from nextflow_ar.data.grounded import CLASSES, Pairs, PairSource, SmallWorld, WideWorld, WorldPairs
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
-from nextflow_ar.data.playground.scenes import Scene
-from nextflow_ar.data.playground.words import COLOURS, NOUNS, SHAPES
-from nextflow_ar.data.tasks import caption_corpus
+from nextflow_ar.data.playground.world import COLOUR_NAMES
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, load_text_tokenizer, train_text_tokenizer
 from nextflow_ar.storage import write_folder
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.semantic import contrastive_model, patches_of, quiet_transformers, sigmoid_loss
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
+from nextflow_ar.training.prefetch import Ahead
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
 
-_NAMES = {name: i + 1 for i, name in enumerate([n.name for n in NOUNS] + list(SHAPES))}
-_COLOURS = {name: i + 1 for i, name in enumerate(COLOURS)}
+_CORPUS = 4000
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,10 @@ class TextTower:
 
 @dataclass(frozen=True)
 class TeacherRecipe:
-    """Recipe of the nano teacher. ``grounding``: weight of naming what covers each patch, beside the contrastive loss."""
+    """Recipe of the nano teacher. ``grounding``: weight of naming what covers each patch, beside the contrastive loss.
+
+    ``data``: scenes of the small world; ``world``: pictures of the wide world. With both, every other batch is of each.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     kind: str
@@ -57,27 +59,14 @@ class TeacherRecipe:
     batch: int
     grounding: float
     optimizer: OptimizerConfig
-    data: MixtureConfig
     semantic: SemanticConfig
     text: TextTower
+    data: MixtureConfig | None = None
+    world: WorldPairs | None = None
 
-
-def patch_labels(scenes: list[Scene], patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, h, w) class of the thing whose box covers each patch's centre (0: background), and (B, h, w) its colour.
-
-    Background patches carry the background's colour, sprites colour 0.
-    """
-    n = scenes[0].canvas // patch
-    names, colours = np.zeros((2, len(scenes), n, n), np.int64)
-    centres = (np.arange(n) + 0.5) * patch
-    for b, scene in enumerate(scenes):
-        colours[b] = _COLOURS[scene.background]
-        for thing in scene.things:
-            rows = (centres > thing.y) & (centres < thing.y + thing.size)
-            columns = (centres > thing.x) & (centres < thing.x + thing.size)
-            names[b][np.ix_(rows, columns)] = _NAMES[thing.name]
-            colours[b][np.ix_(rows, columns)] = _COLOURS.get(thing.colour or "", 0)
-    return names, colours
+    def __post_init__(self) -> None:
+        if self.data is None and self.world is None:
+            raise ValueError("a teacher needs data, world or both")
 
 
 class TeacherTrainer:
@@ -88,11 +77,16 @@ class TeacherTrainer:
         self.recipe = recipe
         self.run = RunFolder(recipe.out, values)
         torch.manual_seed(recipe.seed)
-        self.data = SceneMixture(recipe.data)
+        patch = recipe.semantic.patch
+        self.sources: list[PairSource] = []
+        if recipe.data is not None:
+            self.sources.append(SmallWorld(SceneMixture(recipe.data), patch))
+        if recipe.world is not None:
+            self.sources.append(WideWorld(recipe.world, patch))
         self.text_tokenizer = self._text_tokenizer()
         text, semantic = recipe.text, recipe.semantic
         self.towers = contrastive_model(semantic, text.entries, text.length, text.layers)
-        heads = nn.ModuleList(nn.Linear(semantic.hidden, n + 1) for n in (len(_NAMES), len(_COLOURS)))
+        heads = nn.ModuleList(nn.Linear(semantic.hidden, n + 1) for n in (len(CLASSES), len(COLOUR_NAMES)))
         self.model = nn.ModuleDict({"towers": self.towers, "heads": heads})
         self.optimizer = StageOptimizer(self.model.named_parameters(), recipe.optimizer)
         self.step = 0
@@ -104,7 +98,8 @@ class TeacherTrainer:
     def _text_tokenizer(self) -> PreTrainedTokenizerFast:
         folder = self.recipe.out / "text_tokenizer"
         if not folder.is_dir():
-            made = train_text_tokenizer(caption_corpus(self.data, 4000), self.recipe.text.entries)
+            corpus = itertools.chain.from_iterable(source.corpus(_CORPUS) for source in self.sources)
+            made = train_text_tokenizer(corpus, self.recipe.text.entries)
 
             def fill(target: Path) -> None:
                 made.save_pretrained(target)
@@ -112,28 +107,31 @@ class TeacherTrainer:
             write_folder(folder, fill)
         return load_text_tokenizer(folder)
 
-    def texts(self, scenes: list[Scene], first: int) -> Tensor:
-        """A text per scene, (B, length) ids: its caption, a request for it, or its plan, which tells places."""
-        ids = torch.zeros(len(scenes), self.recipe.text.length, dtype=torch.long)
-        for row, scene in enumerate(scenes):
-            number = first + row
-            told = (caption(scene), prompt(scene, self.data.sampler(number).rng(number, 1), 1.0), plan(scene))
-            found = self.text_tokenizer.encode(told[number % 3], add_special_tokens=False)[-ids.shape[1] :]
-            ids[row, -len(found) :] = torch.tensor(found)  # the text tower reads its last place
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(B, length) ids, padded on the left: the text tower reads its last place. A longer text loses its beginning."""
+        ids = torch.zeros(len(texts), self.recipe.text.length, dtype=torch.long)
+        for row, text in enumerate(texts):
+            found = self.text_tokenizer.encode(text, add_special_tokens=False)[-ids.shape[1] :]
+            ids[row, -len(found) :] = torch.tensor(found)
         return ids
 
-    def losses(self, scenes: list[Scene], pictures: np.ndarray, first: int) -> dict[str, Tensor]:
+    def pairs(self, step: int) -> Pairs:
+        """The batch of a step."""
+        turn, number = divmod(step, len(self.sources))
+        return self.sources[number].pairs(turn * self.recipe.batch, self.recipe.batch)
+
+    def losses(self, batch: Pairs) -> dict[str, Tensor]:
         """Contrastive and grounding loss of a batch, and how often each is right."""
-        pixels, patch = to_unit(torch.from_numpy(pictures)), self.recipe.semantic.patch
-        names, colours = (torch.from_numpy(x) for x in patch_labels(scenes, patch))
-        b, side = len(scenes), names.shape[1]
+        pixels, patch = to_unit(torch.from_numpy(batch.pictures)), self.recipe.semantic.patch
+        names, colours = torch.from_numpy(batch.names), torch.from_numpy(batch.colours)
+        b, side = len(batch.texts), names.shape[1]
         with torch.autocast("cpu", torch.bfloat16):
             seen = self.towers.vision_model(
                 pixel_values=patches_of(pixels, patch),
                 pixel_attention_mask=torch.ones(b, side * side, dtype=torch.int32),
                 spatial_shapes=torch.tensor([[side, side]]).expand(b, 2),
             )
-            read = self.towers.text_model(input_ids=self.texts(scenes, first))
+            read = self.towers.text_model(input_ids=self.texts(batch.texts))
             heads = self.model["heads"]
             assert isinstance(heads, nn.ModuleList)
             name_logits, colour_logits = heads[0](seen.last_hidden_state), heads[1](seen.last_hidden_state)
@@ -159,12 +157,10 @@ class TeacherTrainer:
 
     def fit(self) -> Path:
         """Train to the last step; returns the folder with the teacher, as transformers saves a SigLIP2."""
-        recipe, save = self.recipe, Every(120)
+        recipe, save, ahead = self.recipe, Every(120), Ahead(self.pairs, self.recipe.steps)
         with progress_bar("teacher", recipe.steps, self.step) as update, stop_request() as stop:
             while self.step < recipe.steps:
-                first = self.step * recipe.batch
-                scenes, pictures = self.data.pictures(first, recipe.batch)
-                found = self.losses(scenes, pictures, first)
+                found = self.losses(ahead.get(self.step))
                 loss = found["contrastive"] + found["grounding"]
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
@@ -182,6 +178,8 @@ class TeacherTrainer:
                     self.save()
                 if stop() and not last:
                     raise KeyboardInterrupt
+
+        ahead.close()
 
         def fill(target: Path) -> None:
             with quiet_transformers():

@@ -35,10 +35,11 @@ from nextflow_ar.tokenizer.metrics import frechet_distance, psnr, ssim
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import Trace
 from nextflow_ar.tokenizer.semantic import SemanticEncoder
-from nextflow_ar.training.growth import start_from
+from nextflow_ar.training.growth import start_from, without_semantics
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
 from nextflow_ar.training.parallel import World
+from nextflow_ar.training.prefetch import Ahead
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
 
 
@@ -113,7 +114,8 @@ class TokenizerRecipe:
     "decoder" (the pixel decoder alone; encoder, codebook and so all codes stay as in ``start``; ``tokenizer`` may ask
     for more decoder blocks, which start as the identity, or for wider ones, which start anew; "joint" may ask for more
     blocks of both). ``teacher``: folder or
-    Hub id of a SigLIP2. ``pixels``: per step and process.
+    Hub id of a SigLIP2. ``pixels``: per step and process. ``prefetch``: a thread of its own makes the next step's pictures.
+    ``fresh_semantics`` ("joint"): only the pixel branch is taken from ``start``; the student begins as the teacher again.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -137,6 +139,8 @@ class TokenizerRecipe:
     heldout: dict[str, PictureSource]
     heldout_pixels: int
     tokenizer: ImageTokenizerConfig
+    prefetch: bool = False
+    fresh_semantics: bool = False
 
     def check(self) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
@@ -173,7 +177,8 @@ class TokenizerTrainer:
             name: PictureMixture({name: source}, recipe.heldout_pixels, size, 0, strict=False).batch(0)
             for name, source in recipe.heldout.items()
         }
-        self.run = RunFolder(recipe.out, values, ("out", "steps", "sheet_seconds", "save_seconds"))
+        free = ("out", "steps", "sheet_seconds", "save_seconds", "prefetch")
+        self.run = RunFolder(recipe.out, values, free)
         self.teacher = self._teacher()
         self.model = self._model().to(self.device)
         self.joint = recipe.trains != "decoder"
@@ -196,6 +201,7 @@ class TokenizerTrainer:
         self.step = self.revived = 0
         if (state := self.run.load()) is not None:
             self._restore(state)
+        self._ahead = Ahead(self._batch, recipe.steps) if recipe.prefetch else None
         self._embed, self._render = self.model.embed, self.model.render
         if recipe.compile:
             self._embed, self._render = torch.compile(self._embed), torch.compile(self._render)
@@ -220,7 +226,10 @@ class TokenizerTrainer:
             model.semantic_encoder.load_state_dict(self.teacher.state_dict())
         if recipe.start is not None:
             larger = {"pixel": (), "joint": ("encoder", "decoder"), "decoder": ("decoder",)}[recipe.trains]
-            start_from(model, ImageTokenizer.from_pretrained(recipe.start), larger)
+            old = ImageTokenizer.from_pretrained(recipe.start)
+            if recipe.fresh_semantics and old.config.semantic is not None:
+                old = without_semantics(old)
+            start_from(model, old, larger)
         return model
 
     def _perceptual(self) -> Perceptual | None:
@@ -337,10 +346,13 @@ class TokenizerTrainer:
         self.critic.step(factor)
         return float(loss.detach())
 
+    def _batch(self, step: int) -> PictureBatch:
+        return self.data.batch(step * self.world.size + self.world.rank)
+
     def advance(self) -> dict[str, float]:
         """One step; returns the loss terms. Raises FloatingPointError, naming the step, when the loss is not finite."""
         recipe = self.recipe
-        batch = self.data.batch(self.step * self.world.size + self.world.rank)
+        batch = self._batch(self.step) if self._ahead is None else self._ahead.get(self.step)
         factor = recipe.optimizer.factor(self.step, recipe.steps)
         terms, pixels, out = self.losses(batch)
         self._adversarial(terms, out)
@@ -411,6 +423,8 @@ class TokenizerTrainer:
                     self.save()
                 if stop() and not last:
                     raise KeyboardInterrupt
+        if self._ahead is not None:
+            self._ahead.close()
         self._averaged()
         if first:
             self.model.save_pretrained(recipe.out / "final")
