@@ -36,8 +36,9 @@ from nextflow_ar.types import Codes
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-BUNDLED = {"nano": "nano/image_tokenizer", "nano-tokenizer": "nano/image_tokenizer"}
-"""Names that need no download: the tokenizer inside the bundled model, and the one that serves photographs too."""
+BUNDLED = {"nano": "nano/image_tokenizer", "nano-tokenizer": "nano_tokenizer"}
+"""Names that need no download: the tokenizer inside the bundled model, and a later one, which serves photographs and the
+wide world better. Their codes differ."""
 
 Picture = PILImage.Image | np.ndarray | Tensor
 """A Pillow image, or (H, W, 3) uint8."""

@@ -48,13 +48,7 @@ from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source
 from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
-from nextflow_ar.training.selftest import (  # fmt: skip
-    SelfTestError,
-    check_agreement,
-    check_data,
-    check_same_codes,
-    self_test,
-)
+from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, self_test
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
@@ -177,7 +171,7 @@ class ModelTrainer:
         """The untrained or started model, in shards or on its device, and what of it trains."""
         recipe, chosen = self.recipe, []
         codebook = self.image_tokenizer.quantizer.codebook.cpu()
-        check_same_codes(self.base if recipe.codes == "kept" else None, self.image_tokenizer)
+        learnt = self.base if recipe.codes == "kept" else None
         fits = codebook.shape == (self.config.codes, self.config.code_dim)  # the self-test tells where not
         if self.shards is not None and self.shards.spread:
             model = self.shards.model(
@@ -187,7 +181,7 @@ class ModelTrainer:
                 self.generator,
                 codebook if fits else None,
             )
-            check_agreement(model, self.image_tokenizer, self.vocab)
+            check_agreement(model, self.image_tokenizer, self.vocab, learnt)
             return model, chosen[0]
         model = NextFlowModel(self.config)
         if self.base is not None:
@@ -198,7 +192,7 @@ class ModelTrainer:
             model.initialise(self.generator)
             if fits:
                 model.scale_inputs.start_from(codebook)
-        check_agreement(model, self.image_tokenizer, self.vocab)
+        check_agreement(model, self.image_tokenizer, self.vocab, learnt)
         if recipe.lora is not None:
             adapters.add_adapters(model, recipe.lora, self.generator)
         model = model.to(self.device)

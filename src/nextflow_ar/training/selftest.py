@@ -36,8 +36,13 @@ class SelfTestError(ConfigError):
     """Parts that do not go together: one line that names both sides."""
 
 
-def check_agreement(model: NextFlowModel, tokenizer: ImageTokenizer, vocab: Vocabulary) -> None:
-    """Vocabulary, codebook and schedule are the same on both sides. Raises SelfTestError."""
+def check_agreement(
+    model: NextFlowModel, tokenizer: ImageTokenizer, vocab: Vocabulary, start: Path | None = None
+) -> None:
+    """Vocabulary, codebook and schedule are the same on both sides. Raises SelfTestError.
+
+    ``start``: the folder of the model that the training goes on from, which has to have learnt this tokenizer's codes.
+    """
     config, image = model.config, tokenizer.config
     sides = (
         ("codes", "the image tokenizer has", image.quantizer.codebook_size, config.codes),
@@ -54,21 +59,15 @@ def check_agreement(model: NextFlowModel, tokenizer: ImageTokenizer, vocab: Voca
             f"self-test: the image tokenizer draws {image.num_scales} scales, the model has embeddings for "
             f"{config.max_scales}"
         )
+    own = None if start is None else start / "image_tokenizer"
+    if own is not None and ImageTokenizer.from_pretrained(own).fingerprint() != tokenizer.fingerprint():
+        raise SelfTestError(
+            f"self-test: {start} was trained with the codes of another image tokenizer than the recipe's: name its own "
+            f"({own}), or set codes: anew to learn the new ones"
+        )
     marks = {token: vocab.special(token) for token in (BOI, EOI, END_OF_TEXT)}
     if len(set(marks.values())) < len(marks) or not all(0 <= i < vocab.text_size for i in marks.values()):
         raise SelfTestError(f"self-test: the special tokens' ids are wrong: {marks}")
-
-
-def check_same_codes(start: Path | None, tokenizer: ImageTokenizer) -> None:
-    """The model to start from, if there is one, learnt this tokenizer's codes. Raises SelfTestError."""
-    if start is None:
-        return
-    folder = start / "image_tokenizer"
-    if ImageTokenizer.from_pretrained(folder).fingerprint() != tokenizer.fingerprint():
-        raise SelfTestError(
-            f"self-test: {start} was trained with the codes of another image tokenizer than the recipe's: name its own "
-            f"({folder}), or set codes: anew to learn the new ones"
-        )
 
 
 @torch.no_grad()
