@@ -1,5 +1,7 @@
 """Encode and decode, pictures per second and peak memory at 64, 256 and 1024 px; beside AutoencoderKL (the
 Stable Diffusion size) and VQModel of diffusers with random weights, where it is installed. One process per case.
+"nano, /16" is nano-tokenizer's shape with one more level, 16,384 codes and random weights: 18 scales at downsampling 8 end
+at 512 px.
 
     python benchmarks/tokenizer.py [--sizes 64,256,1024] [--seconds 6]
 """
@@ -10,18 +12,34 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
-CASES = ("nano-tokenizer", "AutoencoderKL", "VQModel")
+CASES = ("nano-tokenizer", "nano, /16", "AutoencoderKL", "VQModel")
 
 
 def models(name):
     """(encode, decode) of one model: pixels (1, 3, H, W) in -1..1 to a latent, and back."""
     import torch
 
-    if name == "nano-tokenizer":
+    if name.startswith("nano"):
         from nextflow_ar import ImageTokenizer
 
-        tokenizer = ImageTokenizer.from_pretrained(name)
+        tokenizer = ImageTokenizer.from_pretrained("nano-tokenizer")
+        if name == "nano, /16":
+            old = tokenizer.config
+            assert old.semantic is not None
+            torch.manual_seed(0)
+            tokenizer = ImageTokenizer(
+                replace(
+                    old,
+                    downsample=16,
+                    encoder_channels=(*old.encoder_channels, 128),
+                    decoder_channels=(*old.decoder_channels, 160),
+                    quantizer=replace(old.quantizer, codebook_size=16384),
+                    semantic=replace(old.semantic, patch=16),
+                )
+            ).eval()
+            tokenizer.quantizer.codebook.normal_()
 
         def encode(x):
             schedule = tokenizer.schedule_for(x.shape[2], x.shape[3])
