@@ -248,6 +248,7 @@ def test_recipes_whose_parts_do_not_fit_say_so(teacher: str, tmp_path: Path) -> 
         ("pixel", DUAL, {}, "trains: pixel goes with tokenizer.semantic: null"),
         ("joint", DUAL, {}, "needs tokenizer.semantic and a teacher"),
         ("decoder", PIXEL, {}, "needs a tokenizer to start from"),
+        ("pixel", PIXEL, {"fresh_semantics": True}, "fresh_semantics goes with trains: joint"),
         ("pixel", PIXEL, {"loss": {"mse": 1, "l1": 0, "commitment": 0, "perceptual": 1}}, "needs a teacher"),
         (
             "pixel",

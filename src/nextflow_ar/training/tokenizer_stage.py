@@ -151,6 +151,8 @@ class TokenizerRecipe:
             )
         if self.trains == "joint" and not (semantic and self.teacher):
             raise ConfigError("trains: joint needs tokenizer.semantic and a teacher")
+        if self.fresh_semantics and (self.trains != "joint" or self.start is None):
+            raise ConfigError("fresh_semantics goes with trains: joint and a tokenizer to start from")
         if self.trains == "decoder" and self.start is None:
             raise ConfigError("trains: decoder needs a tokenizer to start from")
         if self.loss.perceptual and self.loss.perceptual_kind == "teacher" and not self.teacher:
