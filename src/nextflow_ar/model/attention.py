@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,11 +34,11 @@ def attend(
     query: Float[Tensor, "b h l d"],
     key: Float[Tensor, "b g k d"],
     value: Float[Tensor, "b g k d"],
-    attention_mask: Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"] | PrefixMask | None,
+    attention_mask: Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"] | PrefixMask | BlockMask | None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "b l h d"], None]:
     """Attention behind transformers' interface. ``attention_mask``: True where a query sees a key, None where it sees all;
-    or what :func:`mask_of_rows` made of that.
+    or what :func:`mask_of_rows` or :func:`sparse_mask` made of that.
 
     In bf16 on a CPU the backward pass of torch's fused kernel is the slowest part of a training step. There, for rows of
     up to 640 places, scores are held in full, which takes two thirds of the time (benchmarks/attention.py). Everything
@@ -45,6 +46,8 @@ def attend(
     """
     if isinstance(attention_mask, PrefixMask):
         return _behind_prefix(query, key, value, attention_mask.prefix, kwargs["scaling"]), None
+    if isinstance(attention_mask, BlockMask):
+        return _sparse(query, key, value, attention_mask, kwargs["scaling"]), None
     if attention_mask is not None and attention_mask.dtype == torch.bool and key.shape[1] == query.shape[1]:
         attention_mask = mask_of_rows(attention_mask, query)
     if attention_mask is None or attention_mask.dtype == torch.bool:
@@ -66,6 +69,32 @@ def mask_of_rows(
     if not trained or mask.shape[-1] > LONGEST or _dtype(hidden) != torch.bfloat16:
         return mask
     return torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+
+
+def sparse_mask(blocks: Int[Tensor, "b l"], documents: Int[Tensor, "b l"]) -> BlockMask:
+    """The mask rule for FlexAttention: squares of 128 x 128 places in which nothing is visible are never computed.
+
+    For compiled training on a GPU; not compiled, FlexAttention is slower than anything else.
+    """
+
+    def visible(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (documents[b, q] == documents[b, k]) & (blocks[b, q] >= blocks[b, k])
+
+    rows, length = blocks.shape
+    return create_block_mask(visible, rows, None, length, length, device=str(blocks.device))
+
+
+def _sparse(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float
+) -> Float[Tensor, "b l h d"]:
+    """Rotated queries and keys are fp32 under autocast, which FlexAttention does not know."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    shared = key.shape[1] != query.shape[1]
+    found = flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=shared)
+    assert isinstance(found, Tensor)
+    return found.transpose(1, 2).contiguous()
 
 
 def _dtype(query: Tensor) -> torch.dtype | None:

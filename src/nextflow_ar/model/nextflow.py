@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextflow_ar.config import ModelConfig
-from nextflow_ar.model.attention import mask_of_rows
+from nextflow_ar.model.attention import mask_of_rows, sparse_mask
 from nextflow_ar.model.backbone import Backbone, Cache
 from nextflow_ar.model.embeddings import ScaleInputs
 from nextflow_ar.model.loss import chunked_linear_cross_entropy
@@ -43,6 +43,7 @@ class NextFlowModel(nn.Module):
         self.scale_inputs = ScaleInputs(config)
         self.head = nn.Linear(config.hidden, config.vocab, bias=False)
         self.runner: Callable[..., Tensor] = self.backbone.run
+        self.sparse = False
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -64,9 +65,18 @@ class NextFlowModel(nn.Module):
         self.scale_inputs.start_from(codebook)
         self.head.weight[self.config.text_vocab :] = 0.0
 
-    def compile_backbone(self) -> None:
-        """Compile the transformer (training); embeddings and loss stay eager."""
-        self.runner = torch.compile(self.backbone.run, dynamic=False)
+    def compile_backbone(self, *, flex: bool = True) -> None:
+        """Compile the transformer (training); embeddings and loss stay eager.
+
+        On a GPU a layer is compiled once for all of them, which takes seconds instead of minutes, with FlexAttention unless
+        ``flex`` says otherwise; on a CPU the stack as a whole.
+        """
+        if self.head.weight.device.type == "cuda":
+            for layer in self.backbone.layers:
+                layer.compile(dynamic=False)  # pyright: ignore[reportCallIssue]
+            self.sparse = flex
+        else:
+            self.runner = torch.compile(self.backbone.run, dynamic=False)
 
     def checkpoint_activations(self) -> None:
         """Compute the layers' activations again in the backward pass instead of keeping them (training)."""
@@ -121,7 +131,10 @@ class NextFlowModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
         """Hidden states of a whole batch (teacher forcing)."""
-        embeddings, mask = self.embed(batch), block_mask(batch.blocks, batch.documents)
+        embeddings = self.embed(batch)
+        if self.sparse and torch.is_grad_enabled():
+            return self.runner(embeddings, batch.positions, sparse_mask(batch.blocks, batch.documents))
+        mask = block_mask(batch.blocks, batch.documents)
         if self.config.heads == self.config.kv_heads:
             mask = mask_of_rows(mask, embeddings)
         return self.runner(embeddings, batch.positions, mask)

@@ -141,6 +141,30 @@ def collate(
     )
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches of one width as one, rows in order; images of a kind come together. Raises ValueError for other widths."""
+    if len(batches) == 1:
+        return batches[0]
+    widths = sorted({batch.shape[1] for batch in batches})
+    if len(widths) > 1:
+        raise ValueError(f"only batches of one width can be joined, got {', '.join(map(str, widths))}")
+    columns = {name: torch.cat([getattr(b, name) for b in batches]) for name in _PAD}
+    found: dict[tuple[ScaleSchedule, int, bool], list[ImageGroup]] = {}
+    offset = 0
+    for batch in batches:
+        for group in batch.images:
+            key = (group.schedule, group.scales, group.closed)
+            found.setdefault(key, []).append(replace(group, rows=group.rows + offset))
+        offset += batch.shape[0]
+    images = tuple(
+        replace(
+            several[0], **{name: torch.cat([getattr(g, name) for g in several]) for name in ("codes", "rows", "starts")}
+        )
+        for several in found.values()
+    )
+    return Batch(**columns, positions=torch.cat([b.positions for b in batches], dim=1), images=images)
+
+
 def _groups(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[ImageGroup, ...]:
     found: dict[tuple[ScaleSchedule, int, bool], list[tuple[int, int, Tensor]]] = {}
     for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):

@@ -119,6 +119,7 @@ class _Builder:
         self.scales: list[int] = []
         self.lengths: list[int] = []
         self.positions: list[Tensor] = []
+        self.run = (0, 0)  # first position and number of text tokens that `positions` does not hold yet
         self.images: list[ImageSpan] = []
         self.cuts: list[int] = []
         self.clock = 0  # next text position
@@ -136,9 +137,16 @@ class _Builder:
         self.blocks += range(self.block, self.block + len(ids))
         self.scales += [scale] * len(ids)
         self.lengths += [length] * len(ids)
-        self.positions.append(text_positions(self.clock, len(ids)))
+        start, count = self.run
+        self.run = (start if count else self.clock, count + len(ids))
         self.block += len(ids)
         self.clock += len(ids)
+
+    def end_run(self) -> None:
+        """Positions of the text that has come since the last grid."""
+        if self.run[1]:
+            self.positions.append(text_positions(*self.run))
+        self.run = (0, 0)
 
     def grid(
         self, grid: tuple[int, int], scale: int, length: int, targets: Sequence[int], weight: float
@@ -150,6 +158,7 @@ class _Builder:
         self.blocks += [self.block] * size
         self.scales += [scale] * size
         self.lengths += [length] * size
+        self.end_run()
         self.positions.append(grid_positions(grid, self.clock, self.options.constant_range))
         self.block += 1
         self.clock += 1
@@ -190,6 +199,7 @@ class _Builder:
         """An image as its closing block alone. Coordinates and block numbers are those that its scales would lead to."""
         schedule, boi = image.codes.schedule, len(self.tokens)
         self.text([self.vocab.boi], scale=0, length=len(schedule))
+        self.end_run()
         self.clock += len(schedule) - 1
         self.block += len(schedule) - 1
         self.grid(schedule.final, len(schedule), len(schedule), [IGNORED] * schedule.sizes[-1], 0.0)
@@ -223,6 +233,7 @@ class _Builder:
                 self.image(segment, closed=i < last or close_last)
 
     def sample(self) -> Sample:
+        self.end_run()
         return Sample(
             tokens=torch.tensor(self.tokens),
             targets=torch.tensor(self.targets),

@@ -8,6 +8,8 @@ t + S + 1.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float
 
@@ -21,14 +23,17 @@ def text_positions(start: int, count: int) -> Float[torch.Tensor, "3 n"]:
 
 def grid_positions(grid: Grid, scale: float, constant_range: float) -> Float[torch.Tensor, "3 n"]:
     """Coordinates of a grid's cells in row-major order. ``scale``: the block's scale coordinate; C: constant_range."""
+    out = _cells(grid, constant_range).clone()
+    out[2] = scale
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _cells(grid: Grid, constant_range: float) -> torch.Tensor:
+    """A grid's coordinates at scale 0: data is laid out thousands of times a second."""
     h, w = grid
     unit = constant_range / (h * w) ** 0.5
-    rows = unit * (torch.arange(h, dtype=torch.float32) + 0.5)
-    columns = unit * (torch.arange(w, dtype=torch.float32) + 0.5)
-    return torch.stack(
-        [
-            rows.repeat_interleave(w),
-            columns.repeat(h),
-            torch.full((h * w,), float(scale), dtype=torch.float32),
-        ]
-    )
+    with torch.inference_mode(False):
+        rows = unit * (torch.arange(h, dtype=torch.float32) + 0.5)
+        columns = unit * (torch.arange(w, dtype=torch.float32) + 0.5)
+        return torch.stack([rows.repeat_interleave(w), columns.repeat(h), torch.zeros(h * w)])

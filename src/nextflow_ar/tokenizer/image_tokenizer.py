@@ -178,12 +178,7 @@ class ImageTokenizer(nn.Module):
 
     def schedule_for(self, height: int, width: int) -> ScaleSchedule:
         """Schedule whose final grid covers a picture of exactly this size. Raises ValueError when there is none."""
-        f = self.config.downsample
-        for num_scales in range(len(BASE_SIZES), 0, -1):
-            schedule = ScaleSchedule.nearest(height, width, num_scales)
-            if schedule.image_size(f) == (height, width):
-                return schedule
-        raise ValueError(f"no scale schedule covers {width}x{height} pixels at downsampling {f}")
+        return canvas_schedule(self.config, height, width)
 
     @torch.no_grad()
     def quantize(
@@ -265,6 +260,15 @@ class ImageTokenizer(nn.Module):
                 f"{folder}: the weights do not fit the configuration: {str(error)[:120]}"
             ) from None
         return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def canvas_schedule(config: ImageTokenizerConfig, height: int, width: int) -> ScaleSchedule:
+    """Schedule whose final grid covers a picture of exactly this size. Raises ValueError when there is none."""
+    for num_scales in range(len(BASE_SIZES), 0, -1):
+        schedule = ScaleSchedule.nearest(height, width, num_scales)
+        if schedule.image_size(config.downsample) == (height, width):
+            return schedule
+    raise ValueError(f"no scale schedule covers {width}x{height} pixels at downsampling {config.downsample}")
 
 
 def tokenizer_config(name: Path | str) -> ImageTokenizerConfig:

@@ -41,9 +41,8 @@ def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     """Fréchet distance of two sets of feature vectors, each taken as a Gaussian (FID's formula, for any extractor)."""
     a, b = a.double(), b.double()
     means = (a.mean(0) - b.mean(0)).square().sum()
-    ca, cb = torch.cov(a.T), torch.cov(b.T)
-    # tr (ca cb)^(1/2) through the symmetric ca^(1/2) cb ca^(1/2), whose eigenvalues are real.
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp_min(0).sqrt().sum()
-    return float((means + ca.trace() + cb.trace() - 2 * cross).clamp_min(0))
+    # With a covariance as ra' ra, tr (ca cb)^(1/2) is the sum of the singular values of ra rb': no eigenvalues, which
+    # fail to converge where there are fewer vectors than dimensions.
+    ra, rb = (torch.linalg.qr((x - x.mean(0)) / max(1, len(x) - 1) ** 0.5, mode="r").R for x in (a, b))
+    cross = torch.linalg.svdvals(ra @ rb.T).sum()
+    return float((means + ra.square().sum() + rb.square().sum() - 2 * cross).clamp_min(0))

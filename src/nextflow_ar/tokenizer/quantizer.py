@@ -254,11 +254,10 @@ class MultiScaleQuantizer(nn.Module):
         With several processes, ``add`` sums a tensor over them and ``share`` takes the first one's: statistics are those
         of all batches together, and every process ends with the same codebook.
         """
-        size = self.config.codebook_size
         add, share = add or _same, share or _same
         counts = torch.zeros_like(self.scale_counts)  # of all scales: processes may be at different schedules
-        for k, _, index in trace:
-            counts[k] = torch.bincount(index, minlength=size).float()
+        for k, _, index in trace:  # a sum of ones, since counting by bincount waits for the device
+            counts[k].index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
         counts = add(counts)
         seen = counts.sum(1) > 0
         self.scale_counts[seen] = self.scale_counts[seen] * decay + counts[seen] * (1 - decay)

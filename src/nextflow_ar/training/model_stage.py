@@ -27,7 +27,7 @@ from nextflow_ar.model.checkpoint import (
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.batch import Batch, collate
+from nextflow_ar.sequence.batch import Batch, collate, joined
 from nextflow_ar.sequence.layout import LayoutOptions
 from nextflow_ar.sequence.vocab import (
     PreTrainedTokenizerFast,
@@ -40,7 +40,7 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training import adapters
 from nextflow_ar.training.distributed_checkpoint import export_bundle
-from nextflow_ar.training.episode_sources import EpisodeBatches, EpisodeRows
+from nextflow_ar.training.episode_sources import EpisodeFeed, Place
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
@@ -64,21 +64,28 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 """Of a model that starts from nothing."""
 MAY_CHANGE = (
     "out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing", "peak",
-    "tensorboard", "sharding", "prefetch",
+    "tensorboard", "sharding", "prefetch", "workers", "flex",
 )  # fmt: skip
 """Keys that a resumed run may have otherwise than before."""
 _LOG = logging.getLogger(__name__)
 _CORPUS = 4000
+_TOLD = 20
+"""Steps from one line of metrics to the next."""
 _LOOK = 64
 """Documents of every source that the self-test looks at."""
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
-    """One source's part of a step: batches to be computed in turn, and the tasks of the documents of every row of each."""
+class Part:
+    """A batch that is computed at once. ``tasks``: of the documents of every row; ``weight``: sum of the loss weights;
+    ``seen``: tokens; ``flops``: of training on it.
+    """
 
-    batches: tuple[Batch, ...]
-    tasks: tuple[tuple[tuple[str, ...], ...], ...]
+    batch: Batch
+    tasks: tuple[tuple[str, ...], ...]
+    weight: float
+    seen: int
+    flops: int
 
 
 class ModelTrainer:
@@ -115,14 +122,12 @@ class ModelTrainer:
             for i, source in enumerate(recipe.sources)
             if isinstance(source, ShardSource)
         }
-        episodes = {
-            i: EpisodeBatches(source, self.image_tokenizer, self.vocab, self.layout, self.config)
-            for i, source in enumerate(recipe.sources)
-            if isinstance(source, EpisodeSource)
-        }
-        self.episodes = EpisodeRows(
-            episodes, recipe.correction.at, self.world.rank, self.world.size, recipe.prefetch, recipe.steps
-        )
+        self.episodes = EpisodeFeed(
+            {i: source for i, source in enumerate(recipe.sources) if isinstance(source, EpisodeSource)},
+            self.image_tokenizer, self.vocab, self.layout, self.config, recipe.correction.at,
+            Place(self.world.rank, self.world.size, recipe.accumulate),
+            prefetch=recipe.prefetch, workers=recipe.workers, steps=recipe.steps,
+        )  # fmt: skip
         self.parameters = trained(self.model)
         self.averages = start_averages(self.parameters)
         rates, rows = recipe.optimizer, self.trainable.rows
@@ -136,8 +141,7 @@ class ModelTrainer:
         self._resume()
         if self.world.rank == 0:
             self.run.rewind(self.step)
-        if recipe.compile or (spread is not None and spread.compile and not self.spread):
-            self.model.compile_backbone()
+        self.compiled = not (recipe.compile or (spread is not None and spread.compile and not self.spread))
 
     @property
     def spread(self) -> bool:
@@ -275,71 +279,90 @@ class ModelTrainer:
         return self.recipe.correction.at(self.step)
 
     def batch(self, number: int) -> Batch:
-        """This step's batch of source ``number``; a source of shards moves on by it."""
-        (batch,) = self.material(number, 1).batches
-        return batch
+        """This step's batch of source ``number``, where it is not computed in parts; a source of shards moves on by it."""
+        (part,) = self.material(number)
+        return part.batch
 
-    def material(self, number: int, parts: int) -> Material:
-        """This step's rows of source ``number`` that are this process's, in so many batches."""
-        source, world = self.recipe.sources[number], self.world
+    def material(self, number: int) -> tuple[Part, ...]:
+        """This step's rows of source ``number`` that are this process's, in the recipe's number of parts."""
+        source, world, parts = self.recipe.sources[number], self.world, self.recipe.accumulate
         if isinstance(source, ShardSource):
             rows = self.loaders[number].rows(world.rank, world.size)
             split = [rows[i::parts] for i in range(parts)]
             samples = [[row.sample for row in some] for some in split]
             widths = [source.packing.width(max(map(len, some))) for some in samples]
-            batches = tuple(collate(some, width) for some, width in zip(samples, widths, strict=True))
-            return Material(batches, tuple(tuple(row.tasks for row in some) for some in split))
+            batches = [collate(some, width) for some, width in zip(samples, widths, strict=True)]
+            tasks = [tuple(row.tasks for row in some) for some in split]
+            return tuple(self._part(b, t) for b, t in zip(batches, tasks, strict=True))
         if isinstance(source, EpisodeSource):
-            rows = self.episodes.rows(number, self.step)
-            split = [rows[i::parts] for i in range(parts)]
-            batches = tuple(self.episodes.sources[number].batch(some, self.step) for some in split)
-            return Material(batches, tuple(tuple(row.tasks for row in some) for some in split))
+            return tuple(
+                Part(batch, draft.tasks, draft.weight, draft.seen, draft.flops)
+                for draft, batch in self.episodes.batches(number, self.step)
+            )
         batch = self.scenes[number].batch(
             self.step, self.vocab, self.layout, self.word_classes, self.correction(), self.generator
         )
         if parts * world.size == 1:
-            return Material((batch,), (((source.task,),) * source.rows,))
+            return (self._part(batch, ((source.task,),) * source.rows),)
         step = parts * world.size
-        batches = tuple(batch.part(world.rank + i * world.size, step) for i in range(parts))
-        return Material(batches, (((source.task,),) * (source.rows // step),) * parts)
+        tasks = ((source.task,),) * (source.rows // step)
+        return tuple(self._part(batch.part(world.rank + i * world.size, step), tasks) for i in range(parts))
 
-    def advance(self) -> dict[str, float]:
+    def _parts(self) -> list[Part]:
+        """All that this step computes. On a GPU what has one width is computed at once: a small batch leaves it idle."""
+        parts = [part for i in range(len(self.recipe.sources)) for part in self.material(i)]
+        if self.device.type != "cuda" or self.recipe.accumulate > 1:
+            return parts
+        alike: dict[int, list[Part]] = {}
+        for part in parts:
+            alike.setdefault(part.batch.shape[1], []).append(part)
+        return [_joined(several) for several in alike.values()]
+
+    def _part(self, batch: Batch, tasks: tuple[tuple[str, ...], ...]) -> Part:
+        seen = int((batch.documents >= 0).sum())
+        return Part(batch, tasks, float(batch.weights.sum()), seen, batch_flops(batch, self.config))
+
+    def advance(self, *, told: bool = True) -> dict[str, float]:
         """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm.
 
-        All of it, and what is counted, is of all processes' rows.
+        All of it, and what is counted, is of all processes' rows. Without ``told``, the norm alone: on a GPU the rest takes
+        as long as a small model's step.
         """
-        begun, flops, size = time.perf_counter(), 0, self.world.size
-        material = [self.material(i, self.recipe.accumulate) for i in range(len(self.recipe.sources))]
-        parts = [(b, t) for m in material for b, t in zip(m.batches, m.tasks, strict=True)]
-        weight = sum(float(batch.weights.sum()) for batch, _ in parts)
-        seen = sum(int((batch.documents >= 0).sum()) for batch, _ in parts)
-        documents = sum(len(row) for _, tasks in parts for row in tasks)
+        if not self.compiled:  # what comes before the first step has shapes of its own
+            self.model.compile_backbone(flex=self.recipe.flex)
+            self.compiled = True
+        begun, size = time.perf_counter(), self.world.size
+        parts = self._parts()
+        weight = sum(part.weight for part in parts)
+        seen, flops = sum(part.seen for part in parts), sum(part.flops for part in parts)
+        documents = sum(len(row) for part in parts for row in part.tasks)
         if size > 1:
             # Gradients are averaged over processes, the loss is one over all of their tokens.
             mine = torch.tensor([weight, seen, documents], dtype=torch.float64, device=self.device)
             weight, *counts = self.world.add(mine).tolist()
             weight, (seen, documents) = weight / size, map(int, counts)
-        meter = LossMeter()
-        for number, (batch, tasks) in enumerate(parts, 1):
+        meter, finite = LossMeter(), torch.ones((), dtype=torch.bool, device=self.device)
+        for number, part in enumerate(parts, 1):
             if self.shards is not None:
                 self.shards.before_part(self.model, number == len(parts))
-            flops += batch_flops(batch, self.config)
-            batch = batch.to(self.device)
+            batch = part.batch.to(self.device)
             with self._precision():
                 report = self.model.losses(batch)
             total = report.total / weight
-            if self.world.any(not torch.isfinite(total)):  # one for all: the others would wait for ever
-                raise FloatingPointError(
-                    f"the loss is not finite at step {self.step}: the last checkpoint is kept"
-                )
+            finite = finite & torch.isfinite(total.detach())
             total.backward()
-            meter.add(batch, tasks, report)
+            if told:
+                meter.add(batch, part.tasks, report)
+        if self.world.any(not finite):  # one for all: the others would wait for ever
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step}: the last checkpoint is kept"
+            )
         norm = self._update()
         self.step += 1
         self.documents += documents
         self.tokens += seen
         self.speed.add(time.perf_counter() - begun, flops, seen / size, documents / size)
-        return meter.values(self.world.gather) | {"norm": norm}
+        return (meter.values(self.world.gather) if told else {}) | {"norm": norm}
 
     def _precision(self) -> torch.autocast:
         """bf16 where the recipe's sharding says nothing else; shards are gathered in the dtype that they compute in."""
@@ -438,15 +461,16 @@ class ModelTrainer:
         bar = progress_bar("transformer", recipe.steps, self.step, shown=first)
         with bar as update, stop_request() as stop:
             while self.step < recipe.steps:
-                found = self.advance()
+                told = (self.step + 1) % _TOLD == 0 or self.step + 1 == recipe.steps
+                found = self.advance(told=told)
                 last = self.step == recipe.steps
-                if (self.step % 20 == 0 or last) and first:
+                if told and first:
                     update(self.step, self._report(found, board))
-                if drawn is not None and (sheet() or last):
-                    self.run.sheet(f"sheet_{self.step:06d}", drawn(self.bundle(), self.step))
                 asked = self.world.any(stop())
                 if self.world.any(first and save()) or last or asked:
                     self.save(background=not (last or asked))
+                if drawn is not None and (sheet() or last):
+                    self.run.sheet(f"sheet_{self.step:06d}", drawn(self.bundle(), self.step))
                 if asked and not last:
                     raise KeyboardInterrupt
         if board is not None:
@@ -475,6 +499,14 @@ _NO_WEIGHT = ("closing_input", "scale_input", "rope_range", "rope_theta", "rope"
 """Keys of the architecture that no weight's shape follows from: a stage may differ in them from what it starts from."""
 
 
+def _joined(parts: list[Part]) -> Part:
+    batch = joined([part.batch for part in parts])
+    tasks = tuple(row for part in parts for row in part.tasks)
+    return Part(
+        batch, tasks, sum(p.weight for p in parts), sum(p.seen for p in parts), sum(p.flops for p in parts)
+    )
+
+
 def shard_texts(source: ShardSource, tokenizer: ImageTokenizer, count: int) -> list[str]:
     """Texts of the first rows of every extraction of a source, to train a text tokenizer on."""
     from nextflow_ar.data.extraction import CodeShards
@@ -493,6 +525,6 @@ def train_model(recipe: ModelRecipe, recipe_values: dict[str, Any], preview: Pre
 
 
 __all__ = [
-    "CorrectionConfig", "Material", "ModelRecipe", "ModelTrainer", "Preview", "Source", "swap_words", "train_model",
+    "CorrectionConfig", "ModelRecipe", "ModelTrainer", "Part", "Preview", "Source", "swap_words", "train_model",
     "word_classes",
 ]  # fmt: skip

@@ -121,6 +121,8 @@ class ModelRecipe:
     ``sharding``: weights, moments and averages are spread over the processes, checkpoints are written by all and read by
     any number of them, one alone too; null: every process holds all of them. ``prefetch``:
     episodes of the next step are made by a thread while this one is computed; worth it where a device or a core is idle.
+    ``flex``: compiled training on a GPU attends by FlexAttention.
+    ``workers``: or by so many processes, for a GPU that is faster than one; it is the same data.
 
     ``codes``: "anew" where ``start`` was trained with another image tokenizer's codes: their embeddings begin as this
     tokenizer's codebook, their rows of the head at zero. Without it, other codes than ``start``'s are refused.
@@ -154,6 +156,8 @@ class ModelRecipe:
     plan: PlanConfig | None = None
     sharding: ShardingConfig | None = None
     prefetch: bool = False
+    workers: int = 0
+    flex: bool = True
     codes: Literal["kept", "anew"] = "kept"
 
     @property
@@ -183,6 +187,8 @@ class ModelRecipe:
             )
         if not self.sources:
             raise ConfigError("a recipe needs at least one source")
+        if self.workers < 0:
+            raise ConfigError(f"workers is a number of processes, got {self.workers}")
         parts = self.accumulate * processes
         for source in self.sources:
             if self.accumulate < 1 or source.rows % parts:

@@ -242,8 +242,8 @@ def start_averages(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 @torch.no_grad()
 def move_averages(averages: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float) -> None:
     """Move every average towards its parameter by 1 - ``decay``; no process needs another for it."""
-    for name, average in averages.items():
-        local(average).lerp_(local(parameters[name]), 1 - decay)
+    ours = [local(average) for average in averages.values()]
+    torch._foreach_lerp_(ours, [local(parameters[name]).detach() for name in averages], 1 - decay)
 
 
 def whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

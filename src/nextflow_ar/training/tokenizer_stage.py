@@ -6,7 +6,9 @@ One loop runs all of them; a recipe says which part trains, on which pictures, b
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ from nextflow_ar.tokenizer.metrics import frechet_distance, psnr, ssim
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import Trace
 from nextflow_ar.tokenizer.semantic import SemanticEncoder
+from nextflow_ar.training.crew import Crew
 from nextflow_ar.training.growth import start_from, without_semantics
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
@@ -115,6 +118,7 @@ class TokenizerRecipe:
     for more decoder blocks, which start as the identity, or for wider ones, which start anew; "joint" may ask for more
     blocks of both). ``teacher``: folder or
     Hub id of a SigLIP2. ``pixels``: per step and process. ``prefetch``: a thread of its own makes the next step's pictures.
+    ``workers``: or so many processes do, for a GPU.
     ``fresh_semantics`` ("joint"): only the pixel branch is taken from ``start``; the student begins as the teacher again.
     """
 
@@ -141,6 +145,7 @@ class TokenizerRecipe:
     tokenizer: ImageTokenizerConfig
     prefetch: bool = False
     fresh_semantics: bool = False
+    workers: int = 0
 
     def check(self) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
@@ -179,7 +184,7 @@ class TokenizerTrainer:
             name: PictureMixture({name: source}, recipe.heldout_pixels, size, 0, strict=False).batch(0)
             for name, source in recipe.heldout.items()
         }
-        free = ("out", "steps", "sheet_seconds", "save_seconds", "prefetch")
+        free = ("out", "steps", "sheet_seconds", "save_seconds", "prefetch", "workers")
         self.run = RunFolder(recipe.out, values, free)
         self.teacher = self._teacher()
         self.model = self._model().to(self.device)
@@ -203,7 +208,11 @@ class TokenizerTrainer:
         self.step = self.revived = 0
         if (state := self.run.load()) is not None:
             self._restore(state)
-        self._ahead = Ahead(self._batch, recipe.steps) if recipe.prefetch else None
+        self._ahead = Ahead(self._batch, recipe.steps) if recipe.prefetch and not recipe.workers else None
+        self._crew: Crew[PictureBatch] | None = None
+        if recipe.workers:
+            begin = partial(_picturing, recipe, self.world.rank, self.world.size)
+            self._crew = Crew(begin, recipe.steps, recipe.workers)
         self._embed, self._render = self.model.embed, self.model.render
         if recipe.compile:
             self._embed, self._render = torch.compile(self._embed), torch.compile(self._render)
@@ -351,10 +360,16 @@ class TokenizerTrainer:
     def _batch(self, step: int) -> PictureBatch:
         return self.data.batch(step * self.world.size + self.world.rank)
 
+    def batch(self) -> PictureBatch:
+        """This step's pictures."""
+        if self._crew is not None:
+            return self._crew.get(self.step)
+        return self._batch(self.step) if self._ahead is None else self._ahead.get(self.step)
+
     def advance(self) -> dict[str, float]:
         """One step; returns the loss terms. Raises FloatingPointError, naming the step, when the loss is not finite."""
         recipe = self.recipe
-        batch = self._batch(self.step) if self._ahead is None else self._ahead.get(self.step)
+        batch = self.batch()
         factor = recipe.optimizer.factor(self.step, recipe.steps)
         terms, pixels, out = self.losses(batch)
         self._adversarial(terms, out)
@@ -365,15 +380,15 @@ class TokenizerTrainer:
             )
         loss.backward()
         self.world.average_gradients(self.optimizer.parameters)
-        found = {name: float(value.detach()) for name, value in terms.items()}
-        found["norm"] = self.optimizer.step(factor)
+        norm = self.optimizer.step(factor)
+        told = torch.stack([value.detach() for value in terms.values()]).tolist()
+        found = dict(zip(terms, told, strict=True)) | {"norm": norm}
         if self.discriminator is not None and self.step >= recipe.loss.adversarial_start:
             found["critic"] = self._criticise(pixels, out, factor)
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self.averages:
-                    self.averages[name].lerp_(parameter, 1 - decay)
+            parameters = dict(self.model.named_parameters())
+            torch._foreach_lerp_(list(self.averages.values()), [parameters[n] for n in self.averages], 1 - decay)
         self.step += 1
         return found
 
@@ -419,19 +434,27 @@ class TokenizerTrainer:
                     broken = len(self.data.broken())
                     self.run.log(step=self.step, revived=self.revived, broken=broken, **terms)
                     update(self.step, " ".join(f"{k} {v:.4f}" for k, v in terms.items() if v))
-                if first and (sheet() or last):
-                    self.run.log(step=self.step, **self.evaluate())
                 if save() or last or stop():
                     self.save()
+                if first and (sheet() or last):
+                    self.run.log(step=self.step, **self.evaluate())
                 if stop() and not last:
                     raise KeyboardInterrupt
         if self._ahead is not None:
             self._ahead.close()
+        if self._crew is not None:
+            self._crew.close()
         self._averaged()
         if first:
             self.model.save_pretrained(recipe.out / "final")
         self.world.leave()
         return recipe.out / "final"
+
+
+def _picturing(recipe: TokenizerRecipe, rank: int, processes: int) -> Callable[[int], PictureBatch]:
+    """What a process of its own makes batches with."""
+    data = PictureMixture(recipe.data, recipe.pixels, recipe.tokenizer.downsample, recipe.seed)
+    return lambda step: data.batch(step * processes + rank)
 
 
 @torch.no_grad()
