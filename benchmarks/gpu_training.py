@@ -27,7 +27,15 @@ from nextflow_ar.types import Codes, Document
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 WORDS = "a lighthouse on a rocky coast at dusk, a red boat in front of it"
-TINY = {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 2, "intermediate": 96, "codes": 64, "text_vocab": 300}
+TINY = {
+    "hidden": 64,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 2,
+    "intermediate": 96,
+    "codes": 64,
+    "text_vocab": 300,
+}
 
 
 def batch_of(config, scales, rows, width, generator):
@@ -90,11 +98,13 @@ def main(arguments=None):
     generator = torch.Generator().manual_seed(0)
     peak = measured_peak(device)
     print(f"matrix products: {peak:.1f} TFLOP/s in bf16")
-    print(f"{'shape':<8}{'way':<7}{'places':>9}{'s/step':>9}{'first':>8}{'places/s':>11}{'TFLOP/s':>9}{'share':>7}{'GB':>7}")
+    print(
+        f"{'shape':<8}{'way':<7}{'places':>9}{'s/step':>9}{'first':>8}{'places/s':>11}{'TFLOP/s':>9}{'share':>7}{'GB':>7}"
+    )
     found = []
     for shape in given.shapes:
         name, scales, rows, width = {
-            "small": ("gpu_pretrain_64", 8, 128, 512),
+            "small": ("gpu_model", 8, 128, 512),
             "7b": ("7b_pretrain_1024", 18, 1, -(-10_200 * given.pictures // 128) * 128),
         }[shape]
         config = from_dict(ModelConfig, load_yaml(RECIPES / f"{name}.yaml")["model"])

@@ -27,6 +27,15 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
+def test_training_steps_of_both_shapes(benchmark, tmp_path: Path) -> None:
+    told = tmp_path / "training.json"
+    arguments = ["--tiny", "--ways", "eager", "--repeats", "1", "--json", str(told)]
+    rows = benchmark("gpu_training").main(arguments)
+    assert [(row["shape"], row["way"]) for row in rows] == [("small", "eager"), ("7b", "eager")]
+    assert all(row["seconds"] > 0 and 256 < row["places"] <= 512 for row in rows)
+    assert json.loads(told.read_text())["results"] == rows
+
+
 def test_loops_of_equal_size_side_by_side(benchmark, tmp_path: Path) -> None:
     told = tmp_path / "out" / "ratios.json"
     arguments = ["--sizes", "64", "--layers", "1", "--repeats", "1", "--json", str(told)]

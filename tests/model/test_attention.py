@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nextflow_ar.model import attention
+from nextflow_ar.sequence.blocks import block_mask
 
 
 def _inputs(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,6 +33,20 @@ def test_as_the_fused_kernel_forwards_and_backwards() -> None:
     got = torch.autograd.grad((found.double() * goal).sum(), (query, key, value))
     for a, b in zip((found, *got), (want, *wanted), strict=True):
         assert (a.double() - b).abs().max() < 0.02 * b.abs().max()
+
+
+def test_flex_attention_sees_what_the_mask_rule_lets_through() -> None:
+    torch.manual_seed(5)
+    query, key, value = (torch.randn(2, heads, 240, 16) for heads in (4, 2, 2))
+    blocks = torch.tensor([[0, 1, 2, 2, 2, 3, 0, 1, 1, 2, 0, 0], [0, 0, 1, 2, 3, 3, 3, 4, 5, 5, 6, 7]])
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, -1, -1], [0] * 12])
+    blocks, documents = blocks.repeat_interleave(20, 1), documents.repeat_interleave(20, 1)
+    sparse, _ = attention.attend(
+        torch.nn.Module(), query, key, value, attention.sparse_mask(blocks, documents), scaling=0.25
+    )
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    want = scaled_dot_product_attention(query, key, value, block_mask(blocks, documents), scale=0.25)
+    torch.testing.assert_close(sparse, want.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_used_in_training_for_short_rows_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:

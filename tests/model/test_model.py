@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+from nextflow_ar.model import embeddings
 from nextflow_ar.model.backbone import axis_frequencies, text_config
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.embeddings import sinusoid
@@ -170,6 +171,21 @@ def test_the_closing_block_may_hold_the_whole_picture() -> None:
     one = image.target[None]
     alone = inputs(one, SQUARE, 0, True)  # the closing block without the scales
     assert torch.equal(alone, inputs(one, SQUARE, 4, True)[:, -SQUARE.sizes[-1] :])
+
+
+@pytest.mark.parametrize("scale_input", ["residual", "accumulated"])
+@pytest.mark.parametrize("closing_input", ["residual", "accumulated"])
+def test_one_matrix_makes_all_blocks_that_are_made_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, scale_input: str, closing_input: str
+) -> None:
+    config = replace(TINY_MODEL, scale_input=scale_input, closing_input=closing_input)
+    inputs, several = tiny_model(config).scale_inputs, torch.stack([codes(3).target, codes(4).target])
+    for scales, closed in ((0, True), (1, False), (3, False), (4, False), (4, True)):
+        monkeypatch.setattr(embeddings, "_LINEAR", 1024)
+        at_once = inputs(several, SQUARE, scales, closed)
+        monkeypatch.setattr(embeddings, "_LINEAR", 0)
+        one_by_one = inputs(several, SQUARE, scales, closed)
+        torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-5)
 
 
 def test_scale_and_length_tags() -> None:

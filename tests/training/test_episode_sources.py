@@ -13,12 +13,16 @@ import yaml
 from nextflow_ar.config import ConfigError, from_dict, to_dict
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.playground.curriculum import GROUPED, TASK_NAMES, by_task
-from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE
+from nextflow_ar.sequence.batch import Batch, ImageGroup, collate, joined, pack
+from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, build
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
-from nextflow_ar.training.episode_sources import EpisodeBatches
+from nextflow_ar.training.episode_feed import EpisodeFeed
+from nextflow_ar.training.episode_sources import Draft, Place
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.prefetch import Ahead
+from nextflow_ar.types import Codes
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_image_tokenizer
 
 EIGHT = replace(TINY_TOKENIZER, num_scales=8, semantic=replace(TINY_SEMANTIC, position_grid=8))
@@ -102,70 +106,159 @@ def test_a_resumed_run_meets_the_same_batches_and_ends_the_same(folder: Path, tm
     first.episodes.close()
 
 
-def batches(folder: Path, tmp_path: Path, **changes: Any) -> EpisodeBatches:
-    return trainer(tmp_path / "one", folder, [source(**changes)]).episodes.sources[0]
+def feed(folder: Path, tmp_path: Path, **changes: Any) -> EpisodeFeed:
+    return trainer(tmp_path / "one", folder, [source(**changes)]).episodes
+
+
+def made(found: EpisodeFeed, step: int, correction: SelfCorrection | None = None) -> tuple[Draft, Batch]:
+    (draft,) = found.sources[0].drafts(step, Place())
+    (batch,) = found.filler.filled([draft], correction, torch.Generator().manual_seed(1))
+    return draft, batch
+
+
+def kinds(batch: Batch) -> dict[tuple[int, bool], ImageGroup]:
+    return {(group.scales, group.closed): group for group in batch.images}
+
+
+def test_a_draft_with_codes_is_what_the_documents_with_codes_are(folder: Path, tmp_path: Path) -> None:
+    found = feed(folder, tmp_path, tasks={"edit_move": 1, "caption": 1, "chat": 1, "in_context": 1}, rows=5)
+    one = found.sources[0]
+    _, batch = made(found, 0)
+    one._at = (-1, 0)
+    tokenizer, rows = found.filler.tokenizer, []
+    for numbers in one._numbers(0):
+        samples = []
+        for number in numbers:
+            episode, _ = one._open.pop(number)
+            codes = []
+            for picture in episode.pictures:
+                schedule = one.schedules[picture.canvas.size]
+                with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                    pixels = to_unit(torch.from_numpy(picture.render()[None]))
+                    codes.append(Codes.plain(schedule, tokenizer.quantize(pixels, schedule).target[0]))
+            samples.append(build(one.document(episode, codes), one.vocab, one.layout))
+        rows.append(pack(samples))
+    slow = collate(rows, batch.shape[1])
+    for name in ("tokens", "weights", "positions", "blocks", "scales", "lengths", "documents"):
+        assert torch.equal(getattr(batch, name), getattr(slow, name)), name
+    assert torch.equal(batch.targets == IGNORED, slow.targets == IGNORED)
+    # bf16 convolutions round by the size of the batch, so a few codes are their neighbours'
+    assert float((batch.targets == slow.targets).float().mean()) > 0.9
+    for x, y in zip(batch.images, slow.images, strict=True):
+        assert (x.schedule, x.scales, x.closed) == (y.schedule, y.scales, y.closed)
+        assert torch.equal(x.rows, y.rows) and torch.equal(x.starts, y.starts)
+        assert float((x.codes == y.codes).float().mean()) > 0.6
+
+
+def test_processes_and_joined_widths_give_the_same_data(folder: Path, tmp_path: Path) -> None:
+    sources = [source(seed=4), source(seed=5, tasks={"draw": 1.0}, rows=2), source(
+        seed=6, tasks={"story": 1.0}, rows=1, packing={"mode": "length", "budget": 1600, "open_rows": 2}
+    )]  # fmt: skip
+    alone = trainer(tmp_path / "a", folder, sources, correction=CORRECTED | {"share": 0.0}).episodes
+    crew = trainer(
+        tmp_path / "b", folder, sources, workers=2, together=True, correction=CORRECTED | {"share": 0.0}
+    ).episodes
+    for step in (0, 1, 9):  # 9: another group of steps than the first
+        widths: dict[int, list[Batch]] = {}
+        for number in range(3):
+            for _, batch in alone.batches(number, step):
+                widths.setdefault(batch.shape[1], []).append(batch)
+        found = crew.together(step)
+        assert [batch.shape[1] for _, batch in found] == [900, 1600] == list(widths)
+        for draft, batch in found:
+            one = joined(widths[batch.shape[1]])
+            for name in ("tokens", "weights", "positions", "blocks", "scales", "documents"):
+                assert torch.equal(getattr(batch, name), getattr(one, name)), name
+            assert (
+                float((batch.targets == one.targets).float().mean()) > 0.9
+            )  # rounded by the size of the batch
+            assert draft.seen == int((one.documents >= 0).sum())
+            assert draft.weight == pytest.approx(float(one.weights.sum()))
+            assert len(draft.tasks) == batch.shape[0]
+    crew.close()
+
+
+def test_an_error_in_a_process_is_one_line(folder: Path, tmp_path: Path) -> None:
+    sources = [source(tasks={"video": 1.0}, packing={"mode": "pad", "budget": 60})]
+    training = trainer(tmp_path / "a", folder, sources, workers=1)
+    with pytest.raises(ConfigError, match=r"^2000 episodes one after the other \(video_draw, .*fit no row"):
+        training.advance()
 
 
 def test_words_alone_have_no_image(folder: Path, tmp_path: Path) -> None:
-    made = batches(folder, tmp_path, tasks={"plain": 1.0}, packing={"mode": "pad", "budget": 400}, rows=12)
-    rows = made.rows(0, None)
-    silent = [row for row in rows if not row.sample.images]
+    found = feed(folder, tmp_path, tasks={"plain": 1.0}, packing={"mode": "pad", "budget": 400}, rows=12)
+    draft, batch = made(found, 0)
+    shown = {int(row) for group in batch.images for row in group.rows}
+    silent = [row for row in range(12) if row not in shown]
     assert 5 <= len(silent) < 12  # every third asks for a picture
     for row in silent:
-        assert row.tasks == ("plain",) and bool((row.sample.scales == TEXT_SCALE).all())
-        assert bool((row.sample.targets != IGNORED).any())
-    batch = made.batch(silent, 0)
-    assert batch.images == () and batch.shape[1] % 64 == 0
+        assert draft.tasks[row] == ("plain",) and bool((batch.scales[row] == TEXT_SCALE).all())
+        assert bool((batch.targets[row] != IGNORED).any())
+    assert batch.shape[1] % 64 == 0
 
 
 def test_given_pictures_are_neither_learnt_nor_corrected(folder: Path, tmp_path: Path) -> None:
-    made = batches(folder, tmp_path, tasks={"edit": 1.0}, packing={"mode": "pad", "budget": 400}, rows=8)
+    found = feed(folder, tmp_path, tasks={"edit": 1.0}, packing={"mode": "pad", "budget": 400}, rows=8)
+    (draft,) = found.sources[0].drafts(3, Place())
     strong = SelfCorrection(1.0, 4, 1.0)
-    rows, plain = made.rows(3, strong), made.rows(3, None)
-    for row, other in zip(rows, plain, strict=True):
-        given, drawn = row.sample.images
-        assert (given.scales, drawn.scales) == (0, 8)  # a given one is its closing block alone
-        assert torch.equal(given.codes.input, given.codes.target)
-        assert torch.equal(given.codes.target, other.sample.images[0].codes.target)
-        assert not torch.equal(drawn.codes.input, drawn.codes.target)
-        start, end = given.boi, given.inputs[1] + 1
-        assert bool((row.sample.targets[start:end] == IGNORED).all())
-        assert float(row.sample.weights[start:end].sum()) == 0
-        assert int((row.sample.scales[row.sample.targets != IGNORED] >= 0).sum()) == len(drawn.codes.target)
-    assert all(r.tasks[0].startswith("edit_") for r in rows)
+    (fed,) = found.filler.filled([draft], strong, torch.Generator().manual_seed(1))
+    (plain,) = found.filler.filled([draft], None, None)
+    one, other = kinds(fed), kinds(plain)
+    assert set(one) == {(0, True), (8, False)}  # a given one is its closing block alone
+    assert torch.equal(one[0, True].codes, other[0, True].codes)
+    assert not torch.equal(one[8, False].codes, other[8, False].codes)
+    size = fed.shape[1]
+    for group in fed.images:
+        for row, start in zip(group.rows.tolist(), group.starts.tolist(), strict=True):
+            if group.scales == 0:
+                end = start + group.schedule.sizes[-1]
+                assert bool((fed.targets[row, start - 1 : end] == IGNORED).all())
+                assert float(fed.weights[row, start - 1 : end].sum()) == 0
+            else:
+                learnt = fed.targets[row, start - 1 : min(size, start - 1 + group.schedule.num_tokens)]
+                assert bool((learnt >= 400).all())
+    pictures = sum(len(group.rows) for group in fed.images if group.scales)
+    assert pictures == 8 and all(tasks[0].startswith("edit_") for tasks in draft.tasks)
 
 
 def test_canvases_prefixes_and_dropped_conditions(folder: Path, tmp_path: Path) -> None:
-    made = batches(
+    found = feed(
         folder, tmp_path, tasks={"draw": 1.0}, rows=40, scales=5, condition_dropout=0.5,
         packing={"mode": "pad", "budget": 200},
     )  # fmt: skip
-    samples = [row.sample for row in made.rows(0, None)]
-    finals = [s.images[0].codes.schedule.final for s in samples]
-    assert {(8, 8), (6, 10)} == set(finals) and 10 <= finals.count((8, 8)) <= 30
-    assert all(s.images[0].scales == 5 and not s.images[0].closed for s in samples)
-    alone = [s for s in samples if s.images[0].boi == 0]
-    assert 10 <= len(alone) <= 30 and all(len(s) == s.images[0].codes.schedule.offsets[5] for s in alone)
+    _, batch = made(found, 0)
+    counts = {group.schedule.final: len(group.rows) for group in batch.images}
+    assert set(counts) == {(8, 8), (6, 10)} and 10 <= counts[8, 8] <= 30
+    assert all((group.scales, group.closed) == (5, False) for group in batch.images)
+    alone = [
+        int(row) for g in batch.images for row, start in zip(g.rows, g.starts, strict=True) if start == 1
+    ]
+    assert 10 <= len(alone) <= 30
+    offsets = {int(row): g.schedule.offsets[5] for g in batch.images for row in g.rows}
+    assert all(int((batch.documents[row] >= 0).sum()) == offsets[row] for row in alone)
 
 
 def test_processes_share_the_rows(folder: Path, tmp_path: Path) -> None:
-    made = batches(folder, tmp_path, rows=4)
-    whole = made.rows(5, None)
-    halves = [made.rows(5, None, process, 2) for process in range(2)]
-    for i, row in enumerate(whole):
-        assert torch.equal(row.sample.targets, halves[i % 2][i // 2].sample.targets)
+    one = feed(folder, tmp_path, rows=4).sources[0]
+    (whole,) = one.drafts(5, Place())
+    halves = [one.drafts(5, Place(process, 2))[0] for process in range(2)]
+    quarter = one.drafts(5, Place(1, 2, 2))[1]
+    for i in range(4):
+        assert torch.equal(whole.batch.targets[i] == IGNORED, halves[i % 2].batch.targets[i // 2] == IGNORED)
+        assert torch.equal(whole.batch.tokens[i], halves[i % 2].batch.tokens[i // 2])
+    assert torch.equal(quarter.batch.tokens[0], whole.batch.tokens[3])
 
 
 def test_packing_by_compute_and_what_fits_no_row(folder: Path, tmp_path: Path) -> None:
-    made = batches(
+    one = feed(
         folder, tmp_path, tasks={"video_draw": 1.0, "caption": 1.0}, rows=2,
         packing={"mode": "compute", "budget": 0.001, "longest": 700, "open_rows": 2},
-    )  # fmt: skip
-    rows = made.rows(0, None)
-    assert made.skipped > 0 and max(len(row.sample) for row in rows) <= 700
-    short = batches(folder, tmp_path / "short", tasks={"video": 1.0}, packing={"mode": "pad", "budget": 60})
+    ).sources[0]  # fmt: skip
+    drafts = [one.drafts(step, Place())[0] for step in range(3)]
+    assert sum(draft.skipped for draft in drafts) > 0 and max(d.batch.shape[1] for d in drafts) <= 704
+    short = feed(folder, tmp_path / "short", tasks={"video": 1.0}, packing={"mode": "pad", "budget": 60})
     with pytest.raises(ConfigError, match=r"2000 episodes one after the other \(video_draw, .*fit no row"):
-        short.rows(0, None)
+        short.batches(0, 0)
 
 
 def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
@@ -215,7 +308,9 @@ def test_ahead_gives_every_step_once_and_tells_errors() -> None:
 
 
 STAGES = [
-    p for p in sorted(RECIPES.glob("world_*.yaml")) if yaml.safe_load(p.read_text()).get("kind") == "model"
+    p
+    for p in sorted([*RECIPES.glob("world_*.yaml"), *RECIPES.glob("gpu_*.yaml")])
+    if yaml.safe_load(p.read_text()).get("kind") == "model"
 ]
 
 

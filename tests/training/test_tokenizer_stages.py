@@ -168,11 +168,12 @@ def test_a_resumed_run_equals_one_that_never_stopped(adversarial: float, tmp_pat
 
 def test_pictures_made_ahead_train_the_same_weights(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "plain", "pixel", PIXEL, steps=4)
-    ahead = trainer(tmp_path / "ahead", "pixel", PIXEL, steps=4, prefetch=True)
-    folders = [plain.fit(), ahead.fit()]
-    for a, b in zip(plain.model.parameters(), ahead.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
+    whole = (plain.fit() / "model.safetensors").read_bytes()
+    for name, how in (("ahead", {"prefetch": True}), ("processes", {"workers": 2})):
+        other = trainer(tmp_path / name, "pixel", PIXEL, steps=4, **how)
+        assert (other.fit() / "model.safetensors").read_bytes() == whole
+        for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_the_critic_waits_for_its_step_and_then_learns(tmp_path: Path) -> None:

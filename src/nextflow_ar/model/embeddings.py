@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,35 @@ from torch import Tensor, nn
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.quantizer import resize
+
+_LINEAR = 1024
+"""Codes of a picture up to which its blocks come from its code vectors by one matrix: a few operations instead of a
+hundred, which is what a GPU waits for in training. Larger matrices would cost more than they save."""
+
+
+@lru_cache(maxsize=512)
+def _enlarging(
+    schedule: ScaleSchedule,
+    blocks: tuple[int, ...],
+    accumulated: tuple[bool, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "m t"]:
+    """What turns all code vectors of a picture, as rows, into what its ``blocks`` are fed (:meth:`ScaleInputs.block`)."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        out = []
+        for k, summed in zip(blocks, accumulated, strict=True):
+            target = schedule.final if k + 1 == len(schedule) else schedule.grids[k + 1]
+            part = torch.zeros(target[0] * target[1], schedule.num_tokens)
+            for j in range(0 if summed else k, k + 1):
+                size = schedule.sizes[j]
+                cells = torch.eye(size).view(size, 1, *schedule.grids[j])
+                if summed:
+                    cells = resize(cells, schedule.final, "bicubic")
+                cells = resize(cells, target, "area" if summed else "bicubic")
+                part[:, schedule.offsets[j] : schedule.offsets[j + 1]] = cells.flatten(1).T
+            out.append(part)
+        return torch.cat(out).to(device, dtype)
 
 
 def sinusoid(values: Int[Tensor, "*n"], dim: int) -> Float[Tensor, "*n d"]:
@@ -80,6 +110,13 @@ class ScaleInputs(nn.Module):
         blocks = [*range(scales - 1), *([len(schedule) - 1] if closed else [])]
         if not blocks:
             return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.scale_embed.embedding_dim)
+        if schedule.num_tokens <= _LINEAR and codes.shape[1] == schedule.num_tokens:
+            last = len(schedule) - 1
+            summed = tuple(self.whole if k == last else self.accumulated for k in blocks)
+            weight = self.code_embed.weight
+            rows = self.code_embed(codes) * self.code_scale
+            matrix = _enlarging(schedule, tuple(blocks), summed, weight.device, rows.dtype)
+            return self.connector(matrix @ rows)
         vectors = [self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks]
         return self.connector(torch.cat(vectors, dim=1))
 

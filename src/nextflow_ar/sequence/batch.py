@@ -142,7 +142,10 @@ def collate(
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Several batches of one width as one, rows in order; images of a kind come together. Raises ValueError for other widths."""
+    """Several batches of one width as one, rows in order; images of a kind come together.
+
+    Raises ValueError for batches of several widths.
+    """
     if len(batches) == 1:
         return batches[0]
     widths = sorted({batch.shape[1] for batch in batches})
@@ -158,7 +161,8 @@ def joined(batches: Sequence[Batch]) -> Batch:
         offset += batch.shape[0]
     images = tuple(
         replace(
-            several[0], **{name: torch.cat([getattr(g, name) for g in several]) for name in ("codes", "rows", "starts")}
+            several[0],
+            **{name: torch.cat([getattr(g, name) for g in several]) for name in ("codes", "rows", "starts")},
         )
         for several in found.values()
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -70,6 +70,10 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast_tokenizer(core)
 
 
+_SHORT, _HELD = 16, 4096
+"""Texts of so many letters are kept with their ids, so many of them: roles and short answers come again and again."""
+
+
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """Ids of the shared vocabulary. Text entries are 0..text_size-1 (a table may be padded beyond the tokenizer's
@@ -79,6 +83,8 @@ class Vocabulary:
     tokenizer: PreTrainedTokenizerFast
     text_size: int
     codes: int
+    _known: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
+    _marks: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.tokenizer) > self.text_size:
@@ -88,9 +94,11 @@ class Vocabulary:
 
     def special(self, token: str) -> int:
         """Id of a special token. Raises ValueError for a token that is not special."""
-        if token not in SPECIAL_TOKENS:
-            raise ValueError(f"{token!r} is no special token: one of {', '.join(SPECIAL_TOKENS)}")
-        return int(self.tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
+        if token not in self._marks:
+            if token not in SPECIAL_TOKENS:
+                raise ValueError(f"{token!r} is no special token: one of {', '.join(SPECIAL_TOKENS)}")
+            self._marks[token] = int(self.tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
+        return self._marks[token]
 
     @property
     def boi(self) -> int:
@@ -115,7 +123,12 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Special tokens inside it are spelled out as text, so a prompt cannot forge them."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        known = self._known.get(text)
+        if known is None:
+            known = tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+            if len(text) <= _SHORT and len(self._known) < _HELD:
+                self._known[text] = known
+        return list(known)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""

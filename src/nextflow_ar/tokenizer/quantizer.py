@@ -179,6 +179,7 @@ class MultiScaleQuantizer(nn.Module):
         mask: Bool[Tensor, "b s"] | None = None,
         skip: bool = False,
         correction: SelfCorrection | None = None,
+        corrected: Bool[Tensor, " b"] | None = None,
         generator: torch.Generator | None = None,
         trace: Trace | None = None,
     ) -> Quantized:
@@ -186,7 +187,8 @@ class MultiScaleQuantizer(nn.Module):
 
         ``mask``: which scales of each row enter ``features`` (scale dropout in training); None: all. ``skip``: a scale that
         does not is left out of the residual chain as well, so that later scales make up for it.
-        ``correction``: sample input codes; the sampled code is what is subtracted, so later targets answer it.
+        ``correction``: sample input codes, of the rows that ``corrected`` names (None: all); the sampled code is what is
+        subtracted, so later targets answer it.
         ``trace``: collects (scale, cells (n, C), codes (n,)) for :meth:`learn`.
         """
         with torch.autocast(features.device.type, enabled=False):
@@ -202,6 +204,8 @@ class MultiScaleQuantizer(nn.Module):
                     pick = (
                         torch.rand(len(target), generator=generator, device=target.device) < correction.share
                     )
+                    if corrected is not None:
+                        pick &= corrected.repeat_interleave(grid[0] * grid[1])
                     if pick.any():
                         chosen = target.clone()
                         chosen[pick] = self.sample_nearest(cells[pick], correction, generator)

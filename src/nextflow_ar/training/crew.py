@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
@@ -17,6 +19,7 @@ import torch
 from nextflow_ar.config import ConfigError
 
 T = TypeVar("T")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 _HELD = 8
 """Finished units that are held unpacked, so that the reader never waits for one to be unpacked."""
 
@@ -51,6 +54,9 @@ class Crew(Generic[T]):
 
     def _start(self, first: int) -> None:
         context = multiprocessing.get_context("spawn")
+        # One thread each, in every library: sixteen processes of sixteen threads do a sixth of the work (docs/log.md).
+        before = {name: os.environ.get(name) for name in _THREADS}
+        os.environ.update(dict.fromkeys(_THREADS, "1"))
         self._ended = threading.Event()
         self._found = queue.Queue(_HELD)
         for worker in range(self._workers):
@@ -61,6 +67,11 @@ class Crew(Generic[T]):
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
         self._reader = threading.Thread(
             target=_read, args=(self._pipes, self._units - first, self._found, self._ended), daemon=True
         )
@@ -83,6 +94,21 @@ class Crew(Generic[T]):
         self._processes, self._pipes, self._reader, self._next = [], [], None, -1
 
 
+class _Pickler(pickle.Pickler):
+    """Tensors travel as arrays: torch's own way takes a file for each."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):
+            return torch.from_numpy, (obj.contiguous().numpy(),)
+        return NotImplemented
+
+
+def _packed(value: Any) -> memoryview:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getbuffer()
+
+
 def _read(
     pipes: list[Connection], units: int, found: queue.Queue[tuple[str, Any]], ended: threading.Event
 ) -> None:
@@ -99,12 +125,14 @@ def _read(
 
 
 def _work(begin: Callable[[], Callable[[int], Any]], numbers: range, told: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process; the first one ends the others
     torch.set_num_threads(1)
     try:
         make = begin()
         for number in numbers:
-            told.send_bytes(pickle.dumps(("made", make(number)), protocol=5))
+            told.send_bytes(_packed(("made", make(number))))
     except (BrokenPipeError, ConnectionError):
         return
     except Exception as error:  # one line in the first process instead of a traceback here

@@ -1,22 +1,20 @@
 """The wide world's tasks as sources of batches: episodes are drawn, packed and laid out as drafts, whose pictures then
-become codes on the device that trains.
+become codes on the device that trains (:mod:`~nextflow_ar.training.episode_feed`).
 
-Nothing is remembered: the batches of a step follow from the source, the step and the self-correction alone, so a resumed run
-goes on with the very same ones and a step may be made ahead of its time, by a thread or by processes of their own.
+Nothing is remembered: the drafts of a step follow from the source and the step alone, so a resumed run goes on with the
+very same ones and a step may be made ahead of its time, by a thread or by processes of their own.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig, ModelConfig
 from nextflow_ar.data.episodes import EpisodeSource, canvas_size
@@ -28,13 +26,9 @@ from nextflow_ar.data.tasks import to_document
 from nextflow_ar.model.flops import batch_flops, sample_flops
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate, pack
-from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build
+from nextflow_ar.sequence.layout import LayoutOptions, Sample, build
 from nextflow_ar.sequence.vocab import Vocabulary
-from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer, canvas_schedule
-from nextflow_ar.tokenizer.pixels import to_unit
-from nextflow_ar.tokenizer.quantizer import SelfCorrection
-from nextflow_ar.training.crew import Crew
-from nextflow_ar.training.prefetch import Ahead
+from nextflow_ar.tokenizer.image_tokenizer import canvas_schedule
 from nextflow_ar.training.scenes import swap_words, word_classes
 from nextflow_ar.types import Codes, Document
 
@@ -42,17 +36,13 @@ CLASSES: tuple[tuple[str, ...], ...] = (COLOUR_NAMES, NAMES, tuple(MANY.values()
 """Words of the wide world that can stand in each other's place."""
 _BLOCK = 16
 """Steps whose rows are packed in one go, where a step has few; what is left open at the end is not used."""
-_ROWS = 64
-"""From so many rows a step on, every step is packed by itself: what is left open is little beside them."""
+_ROWS = 12
+"""From so many rows a step on, every step is packed by itself, so that any process may make any step: within a block,
+whoever makes a step has to pack those before it too. What is left open is little beside so many rows."""
 _SPAN = 1 << 24
 """Numbers that a block of steps may use for its episodes."""
 _IN_VAIN = 2000
 """Episodes in a row that fit no row, until the recipe is held to be wrong."""
-_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Pixels of pictures that are encoded at once (64 pictures of 64 px on a CPU)."""
-_FILLED = (2, 4, 8, 16)
-"""Pictures encoded at once are filled up to one of these or a multiple of the last: convolutions are compiled anew for
-every size of batch on a CPU, which costs more than the pictures too many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +60,8 @@ class Pictures:
 class Draft:
     """A batch whose pictures have no codes yet: every place of an image's ``codes`` is its number among the pictures of its
     schedule, and a target that will be a code is any number but IGNORED. ``tasks``: of every row's documents.
-    ``weight``: sum of the loss weights, ``seen``: tokens, ``flops``: of training on it, ``skipped``: episodes that no row held.
+    ``weight``: sum of the loss weights, ``seen``: tokens, ``flops``: of training on it, ``skipped``: episodes that no row
+    held.
     """
 
     batch: Batch
@@ -246,139 +237,3 @@ class EpisodeBatches:
 
 def _numbered(schedule: ScaleSchedule, number: int) -> Codes:
     return Codes.plain(schedule, torch.full((schedule.num_tokens,), number))
-
-
-class Filler:
-    """Drafts to batches: pictures become codes on the image tokenizer's device, where the batches stay."""
-
-    def __init__(self, tokenizer: ImageTokenizer, text_size: int) -> None:
-        self.tokenizer, self.text_size = tokenizer, text_size
-
-    @torch.no_grad()
-    def filled(
-        self, draft: Draft, correction: SelfCorrection | None, generator: torch.Generator | None
-    ) -> Batch:
-        """The batch with the codes of its pictures; only those to be drawn are self-corrected."""
-        device = self.tokenizer.device
-        batch = draft.batch.to(device)
-        codes = {p.schedule: self._codes(p, correction, generator) for p in draft.pictures}
-        targets, width, groups = batch.targets.flatten(), batch.shape[1], []
-        for group in batch.images:
-            numbers = group.codes[:, 0]
-            target, fed = (found[numbers] for found in codes[group.schedule])
-            count = group.schedule.offsets[group.scales]
-            if count:  # <boi> and the places behind it predict the codes of the scales that are laid out
-                places = (group.rows * width + group.starts - 1)[:, None]
-                places = places + torch.arange(count, device=device)
-                learnt = targets[places]
-                targets[places] = torch.where(learnt == IGNORED, learnt, target[:, :count] + self.text_size)
-            groups.append(replace(group, codes=fed))
-        return replace(batch, targets=targets.view_as(batch.targets), images=tuple(groups))
-
-    def _codes(
-        self, pictures: Pictures, correction: SelfCorrection | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """(N, T) target and input codes."""
-        given = self._encoded(pictures.pixels[: pictures.given], pictures.schedule, None, None)
-        drawn = self._encoded(pictures.pixels[pictures.given :], pictures.schedule, correction, generator)
-        found = [*given, *drawn]
-        return torch.cat([target for target, _ in found]), torch.cat([fed for _, fed in found])
-
-    def _encoded(
-        self,
-        pixels: np.ndarray,
-        schedule: ScaleSchedule,
-        correction: SelfCorrection | None,
-        generator: torch.Generator | None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.tokenizer.device
-        step = max(1, _PIXELS[device.type] // (pixels.shape[1] * pixels.shape[2]))
-        for some in (pixels[i : i + step] for i in range(0, len(pixels), step)):
-            shown = torch.from_numpy(some)
-            if device.type == "cpu":
-                filled = next((n for n in _FILLED if n >= len(some)), -(-len(some) // _FILLED[-1]) * _FILLED[-1])
-                shown = torch.cat([shown, shown[-1:].expand(filled - len(some), -1, -1, -1)])
-            seen = to_unit(shown.to(device)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16):
-                codes = self.tokenizer.quantizer.quantize(
-                    self.tokenizer.embed(seen), schedule, correction=correction, generator=generator
-                )
-            yield codes.target[: len(some)], codes.input[: len(some)]
-
-
-Units = Callable[[int], tuple[Draft, ...]]
-"""Drafts by the number of their unit: that of the step times the number of sources, plus the place of the source."""
-
-
-def drafting(
-    sources: Sequence[EpisodeSource],
-    tokenizer: ImageTokenizerConfig,
-    vocab: Vocabulary,
-    layout: LayoutOptions,
-    model: ModelConfig,
-    place: Place,
-) -> Units:
-    """What a process of its own makes drafts with."""
-    made = [EpisodeBatches(source, tokenizer, vocab, layout, model) for source in sources]
-    return lambda unit: made[unit % len(made)].drafts(unit // len(made), place)
-
-
-class EpisodeFeed:
-    """The batches of all of a recipe's sources of episodes: made in place, a step ahead by a thread (``prefetch``), or by
-    ``workers`` processes. Whoever makes them, they are the same. ``steps``: of the whole run.
-    """
-
-    def __init__(
-        self,
-        sources: dict[int, EpisodeSource],
-        tokenizer: ImageTokenizer,
-        vocab: Vocabulary,
-        layout: LayoutOptions,
-        model: ModelConfig,
-        correction: Callable[[int], SelfCorrection | None],
-        place: Place,
-        *,
-        prefetch: bool = False,
-        workers: int = 0,
-        steps: int,
-    ) -> None:
-        self.filler, self.correction, self.place = Filler(tokenizer, vocab.text_size), correction, place
-        self.sources = {
-            number: EpisodeBatches(source, tokenizer.config, vocab, layout, model)
-            for number, source in sources.items()
-        }
-        self._numbers, self.skipped = list(sources), 0
-        self._ahead = Ahead(self._step, steps) if prefetch and sources and not workers else None
-        self._crew: Crew[tuple[Draft, ...]] | None = None
-        if workers and sources:
-            make = partial(
-                drafting, tuple(sources.values()), tokenizer.config, vocab, layout, model, place
-            )
-            self._crew = Crew(make, steps * len(sources), workers)
-
-    def batches(self, number: int, step: int) -> tuple[tuple[Draft, Batch], ...]:
-        """Of source ``number`` at a step: its parts as drafts, and with codes."""
-        found = self._made(number, step) if self._ahead is None else self._ahead.get(step)[number]
-        self.skipped += sum(draft.skipped for draft, _ in found)
-        return found
-
-    def _made(self, number: int, step: int) -> tuple[tuple[Draft, Batch], ...]:
-        if self._crew is None:
-            drafts = self.sources[number].drafts(step, self.place)
-        else:
-            drafts = self._crew.get(step * len(self._numbers) + self._numbers.index(number))
-        source = self.sources[number].source
-        seed = np.random.default_rng([5, source.seed, step, self.place.process]).integers(1 << 62)
-        generator = torch.Generator(self.filler.tokenizer.device).manual_seed(int(seed))
-        correction = self.correction(step)
-        return tuple((draft, self.filler.filled(draft, correction, generator)) for draft in drafts)
-
-    def _step(self, step: int) -> dict[int, tuple[tuple[Draft, Batch], ...]]:
-        return {number: self._made(number, step) for number in self.sources}
-
-    def close(self) -> None:
-        """End the thread or the processes."""
-        if self._ahead is not None:
-            self._ahead.close()
-        if self._crew is not None:
-            self._crew.close()

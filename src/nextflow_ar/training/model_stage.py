@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
-from nextflow_ar.data.episodes import EpisodeSource, episode_texts
+from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.model.checkpoint import (
@@ -27,20 +27,20 @@ from nextflow_ar.model.checkpoint import (
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.batch import Batch, collate, joined
+from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import LayoutOptions
 from nextflow_ar.sequence.vocab import (
     PreTrainedTokenizerFast,
     Vocabulary,
     load_text_tokenizer,
-    train_text_tokenizer,
 )
-from nextflow_ar.storage import write_folder
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training import adapters
 from nextflow_ar.training.distributed_checkpoint import export_bundle
-from nextflow_ar.training.episode_sources import EpisodeFeed, Place
+from nextflow_ar.training.episode_feed import Drafting, EpisodeFeed
+from nextflow_ar.training.episode_sources import Place
+from nextflow_ar.training.material import CORPUS, Part, as_parts, own_tokenizer
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
@@ -68,24 +68,10 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Keys that a resumed run may have otherwise than before."""
 _LOG = logging.getLogger(__name__)
-_CORPUS = 4000
 _TOLD = 20
 """Steps from one line of metrics to the next."""
 _LOOK = 64
 """Documents of every source that the self-test looks at."""
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A batch that is computed at once. ``tasks``: of the documents of every row; ``weight``: sum of the loss weights;
-    ``seen``: tokens; ``flops``: of training on it.
-    """
-
-    batch: Batch
-    tasks: tuple[tuple[str, ...], ...]
-    weight: float
-    seen: int
-    flops: int
 
 
 class ModelTrainer:
@@ -110,6 +96,8 @@ class ModelTrainer:
         }
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.base, self.generation = recipe.base, dict(GENERATION_DEFAULTS)
+        if all(isinstance(source, EpisodeSource) and source.dialogue for source in recipe.sources):
+            self.generation["dialogue"] = True
         self.config, self.text_tokenizer = self._architecture()
         self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
         self.model, self.trainable = self._start()
@@ -122,11 +110,16 @@ class ModelTrainer:
             for i, source in enumerate(recipe.sources)
             if isinstance(source, ShardSource)
         }
-        self.episodes = EpisodeFeed(
+        together = recipe.together if recipe.together is not None else cuda
+        self.together = together and recipe.accumulate == 1
+        drafting = Drafting(
             {i: source for i, source in enumerate(recipe.sources) if isinstance(source, EpisodeSource)},
-            self.image_tokenizer, self.vocab, self.layout, self.config, recipe.correction.at,
+            self.image_tokenizer.config, self.vocab, self.layout, self.config,
             Place(self.world.rank, self.world.size, recipe.accumulate),
-            prefetch=recipe.prefetch, workers=recipe.workers, steps=recipe.steps,
+        )  # fmt: skip
+        self.episodes = EpisodeFeed(
+            drafting, self.image_tokenizer, recipe.correction.at, together=self.together,
+            prefetch=recipe.prefetch and not self.together, workers=recipe.workers, steps=recipe.steps,
         )  # fmt: skip
         self.parameters = trained(self.model)
         self.averages = start_averages(self.parameters)
@@ -209,23 +202,10 @@ class ModelTrainer:
         """The run's own text tokenizer, trained on what the sources say; the first process makes it."""
         folder = self.recipe.out / "text_tokenizer"
         if self.world.rank == 0 and not folder.is_dir():
-            self._train_text_tokenizer(folder)
+            texts = [text for scenes in self.scenes.values() for text in scenes.texts(CORPUS)]
+            own_tokenizer(self.recipe, texts, self.image_tokenizer, folder)
         self.world.add(torch.zeros(1, device=self.device))  # all wait for it
         return load_text_tokenizer(folder)
-
-    def _train_text_tokenizer(self, folder: Path) -> None:
-        corpus = [text for scenes in self.scenes.values() for text in scenes.texts(_CORPUS)]
-        for source in self.recipe.sources:
-            if isinstance(source, ShardSource):
-                corpus += shard_texts(source, self.image_tokenizer, _CORPUS)
-            elif isinstance(source, EpisodeSource):
-                corpus += episode_texts(source, _CORPUS)
-        tokenizer = train_text_tokenizer(corpus, self.recipe.text_entries)
-
-        def fill(target: Path) -> None:
-            tokenizer.save_pretrained(target)
-
-        write_folder(folder, fill)
 
     def _state(self) -> State:
         assert isinstance(self.optimizer, ShardedOptimizer)
@@ -295,10 +275,7 @@ class ModelTrainer:
             tasks = [tuple(row.tasks for row in some) for some in split]
             return tuple(self._part(b, t) for b, t in zip(batches, tasks, strict=True))
         if isinstance(source, EpisodeSource):
-            return tuple(
-                Part(batch, draft.tasks, draft.weight, draft.seen, draft.flops)
-                for draft, batch in self.episodes.batches(number, self.step)
-            )
+            return tuple(as_parts(self.episodes.batches(number, self.step)))
         batch = self.scenes[number].batch(
             self.step, self.vocab, self.layout, self.word_classes, self.correction(), self.generator
         )
@@ -309,14 +286,15 @@ class ModelTrainer:
         return tuple(self._part(batch.part(world.rank + i * world.size, step), tasks) for i in range(parts))
 
     def _parts(self) -> list[Part]:
-        """All that this step computes. On a GPU what has one width is computed at once: a small batch leaves it idle."""
-        parts = [part for i in range(len(self.recipe.sources)) for part in self.material(i)]
-        if self.device.type != "cuda" or self.recipe.accumulate > 1:
-            return parts
-        alike: dict[int, list[Part]] = {}
-        for part in parts:
-            alike.setdefault(part.batch.shape[1], []).append(part)
-        return [_joined(several) for several in alike.values()]
+        """All that this step computes."""
+        together = self.together
+        alone = [
+            part
+            for i in range(len(self.recipe.sources))
+            if not (together and i in self.episodes.sources)
+            for part in self.material(i)
+        ]
+        return alone + (as_parts(self.episodes.together(self.step)) if together else [])
 
     def _part(self, batch: Batch, tasks: tuple[tuple[str, ...], ...]) -> Part:
         seen = int((batch.documents >= 0).sum())
@@ -497,21 +475,6 @@ class ModelTrainer:
 
 _NO_WEIGHT = ("closing_input", "scale_input", "rope_range", "rope_theta", "rope", "max_positions", "rms_eps")
 """Keys of the architecture that no weight's shape follows from: a stage may differ in them from what it starts from."""
-
-
-def _joined(parts: list[Part]) -> Part:
-    batch = joined([part.batch for part in parts])
-    tasks = tuple(row for part in parts for row in part.tasks)
-    return Part(
-        batch, tasks, sum(p.weight for p in parts), sum(p.seen for p in parts), sum(p.flops for p in parts)
-    )
-
-
-def shard_texts(source: ShardSource, tokenizer: ImageTokenizer, count: int) -> list[str]:
-    """Texts of the first rows of every extraction of a source, to train a text tokenizer on."""
-    from nextflow_ar.data.extraction import CodeShards
-
-    return [t for f in source.folders for t in CodeShards(f.folder, tokenizer).texts(count)]
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:

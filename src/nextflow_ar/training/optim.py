@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,48 @@ class OptimizerConfig:
         progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
         fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0 - progress
         return self.final + (1 - self.final) * fall
+
+
+class StackedMuon(torch.optim.Muon):
+    """torch's Muon with all matrices of one shape orthogonalised at once: a small model on a GPU waits for the number of
+    operations, not for their size. State and results are Muon's, up to the rounding of products in batches.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("a closure is not taken")
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for shape, several in alike.items():
+                self._update(group, shape, several)
+
+    def _update(self, group: dict[str, Any], shape: torch.Size, several: list[Tensor]) -> None:
+        gradients = [p.grad for p in several if p.grad is not None]
+        for parameter, gradient in zip(several, gradients, strict=True):
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(gradient)
+        moments = [self.state[p]["momentum_buffer"] for p in several]
+        torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, moments, group["momentum"]) if group["nesterov"] else moments
+        x = torch.stack(list(ahead)).bfloat16()
+        if shape[0] > shape[1]:
+            x = x.mT
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):  # Newton-Schulz
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if shape[0] > shape[1]:
+            x = x.mT
+        rate = group["lr"]
+        adjusted = rate * 0.2 * max(shape) ** 0.5  # adjust_lr_fn match_rms_adamw
+        torch._foreach_mul_(several, 1 - rate * group["weight_decay"])
+        torch._foreach_add_(several, list(x.float().unbind()), alpha=-adjusted)
 
 
 class StageOptimizer:
@@ -89,8 +131,9 @@ class StageOptimizer:
         self._matrices = [(p, nn.Parameter(p.detach().view(p.shape[0], -1))) for p in hidden]
         if hidden:
             matrices = [matrix for _, matrix in self._matrices]
+            kind = StackedMuon if hidden[0].device.type == "cuda" else torch.optim.Muon
             self.optimizers.append(
-                torch.optim.Muon(
+                kind(
                     matrices,
                     lr=config.muon_lr,
                     weight_decay=config.weight_decay,

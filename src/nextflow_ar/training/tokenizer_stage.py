@@ -361,7 +361,7 @@ class TokenizerTrainer:
         return self.data.batch(step * self.world.size + self.world.rank)
 
     def batch(self) -> PictureBatch:
-        """This step's pictures."""
+        """This step's."""
         if self._crew is not None:
             return self._crew.get(self.step)
         return self._batch(self.step) if self._ahead is None else self._ahead.get(self.step)
@@ -388,7 +388,9 @@ class TokenizerTrainer:
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             parameters = dict(self.model.named_parameters())
-            torch._foreach_lerp_(list(self.averages.values()), [parameters[n] for n in self.averages], 1 - decay)
+            torch._foreach_lerp_(
+                list(self.averages.values()), [parameters[n] for n in self.averages], 1 - decay
+            )
         self.step += 1
         return found
 
@@ -440,10 +442,9 @@ class TokenizerTrainer:
                     self.run.log(step=self.step, **self.evaluate())
                 if stop() and not last:
                     raise KeyboardInterrupt
-        if self._ahead is not None:
-            self._ahead.close()
-        if self._crew is not None:
-            self._crew.close()
+        for maker in (self._ahead, self._crew):
+            if maker is not None:
+                maker.close()
         self._averaged()
         if first:
             self.model.save_pretrained(recipe.out / "final")

@@ -1,0 +1,268 @@
+"""Drafts of the wide world's episodes as batches: made in place, ahead, or by processes; their pictures become codes on the
+device that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nextflow_ar.config import ImageTokenizerConfig, ModelConfig
+from nextflow_ar.data.episodes import EpisodeSource
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.batch import Batch, joined
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
+from nextflow_ar.sequence.vocab import Vocabulary
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.pixels import to_unit
+from nextflow_ar.tokenizer.quantizer import SelfCorrection
+from nextflow_ar.training.crew import Crew
+from nextflow_ar.training.episode_sources import Draft, EpisodeBatches, Pictures, Place
+from nextflow_ar.training.prefetch import Ahead
+
+_TOGETHER = 8
+"""Steps whose pictures are encoded at once on a GPU."""
+_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Pixels of pictures that are encoded at once (64 pictures of 64 px on a CPU)."""
+_FILLED = (2, 4, 8, 16)
+"""Pictures encoded at once are filled up to one of these or a multiple of the last: convolutions are compiled anew for
+every size of batch on a CPU, which costs more than the pictures too many."""
+
+
+def merged(drafts: Sequence[Draft]) -> Draft:
+    """Drafts of one width as one; their pictures get new numbers."""
+    given: dict[ScaleSchedule, list[np.ndarray]] = {}
+    drawn: dict[ScaleSchedule, list[np.ndarray]] = {}
+    for draft in drafts:
+        for p in draft.pictures:
+            given.setdefault(p.schedule, []).append(p.pixels[: p.given])
+            drawn.setdefault(p.schedule, []).append(p.pixels[p.given :])
+    shown = {schedule: sum(map(len, several)) for schedule, several in given.items()}
+    before = {schedule: (0, shown[schedule]) for schedule in given}
+    batches = []
+    for draft in drafts:
+        images = []
+        for group in draft.batch.images:
+            mine = next(p.given for p in draft.pictures if p.schedule == group.schedule)
+            first, second = before[group.schedule]
+            codes = torch.where(group.codes < mine, group.codes + first, group.codes - mine + second)
+            images.append(replace(group, codes=codes))
+        batches.append(replace(draft.batch, images=tuple(images)))
+        for p in draft.pictures:
+            first, second = before[p.schedule]
+            before[p.schedule] = first + p.given, second + len(p.pixels) - p.given
+    return Draft(
+        joined(batches),
+        tuple(Pictures(s, np.concatenate([*given[s], *drawn[s]]), shown[s]) for s in given),
+        tuple(row for draft in drafts for row in draft.tasks),
+        sum(draft.weight for draft in drafts),
+        sum(draft.seen for draft in drafts),
+        sum(draft.flops for draft in drafts),
+        sum(draft.skipped for draft in drafts),
+    )
+
+
+class Filler:
+    """Drafts to batches: pictures become codes on the image tokenizer's device, where the batches stay."""
+
+    def __init__(self, tokenizer: ImageTokenizer, text_size: int) -> None:
+        self.tokenizer, self.text_size = tokenizer, text_size
+
+    @torch.no_grad()
+    def filled(
+        self, drafts: Sequence[Draft], correction: SelfCorrection | None, generator: torch.Generator | None
+    ) -> list[Batch]:
+        """The batches with the codes of their pictures, those of a kind encoded together; only pictures to be drawn are
+        self-corrected.
+        """
+        tables: list[dict[ScaleSchedule, tuple[Tensor, Tensor]]] = [{} for _ in drafts]
+        schedules = dict.fromkeys(p.schedule for draft in drafts for p in draft.pictures)
+        for schedule in schedules:
+            have = [
+                (i, p) for i, draft in enumerate(drafts) for p in draft.pictures if p.schedule == schedule
+            ]
+            given = [p.pixels[: p.given] for _, p in have]
+            pixels = np.concatenate([*given, *(p.pixels[p.given :] for _, p in have)])
+            count = sum(map(len, given))
+            found = list(self._encoded(pixels, schedule, count, correction, generator))
+            target, fed = (torch.cat([pair[k] for pair in found]) for k in (0, 1))
+            shown, drawn = 0, count
+            for i, p in have:
+                more = len(p.pixels) - p.given
+                mine = [
+                    torch.cat([x[shown : shown + p.given], x[drawn : drawn + more]]) for x in (target, fed)
+                ]
+                tables[i][schedule] = mine[0], mine[1]
+                shown, drawn = shown + p.given, drawn + more
+        return [self._with(draft.batch, table) for draft, table in zip(drafts, tables, strict=True)]
+
+    def _with(self, batch: Batch, codes: dict[ScaleSchedule, tuple[Tensor, Tensor]]) -> Batch:
+        """A draft's batch with (N, T) target and input codes of the pictures of every schedule."""
+        device = self.tokenizer.device
+        batch = batch.to(device)
+        targets, width, groups = batch.targets.flatten(), batch.shape[1], []
+        for group in batch.images:
+            numbers = group.codes[:, 0]
+            target, fed = (found[numbers] for found in codes[group.schedule])
+            count = group.schedule.offsets[group.scales]
+            if count:  # <boi> and the places behind it predict the codes of the scales that are laid out
+                places = (group.rows * width + group.starts - 1)[:, None]
+                places = places + torch.arange(count, device=device)
+                learnt = targets[places]
+                targets[places] = torch.where(learnt == IGNORED, learnt, target[:, :count] + self.text_size)
+            groups.append(replace(group, codes=fed))
+        return replace(batch, targets=targets.view_as(batch.targets), images=tuple(groups))
+
+    def _encoded(
+        self,
+        pixels: np.ndarray,
+        schedule: ScaleSchedule,
+        given: int,
+        correction: SelfCorrection | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Target and input codes of pictures, some at a time; the first ``given`` are not corrected."""
+        device = self.tokenizer.device
+        step = max(1, _PIXELS[device.type] // (pixels.shape[1] * pixels.shape[2]))
+        for first in range(0, len(pixels), step):
+            shown = torch.from_numpy(pixels[first : first + step])
+            count = filled = len(shown)
+            if device.type == "cpu":
+                filled = next((n for n in _FILLED if n >= count), -(-count // _FILLED[-1]) * _FILLED[-1])
+                shown = torch.cat([shown, shown[-1:].expand(filled - count, -1, -1, -1)])
+            seen = to_unit(shown.to(device)).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16):
+                codes = self.tokenizer.quantizer.quantize(
+                    self.tokenizer.embed(seen),
+                    schedule,
+                    correction=correction,
+                    corrected=torch.arange(first, first + filled, device=device) >= given,
+                    generator=generator,
+                )
+            yield codes.target[:count], codes.input[:count]
+
+
+Drafts = dict[int, tuple[Draft, ...]]
+"""A step's, by the number of their source."""
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """All that a process needs to make the drafts of any step."""
+
+    sources: dict[int, EpisodeSource]
+    tokenizer: ImageTokenizerConfig
+    vocab: Vocabulary
+    layout: LayoutOptions
+    model: ModelConfig
+    place: Place
+
+    def batches(self) -> dict[int, EpisodeBatches]:
+        """The sources, ready to be asked."""
+        return {
+            number: EpisodeBatches(source, self.tokenizer, self.vocab, self.layout, self.model)
+            for number, source in self.sources.items()
+        }
+
+    def each(self) -> Callable[[int], Drafts]:
+        """What makes a step's drafts from its number."""
+        made = self.batches()
+        return lambda step: {number: one.drafts(step, self.place) for number, one in made.items()}
+
+    def together(self) -> Callable[[int], list[Draft]]:
+        """The same, those of one width as one."""
+        each = self.each()
+        return lambda step: _by_width(each(step))
+
+
+def _by_width(drafts: Drafts) -> list[Draft]:
+    found: dict[int, list[Draft]] = {}
+    for several in drafts.values():
+        for draft in several:
+            found.setdefault(draft.batch.shape[1], []).append(draft)
+    return [merged(several) for several in found.values()]
+
+
+class EpisodeFeed:
+    """The batches of all of a recipe's sources of episodes: made in place, a step ahead by a thread (``prefetch``), or by
+    ``workers`` processes. Whoever makes them, they are the same. ``together``: what has one width comes as one batch.
+    ``steps``: of the whole run.
+    """
+
+    def __init__(
+        self,
+        drafting: Drafting,
+        tokenizer: ImageTokenizer,
+        correction: Callable[[int], SelfCorrection | None],
+        *,
+        together: bool = False,
+        prefetch: bool = False,
+        workers: int = 0,
+        steps: int,
+    ) -> None:
+        self.drafting, self.correction, self._together = drafting, correction, together
+        self.filler = Filler(tokenizer, drafting.vocab.text_size)
+        self.sources, self.skipped, self._steps = drafting.batches(), 0, steps
+        self._group: tuple[int, list[list[tuple[Draft, Batch]]]] = (-1, [])
+        self._ahead = Ahead(self._step, steps) if prefetch and self.sources and not workers else None
+        self._crew: Crew[Any] | None = None
+        if workers and self.sources:
+            self._crew = Crew(drafting.together if together else drafting.each, steps, workers)
+        self._current: tuple[int, Drafts] = (-1, {})
+
+    def batches(self, number: int, step: int) -> list[tuple[Draft, Batch]]:
+        """Of source ``number`` at a step: its parts as drafts, and with codes."""
+        found = self._made(number, step) if self._ahead is None else self._ahead.get(step)[number]
+        self.skipped += sum(draft.skipped for draft, _ in found)
+        return found
+
+    def together(self, step: int) -> list[tuple[Draft, Batch]]:
+        """Of all sources at a step, what has one width in one batch, for a GPU that small batches leave idle. The pictures
+        of several steps are encoded at once: it is the number of operations that takes time.
+        """
+        group, place = divmod(step, _TOGETHER)
+        if self._group[0] != group:
+            steps = range(group * _TOGETHER, min((group + 1) * _TOGETHER, self._steps))
+            each = [self._joined(at) for at in steps]
+            drafts = [draft for several in each for draft in several]
+            batches = iter(self.filler.filled(drafts, self.correction(steps[0]), self._random(0, steps[0])))
+            self._group = group, [[(draft, next(batches)) for draft in several] for several in each]
+        found = self._group[1][place]
+        self.skipped += sum(draft.skipped for draft, _ in found)
+        return found
+
+    def _joined(self, step: int) -> list[Draft]:
+        if self._crew is not None:
+            return self._crew.get(step)
+        return _by_width({n: one.drafts(step, self.drafting.place) for n, one in self.sources.items()})
+
+    def _drafts(self, number: int, step: int) -> tuple[Draft, ...]:
+        if self._crew is None:
+            return self.sources[number].drafts(step, self.drafting.place)
+        if self._current[0] != step:
+            self._current = step, self._crew.get(step)
+        return self._current[1][number]
+
+    def _random(self, seed: int, step: int) -> torch.Generator:
+        found = np.random.default_rng([5, seed, step, self.drafting.place.process]).integers(1 << 62)
+        return torch.Generator(self.filler.tokenizer.device).manual_seed(int(found))
+
+    def _made(self, number: int, step: int) -> list[tuple[Draft, Batch]]:
+        drafts = self._drafts(number, step)
+        random = self._random(self.sources[number].source.seed, step)
+        return list(zip(drafts, self.filler.filled(drafts, self.correction(step), random), strict=True))
+
+    def _step(self, step: int) -> dict[int, list[tuple[Draft, Batch]]]:
+        return {number: self._made(number, step) for number in self.sources}
+
+    def close(self) -> None:
+        """End the thread or the processes."""
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._crew is not None:
+            self._crew.close()

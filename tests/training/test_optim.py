@@ -1,0 +1,45 @@
+"""Muon over matrices of one shape at once is torch's own, its state too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nextflow_ar.training.optim import StackedMuon
+
+SHAPES = ((24, 16), (16, 24), (24, 16), (20, 20), (24, 16))
+
+
+def _trained(
+    kind: type[torch.optim.Muon], steps: int, nesterov: bool
+) -> tuple[list[nn.Parameter], torch.optim.Muon]:
+    random = torch.Generator().manual_seed(2)
+    weights = [nn.Parameter(torch.randn(*shape, generator=random)) for shape in SHAPES]
+    optimizer = kind(weights, lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw")
+    for step in range(steps):
+        for number, weight in enumerate(weights):
+            gradient = torch.randn(weight.shape, generator=random)
+            weight.grad = None if (step, number) == (1, 2) else gradient  # one that is left alone for a step
+        optimizer.step()
+    return weights, optimizer
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_as_torchs_own(nesterov: bool) -> None:
+    ours, state = _trained(StackedMuon, 4, nesterov)
+    theirs, other = _trained(torch.optim.Muon, 4, nesterov)
+    for a, b in zip(ours, theirs, strict=True):
+        # products in batches may round otherwise in bf16
+        assert float((a - b).detach().abs().max()) < 0.02 * 0.2 * 24**0.5 * 0.05
+    mine, yours = state.state_dict()["state"], other.state_dict()["state"]
+    assert set(mine) == set(yours) == set(range(len(SHAPES)))
+    for number in mine:
+        torch.testing.assert_close(mine[number]["momentum_buffer"], yours[number]["momentum_buffer"])
+    state.load_state_dict(other.state_dict())
+
+
+def test_a_closure_is_refused() -> None:
+    _, optimizer = _trained(StackedMuon, 1, True)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
