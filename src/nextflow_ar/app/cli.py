@@ -199,12 +199,16 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key: a.b=c. May be repeated.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0.1, help="As many steps as fit, instead of the recipe's number."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run one training stage; a stopped run goes on where it was."""
     from nextflow_ar.app.stages import run_recipe
 
-    folder = run_recipe(recipe, changes or [])
+    folder = run_recipe(recipe, changes or [], minutes)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one tells
         typer.echo(json.dumps({"out": str(folder)}) if as_json else str(folder))
 

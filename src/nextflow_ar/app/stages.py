@@ -38,13 +38,20 @@ SHEET_PROMPTS = (
 )
 
 
-def run_recipe(path: Path, changes: list[str]) -> Path:
-    """Train what a recipe file says; returns the finished folder. Raises ConfigError for a recipe that does not fit."""
+def run_recipe(path: Path, changes: list[str], minutes: float | None = None) -> Path:
+    """Train what a recipe file says; returns the finished folder. ``minutes``: as many steps as fit, instead of
+    the recipe's number.
+
+    Raises ConfigError for a recipe that does not fit.
+    """
+    seconds = None if minutes is None else 60 * minutes
     values = override(load_yaml(path), changes)
     kind = values.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"{path}: 'kind' is one of {', '.join(KINDS)}, got {kind!r}")
     where = str(path)
+    if minutes is not None and kind not in ("tokenizer", "model"):
+        raise ConfigError(f"{path}: --minutes is for the kinds tokenizer and model, this is a {kind}")
     if kind == "teacher":
         from nextflow_ar.training.teacher import TeacherRecipe, train_teacher
 
@@ -54,12 +61,12 @@ def run_recipe(path: Path, changes: list[str]) -> Path:
         from nextflow_ar.training.tokenizer_stage import TokenizerRecipe, train_tokenizer
 
         tokenizer = from_dict(TokenizerRecipe, values, where)
-        return train_tokenizer(tokenizer, to_dict(tokenizer))
+        return train_tokenizer(tokenizer, to_dict(tokenizer), seconds)
     if kind == "model":
         from nextflow_ar.training.model_stage import ModelRecipe, train_model
 
         model = from_dict(ModelRecipe, values, where)
-        return train_model(model, to_dict(model), preview_sheet)
+        return train_model(model, to_dict(model), preview_sheet, seconds)
     if kind == "world_judge":
         from nextflow_ar.app.world_command import train_judge_of
 

@@ -46,7 +46,7 @@ from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source
-from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
+from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
 from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, self_test
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
@@ -77,9 +77,10 @@ _LOOK = 64
 class ModelTrainer:
     """Everything a stage holds: model, averages, frozen tokenizers, optimiser, data, run folder."""
 
-    def __init__(self, recipe: ModelRecipe, values: dict[str, Any]) -> None:
+    def __init__(self, recipe: ModelRecipe, values: dict[str, Any], seconds: float | None = None) -> None:
         keep_freed_memory()
         self.world = World.join()
+        self.pace = Pace(recipe.steps, seconds, self.world.size)
         recipe.check(self.world.size)
         self.recipe = recipe
         cuda = torch.cuda.is_available()
@@ -119,7 +120,7 @@ class ModelTrainer:
         )  # fmt: skip
         self.episodes = EpisodeFeed(
             drafting, self.image_tokenizer, recipe.correction.at, together=self.together,
-            prefetch=recipe.prefetch and not self.together, workers=recipe.workers, steps=recipe.steps,
+            prefetch=recipe.prefetch and not self.together, workers=recipe.workers, steps=self.pace.steps,
         )  # fmt: skip
         self.parameters = trained(self.model)
         self.averages = start_averages(self.parameters)
@@ -355,7 +356,7 @@ class ModelTrainer:
         else:
             self.shards.before_update(self.parameters.values())
         idle = self.trainable.idle(self.step, self.optimizer.names)
-        norm = self.optimizer.step(recipe.optimizer.factor(self.step, recipe.steps), idle)
+        norm = self.optimizer.step(recipe.optimizer.factor(self.step, self.pace.steps), idle)
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         move_averages(self.averages, self.parameters, decay)
         return norm
@@ -428,7 +429,7 @@ class ModelTrainer:
     def fit(self, preview: Preview | None = None) -> Path:
         """Train to the recipe's last step; returns the finished checkpoint folder."""
         recipe, first = self.recipe, self.world.rank == 0
-        if self.step < recipe.steps:
+        if self.step < self.pace.steps:
             self.self_test()
         self.speed = Speedometer(peak_of(recipe.peak, self.device), self.world.size)
         board = Board(recipe.out) if recipe.tensorboard and first else None
@@ -438,10 +439,11 @@ class ModelTrainer:
         drawn = preview if first and not self.spread else None
         bar = progress_bar("transformer", recipe.steps, self.step, shown=first)
         with bar as update, stop_request() as stop:
-            while self.step < recipe.steps:
-                told = (self.step + 1) % _TOLD == 0 or self.step + 1 == recipe.steps
+            while self.step < self.pace.steps:
+                told = (self.step + 1) % _TOLD == 0 or self.step + 1 == self.pace.steps
                 found = self.advance(told=told)
-                last = self.step == recipe.steps
+                self.pace.passed(self.step)
+                last = self.step == self.pace.steps
                 if told and first:
                     update(self.step, self._report(found, board))
                 asked = self.world.any(stop())
@@ -482,9 +484,14 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return to_dict(from_dict(ModelRecipe, values))
 
 
-def train_model(recipe: ModelRecipe, recipe_values: dict[str, Any], preview: Preview | None = None) -> Path:
-    """Run one stage, resuming from its folder; returns the finished checkpoint folder."""
-    return ModelTrainer(recipe, recipe_values).fit(preview)
+def train_model(
+    recipe: ModelRecipe,
+    recipe_values: dict[str, Any],
+    preview: Preview | None = None,
+    seconds: float | None = None,
+) -> Path:
+    """Run one stage, resuming from its folder; returns the finished checkpoint folder. ``seconds``: see Pace."""
+    return ModelTrainer(recipe, recipe_values, seconds).fit(preview)
 
 
 __all__ = [

@@ -67,8 +67,8 @@ class StackedMuon(torch.optim.Muon):
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(gradient)
         moments = [self.state[p]["momentum_buffer"] for p in several]
-        torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, moments, group["momentum"]) if group["nesterov"] else moments
+        torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        ahead = torch._foreach_lerp(gradients, moments, group["momentum"]) if group["nesterov"] else moments  # pyright: ignore[reportPrivateImportUsage]
         x = torch.stack(list(ahead)).bfloat16()
         if shape[0] > shape[1]:
             x = x.mT
@@ -81,8 +81,8 @@ class StackedMuon(torch.optim.Muon):
             x = x.mT
         rate = group["lr"]
         adjusted = rate * 0.2 * max(shape) ** 0.5  # adjust_lr_fn match_rms_adamw
-        torch._foreach_mul_(several, 1 - rate * group["weight_decay"])
-        torch._foreach_add_(several, list(x.float().unbind()), alpha=-adjusted)
+        torch._foreach_mul_(several, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(several, list(x.float().unbind()), alpha=-adjusted)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class StageOptimizer:

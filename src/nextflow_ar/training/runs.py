@@ -27,9 +27,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError, write_atomic
 
 _CHECKPOINT = "checkpoint.pt"
+_WARM, _FAR = 25, 10**9
+_CLOSING = 6.0
+"""Seconds at the end of a run of so many seconds: the last checkpoint, the export, a sample sheet."""
 SHARDED = "checkpoints"
 """Name of the folder of a sharded run's checkpoints."""
 
@@ -166,6 +170,38 @@ def stop_request() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+class Pace:
+    """How many steps a run has: ``steps``, or, with ``seconds``, as many as fit into so much time from now on. How long one
+    takes is measured over 25, once 25 others have compiled what there is to compile; until then the end is far away.
+
+    Raises ConfigError for a time with several ``processes``, which would not stop together.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        seconds: float | None = None,
+        processes: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if seconds is not None and processes > 1:
+            raise ConfigError("a number of minutes is for one process: several would not stop together")
+        self.steps = steps if seconds is None else _FAR
+        self._clock, self._seen, self._from = clock, 0, 0.0
+        self._end = None if seconds is None else clock() + seconds
+
+    def passed(self, step: int) -> None:
+        """Note that a step is over; ``step``: how many there have been in all."""
+        if self._end is None:
+            return
+        self._seen += 1
+        if self._seen == _WARM:
+            self._from = self._clock()
+        if self._seen == 2 * _WARM:
+            each = max(1e-9, (self._clock() - self._from) / _WARM)
+            self.steps = step + max(1, int((self._end - _CLOSING - self._clock()) / each))
 
 
 class Every:

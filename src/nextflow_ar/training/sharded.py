@@ -243,7 +243,7 @@ def start_averages(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 def move_averages(averages: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float) -> None:
     """Move every average towards its parameter by 1 - ``decay``; no process needs another for it."""
     ours = [local(average) for average in averages.values()]
-    torch._foreach_lerp_(ours, [local(parameters[name]).detach() for name in averages], 1 - decay)
+    torch._foreach_lerp_(ours, [local(parameters[name]).detach() for name in averages], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

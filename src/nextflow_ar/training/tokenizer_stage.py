@@ -43,7 +43,8 @@ from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.prefetch import Ahead
-from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
+from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
+from nextflow_ar.training.sharded import move_averages
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,12 @@ class TokenizerRecipe:
 class TokenizerTrainer:
     """Everything one stage holds: model, averages, optimisers, data, run folder."""
 
-    def __init__(self, recipe: TokenizerRecipe, values: dict[str, Any]) -> None:
+    def __init__(self, recipe: TokenizerRecipe, values: dict[str, Any], seconds: float | None = None) -> None:
         keep_freed_memory()
         recipe.check()
         self.recipe = recipe
         self.world = World.join()
+        self.pace = Pace(recipe.steps, seconds, self.world.size)
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         torch.manual_seed(recipe.seed)
@@ -208,11 +210,11 @@ class TokenizerTrainer:
         self.step = self.revived = 0
         if (state := self.run.load()) is not None:
             self._restore(state)
-        self._ahead = Ahead(self._batch, recipe.steps) if recipe.prefetch and not recipe.workers else None
+        self._ahead = Ahead(self._batch, self.pace.steps) if recipe.prefetch and not recipe.workers else None
         self._crew: Crew[PictureBatch] | None = None
         if recipe.workers:
             begin = partial(_picturing, recipe, self.world.rank, self.world.size)
-            self._crew = Crew(begin, recipe.steps, recipe.workers)
+            self._crew = Crew(begin, self.pace.steps, recipe.workers)
         self._embed, self._render = self.model.embed, self.model.render
         if recipe.compile:
             self._embed, self._render = torch.compile(self._embed), torch.compile(self._render)
@@ -370,7 +372,7 @@ class TokenizerTrainer:
         """One step; returns the loss terms. Raises FloatingPointError, naming the step, when the loss is not finite."""
         recipe = self.recipe
         batch = self.batch()
-        factor = recipe.optimizer.factor(self.step, recipe.steps)
+        factor = recipe.optimizer.factor(self.step, self.pace.steps)
         terms, pixels, out = self.losses(batch)
         self._adversarial(terms, out)
         loss = torch.stack(list(terms.values())).sum()
@@ -386,11 +388,7 @@ class TokenizerTrainer:
         if self.discriminator is not None and self.step >= recipe.loss.adversarial_start:
             found["critic"] = self._criticise(pixels, out, factor)
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            parameters = dict(self.model.named_parameters())
-            torch._foreach_lerp_(
-                list(self.averages.values()), [parameters[n] for n in self.averages], 1 - decay
-            )
+        move_averages(self.averages, dict(self.model.named_parameters()), decay)
         self.step += 1
         return found
 
@@ -429,9 +427,10 @@ class TokenizerTrainer:
             progress_bar(f"tokenizer ({recipe.trains})", recipe.steps, self.step) as update,
             stop_request() as stop,
         ):
-            while self.step < recipe.steps:
+            while self.step < self.pace.steps:
                 terms = self.advance()
-                last = self.step == recipe.steps
+                self.pace.passed(self.step)
+                last = self.step == self.pace.steps
                 if first and (self.step % 50 == 0 or last):
                     broken = len(self.data.broken())
                     self.run.log(step=self.step, revived=self.revived, broken=broken, **terms)
@@ -494,6 +493,6 @@ def evaluate_tokenizer(
     return found, rows
 
 
-def train_tokenizer(recipe: TokenizerRecipe, recipe_values: dict[str, Any]) -> Path:
+def train_tokenizer(recipe: TokenizerRecipe, values: dict[str, Any], seconds: float | None = None) -> Path:
     """Run one tokenizer stage, resuming from its folder; returns the finished tokenizer's folder."""
-    return TokenizerTrainer(recipe, recipe_values).fit()
+    return TokenizerTrainer(recipe, values, seconds).fit()

@@ -35,16 +35,22 @@ class PipelineAnswers:
         out: list[list[str | Codes]] = [[] for _ in asks]
         groups: dict[object, list[int]] = defaultdict(list)
         for number, ask in enumerate(asks):
-            groups[("picture", ask.think) if ask.want == "picture" else "other"].append(number)
+            groups[("picture", self._thinks(ask)) if ask.want == "picture" else "other"].append(number)
         for kind, numbers in groups.items():
             mine = [asks[k] for k in numbers]
             if isinstance(kind, tuple):
-                found = self._pictures(mine, mine[0].think)
+                found = self._pictures(mine, kind[1])
             else:
                 found = self._run([self._request(ask) for ask in mine])
             for k, reply in zip(numbers, found, strict=True):
                 out[k] = reply
         return self._decoded(out)
+
+    def _thinks(self, ask: Ask) -> bool:
+        """As the pipeline itself: an edit is not thought about unless that is asked for."""
+        if ask.think is not None:
+            return ask.think
+        return self.pipeline.thinks and all(isinstance(one, str) for _, one in ask.parts)
 
     def _seed(self, ask: Ask) -> int:
         return (self.seed + zlib.crc32(repr(ask.key).encode())) % 2**63
@@ -53,7 +59,7 @@ class PipelineAnswers:
         said = ((role, one if isinstance(one, str) else self.pipeline.encode(one)) for role, one in ask.parts)
         return [part(role, one) for role, one in said]
 
-    def _pictures(self, asks: Sequence[Ask], think: bool | None) -> list[list[str | Codes]]:
+    def _pictures(self, asks: Sequence[Ask], think: bool) -> list[list[str | Codes]]:
         pipeline = self.pipeline
         requests = [
             pipeline.request(
@@ -65,7 +71,7 @@ class PipelineAnswers:
             for ask in asks
         ]
         said: list[list[str | Codes]] = [[] for _ in requests]
-        if pipeline.thinks if think is None else think:
+        if think:
             fitting = [k for k, request in enumerate(requests) if self._fits(request)]
             thought = pipeline.think([requests[k] for k in fitting])
             for k, request in zip(fitting, thought, strict=True):
