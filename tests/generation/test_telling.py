@@ -198,7 +198,8 @@ def test_a_video_goes_on_from_frames(pipeline: NextFlowPipeline, monkeypatch: py
         return []
 
     monkeypatch.setattr(pipeline.engine, "run", hear)
-    assert pipeline.video("a cat", frames=3) == [] and "3 frames of a cat" in asked
+    assert pipeline.video("a cat", frames=3) == [] and "three frames of a cat" in asked
+    assert pipeline.video("a cat", frames=12) == [] and "12 frames of a cat" in asked
     for wrong, line in (
         ({"frames": 0}, "at least one frame"),
         ({}, "say what moves"),

@@ -17,6 +17,8 @@ from nextflow_ar.types import Codes, Event, Image, ImageReady, TextDelta
 GREEDY = SamplingSettings(temperature=0.0)
 STORY_TOKENS = 48
 """Most text tokens of a story for each of its pictures."""
+COUNTED = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+"""How a small number of frames is said, as people write it."""
 NEXT_FRAME = "what comes next?"
 SHOWN_FRAMES = 4
 """Most frames that are shown when the next one is asked for."""
@@ -182,7 +184,8 @@ class Telling(Loaded):
         if not prompt.strip():
             raise RequestError("the prompt is empty: say what moves, such as 'a red car moves left'")
         phrase = str(self.bundle.generation.get("video", "{prompt}"))
-        asked = phrase.replace("{prompt}", prompt.strip()).replace("{frames}", str(frames))
+        said = COUNTED[frames] if frames < len(COUNTED) else str(frames)
+        asked = phrase.replace("{prompt}", prompt.strip()).replace("{frames}", said)
         request = self._writing(
             [part("user", asked)],
             self.schedule_for(size),

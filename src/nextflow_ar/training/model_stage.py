@@ -485,13 +485,10 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_model(
-    recipe: ModelRecipe,
-    recipe_values: dict[str, Any],
-    preview: Preview | None = None,
-    seconds: float | None = None,
+    recipe: ModelRecipe, values: dict[str, Any], preview: Preview | None = None, seconds: float | None = None
 ) -> Path:
     """Run one stage, resuming from its folder; returns the finished checkpoint folder. ``seconds``: see Pace."""
-    return ModelTrainer(recipe, recipe_values, seconds).fit(preview)
+    return ModelTrainer(recipe, values, seconds).fit(preview)
 
 
 __all__ = [
