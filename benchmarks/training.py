@@ -25,7 +25,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nextflow_ar.config import from_dict, load_yaml, to_dict
 from nextflow_ar.model.costs import Counts, forward_flops
-from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.layout import TEXT_SCALE
@@ -53,10 +52,9 @@ def trainer_of(recipe, folder):
 def recipe_step(trainer):
     """(work of one step, its FLOPs, its places, seconds that its data took)."""
     began = time.process_time()
-    material = [trainer.material(i, 1) for i in range(len(trainer.recipe.sources))]
+    parts = [part for i in range(len(trainer.recipe.sources)) for part in trainer.material(i)]
     data = time.process_time() - began
-    batches = [b for m in material for b in m.batches]
-    weight = sum(float(b.weights.sum()) for b in batches)
+    batches, weight = [part.batch for part in parts], sum(part.weight for part in parts)
 
     def work():
         for batch in batches:
@@ -66,8 +64,7 @@ def recipe_step(trainer):
         trainer.optimizer.step(1.0)
         move_averages(trainer.averages, trainer.parameters, 0.99)
 
-    places = sum(int((b.documents >= 0).sum()) for b in batches)
-    return work, sum(batch_flops(b, trainer.config) for b in batches), places, data
+    return work, sum(part.flops for part in parts), sum(part.seen for part in parts), data
 
 
 def text_batch(rows, entries):

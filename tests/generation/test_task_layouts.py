@@ -225,7 +225,7 @@ def test_guidance_contrasts_with_what_condition_dropout_leaves(
     }  # fmt: skip
     source = from_dict(EpisodeSource, values)
     config = bundle.model.config
-    made = EpisodeBatches(source, bundle.image_tokenizer, bundle.vocab, bundle.layout, config)
+    made = EpisodeBatches(source, bundle.image_tokenizer.config, bundle.vocab, bundle.layout, config)
     lesson = Lesson(pipeline, "edit_colour")
     asked = [
         asked_for(pipeline, monkeypatch, "edit", lesson.given[0], lesson.said[0]),

@@ -132,7 +132,7 @@ def test_two_processes_do_what_one_does(make: Make) -> None:
 
     alone = make("a")
     alone._update = lambda: 0.0  # type: ignore[method-assign]
-    (batch,) = make("peek").material(0, 1).batches
+    batch = make("peek").batch(0)
     weights = [float(w.sum()) for w in batch.weights]
     alone.advance()
     halves = [make("b"), make("c")]
