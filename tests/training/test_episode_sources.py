@@ -88,15 +88,18 @@ def test_a_step_over_several_tasks_tells_the_loss_of_each(folder: Path, tmp_path
     assert "backgr" in corpus and "assistant" in corpus
 
 
-def test_a_resumed_run_meets_the_same_batches_and_ends_the_same(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_resumed_run_meets_the_same_batches_and_ends_the_same(
+    folder: Path, tmp_path: Path, together: bool
+) -> None:
     sources = [source(dialogue=True), source(tasks={"ask": 1}, swap=0.5, seed=9)]
-    whole = trainer(tmp_path / "a", folder, sources)
+    whole = trainer(tmp_path / "a", folder, sources, together=together)
     told = [whole.advance() for _ in range(19)]  # beyond the steps that are packed together
-    first = trainer(tmp_path / "b", folder, sources, prefetch=True)
+    first = trainer(tmp_path / "b", folder, sources, together=together, prefetch=not together)
     assert [first.advance() for _ in range(17)] == told[:17]  # made ahead or in place is the same
     first.save()
     first.advance()  # lost
-    second = trainer(tmp_path / "b", folder, sources)
+    second = trainer(tmp_path / "b", folder, sources, together=together)
     assert second.step == 17 and [second.advance() for _ in range(2)] == told[17:]
     same_batches(whole, second)
     for (name, a), b in zip(
