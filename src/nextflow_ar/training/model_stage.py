@@ -288,14 +288,13 @@ class ModelTrainer:
 
     def _parts(self) -> list[Part]:
         """All that this step computes."""
-        together = self.together
         alone = [
             part
             for i in range(len(self.recipe.sources))
-            if not (together and i in self.episodes.sources)
+            if not (self.together and i in self.episodes.sources)
             for part in self.material(i)
         ]
-        return alone + (as_parts(self.episodes.together(self.step)) if together else [])
+        return alone + (as_parts(self.episodes.together(self.step)) if self.together else [])
 
     def _part(self, batch: Batch, tasks: tuple[tuple[str, ...], ...]) -> Part:
         seen = int((batch.documents >= 0).sum())
