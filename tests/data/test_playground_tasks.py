@@ -23,6 +23,7 @@ from nextflow_ar.data.playground.canvases import (
 )
 from nextflow_ar.data.playground.curriculum import (
     GROUPED,
+    PLANNED,
     TASK_NAMES,
     UNSPLIT,
     Mix,
@@ -45,8 +46,10 @@ from nextflow_ar.data.playground.reading import (
     truth_full,
     truth_short,
 )
+from nextflow_ar.data.playground.saying import full_caption, short_caption
 from nextflow_ar.data.playground.scoring import READERS, is_right
 from nextflow_ar.data.playground.telling import MOTIONS, read_motion
+from nextflow_ar.data.playground.thinking import with_plan
 from nextflow_ar.data.playground.words import COLOURS
 from nextflow_ar.data.playground.world import ONE_OF, POPULAR
 from nextflow_ar.data.tasks import to_document
@@ -65,7 +68,7 @@ def episodes(task: str, count: int, **settings: object) -> list[Episode]:
 
 
 def test_the_names() -> None:
-    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 46
+    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 47
     assert set(UNSPLIT) < set(TASK_NAMES) and {f"edit_{kind}" for kind in EDITS} < set(TASK_NAMES)
     with pytest.raises(ValueError, match="unknown playground task 'dance': one of draw_scene"):
         episode("dance", 0, 0)
@@ -193,6 +196,42 @@ def test_letters_are_balanced_and_lead_to_the_truth() -> None:
         elif found.truth.kind == "colour":
             assert right in {item.colour for item in canvas.items}
     assert letters == {"A": 70, "B": 70, "C": 70, "D": 70}
+
+
+def test_questions_about_one_picture_are_each_answered_truly() -> None:
+    kinds, yes = Counter(), Counter()
+    for found in episodes("examine", 200):
+        canvas, (shown, *said) = found.pictures[0].canvas, found.parts
+        assert isinstance(shown, Shown) and not shown.supervised and len(said) == 10
+        assert [part.supervised for part in said] == [False, True] * 5
+        asked = [part.text for part in said[::2] if isinstance(part, Said)]
+        assert len(set(asked)) == 5
+        for question, answer in zip(asked, found.truth.answers, strict=True):
+            kinds[answer.kind] += 1
+            names = {ONE_OF[word] for word in re.findall(r"\w+", question.lower()) if word in ONE_OF}
+            colours = set(re.findall(r"\w+", question.lower())) & set(COLOURS)
+            if answer.kind == "yes_no":
+                yes[answer.text] += 1
+                if len(names) == 1 and not set(re.findall(r"\w+", question.lower())) - PLAIN_WORDS - set(
+                    ONE_OF
+                ):
+                    assert (canvas.count(names.pop()) > 0) == (answer.text == "yes")
+            elif answer.kind == "number" and len(names) == 1:
+                assert canvas.count(names.pop()) == read_number(answer.text)
+            elif answer.kind == "colour" and len(names) == 1 and not colours:
+                assert {item.colour for item in canvas.items if item.name in names} == {answer.text}
+            elif answer.kind == "choice":
+                options = dict(re.findall(r"\n([A-D])\. ([^\n]+)", question))
+                assert len(set(options.values())) == 4 and options[answer.text]
+                there = {name for name in options.values() if canvas.count(name)}
+                if "not in the picture" in question.lower():
+                    assert options[answer.text] not in there and len(there) == 3
+                elif "which of these" in question.lower():
+                    assert there == {options[answer.text]}
+        last = found.truth.answers[-1]
+        assert last.text in (short_caption(canvas), full_caption(canvas))
+    assert set(kinds) == {"yes_no", "number", "colour", "place", "choice", "short_caption", "full_caption"}
+    assert 0.4 < yes["yes"] / yes.total() < 0.6
 
 
 def test_answers_are_scored_by_what_they_mean() -> None:
@@ -400,6 +439,17 @@ def test_thoughts_end_with_the_plan_of_the_picture() -> None:
     assert all(
         len(CLUES[item.name]) >= 4 for found in episodes("riddle", 20) for item in found.expected[0].items
     )
+
+
+@pytest.mark.parametrize("task", PLANNED)
+def test_what_is_drawn_or_edited_can_be_laid_out_in_words_first(task: str) -> None:
+    for found in episodes(task, 4):
+        planned = with_plan(found)
+        *before, plan, drawn = planned.parts
+        assert (*before, drawn) == found.parts and isinstance(plan, Said) and plan.supervised
+        assert read_plan(plan.text) == truth_full(found.expected[0])
+        assert planned.truth.answers == (*found.truth.answers, Answer(plan.text, "plan"))
+        assert planned.truth.region == found.truth.region
 
 
 def test_test_riddles_join_clues_that_training_never_joins() -> None:

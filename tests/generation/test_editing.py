@@ -246,5 +246,9 @@ def test_edits_have_the_pictures_size_and_may_think(bundle: Bundle) -> None:
     assert not np.array_equal(
         bare, long.edit(picture(), "make it green", seed=1, settings=HOT, think=True)[0]
     )
+    long.thinks_edits = True  # as generation.json may say
+    planned = long.edit(picture(), "make it green", seed=1, settings=HOT)[0]
+    assert not np.array_equal(bare, planned)
+    assert np.array_equal(bare, long.edit(picture(), "make it green", seed=1, settings=HOT, think=False)[0])
     by_example = long.edit(picture(), "", examples=[(picture(seed=1), picture(seed=2))], settings=HOT)
     assert by_example[0].size == (40, 40)

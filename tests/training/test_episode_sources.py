@@ -241,6 +241,16 @@ def test_canvases_prefixes_and_dropped_conditions(folder: Path, tmp_path: Path) 
     assert all(int((batch.documents[row] >= 0).sum()) == offsets[row] for row in alone)
 
 
+def test_a_share_of_what_is_drawn_is_laid_out_in_words(folder: Path, tmp_path: Path) -> None:
+    one = feed(folder, tmp_path, tasks={"edit": 1.0, "planned": 1.0}, planned=0.5).sources[0]
+    found = [one.episode(number) for number in range(200)]
+    edits = [each for each in found if each.task != "planned"]
+    with_plans = [each for each in edits if len(each.texts) > 1]
+    assert 0.35 * len(edits) < len(with_plans) < 0.65 * len(edits)
+    assert all(each.texts[-1].text.startswith("plan: ") for each in with_plans)
+    assert all(len(each.texts) == 2 for each in found if each.task == "planned")  # its own plan is enough
+
+
 def test_processes_share_the_rows(folder: Path, tmp_path: Path) -> None:
     one = feed(folder, tmp_path, rows=4).sources[0]
     (whole,) = one.drafts(5, Place())
@@ -272,6 +282,7 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
         ({"canvases": {}}, "at least one canvas"),
         ({"swap": 0.5}, "swap is for tasks that answer in words about a picture, not for edit_move"),
         ({"condition_dropout": 1.5}, "condition_dropout is a share from 0 to 1"),
+        ({"planned": 0.5, "tasks": {"chat": 1.0}}, "planned is for tasks that draw or edit, not for chat"),
         ({"level": "hard"}, "level"),
         ({"colour": 1}, "colour"),
     ):

@@ -20,6 +20,7 @@ from nextflow_ar.model.checkpoint import load_bundle
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import SemanticEncoder
+from nextflow_ar.training.carrying import carry_codes, playground_pictures
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer, Source, swap_words
 from nextflow_ar.training.optim import OptimizerConfig
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_image_tokenizer
@@ -218,6 +219,28 @@ def test_other_codes_than_the_starts_are_refused_or_learnt_anew(
     assert model.head.weight[text:].any()
     with pytest.raises(ConfigError, match="codes: anew is for a run with a start"):
         trainer(tmp_path / "nothing", tokenizer_folder, codes="anew")
+
+
+def test_codes_are_carried_over_to_another_tokenizers(tokenizer_folder: Path, tmp_path: Path) -> None:
+    old = trainer(tmp_path / "old", tokenizer_folder, steps=3).fit()
+    before, kept = ImageTokenizer.from_pretrained(tokenizer_folder), load_bundle(old).model
+    order = torch.randperm(len(before.quantizer.codebook), generator=torch.Generator().manual_seed(0))
+    other = ImageTokenizer.from_pretrained(tokenizer_folder)
+    other.quantizer.codebook.copy_(before.quantizer.codebook[order])  # the same codes under other numbers
+    other.save_pretrained(tmp_path / "other")
+    training = trainer(tmp_path / "carried", tmp_path / "other", codes="carried", start=str(old), model=None)
+    model, text = training.model, training.model.config.text_vocab
+    pictures = torch.from_numpy(playground_pictures(40, 1, 40))
+    seen = other.encode_bytes(pictures).target.unique()
+    assert torch.equal(model.head.weight[:text], kept.head.weight[:text])
+    torch.testing.assert_close(model.head.weight[text + seen], kept.head.weight[text + order[seen]])
+    torch.testing.assert_close(
+        model.scale_inputs.code_embed.weight[seen], kept.scale_inputs.code_embed.weight[order[seen]],
+        rtol=0, atol=0.05 * float(kept.scale_inputs.code_embed.weight.std()),
+    )  # fmt: skip
+    assert carry_codes(load_bundle(old).model, before, other, pictures.numpy()) > 0.99
+    with pytest.raises(ConfigError, match="codes: carried is for a run with a start"):
+        trainer(tmp_path / "nothing", tokenizer_folder, codes="carried")
 
 
 def test_schedules_of_the_learning_rate() -> None:

@@ -41,7 +41,10 @@ def edit(
     after: Annotated[
         list[Path] | None, typer.Option("--after", help="The same example after it. Both may be repeated.")
     ] = None,
-    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason in words first.")] = False,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Plan in words before drawing. Default: as the model says."),
+    ] = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -85,7 +88,7 @@ def edit(
         "seed": seed,
         "pictures": files,
     }
-    _tell(told | ({"thoughts": thoughts} if think else {}), as_json)
+    _tell(told | ({"thoughts": thoughts} if any(thoughts) else {}), as_json)
 
 
 def inpaint(

@@ -9,10 +9,10 @@ from typing import Literal
 from pydantic import ConfigDict
 
 from nextflow_ar.data.loader import Packing
-from nextflow_ar.data.playground.curriculum import GROUPED, by_task, corpus
+from nextflow_ar.data.playground.curriculum import PLANNED, READ_ALONE, by_task, corpus
 from nextflow_ar.data.playground.scenes import Split
 
-READING: tuple[str, ...] = (*GROUPED["caption"], *GROUPED["ask"], "video_caption")
+READING: tuple[str, ...] = (*READ_ALONE, "video_caption")
 """Tasks whose responses are words that no picture follows."""
 
 
@@ -26,6 +26,8 @@ class EpisodeSource:
     first drawn picture is left out, for guidance. ``picture_dropout``: the same of the given pictures before an answer in
     words (tasks of reading only): what is likely to be said of any picture, for the guidance of answers. ``swap``: share
     of the colours and names in a response that are fed as another one, targets unchanged (tasks of reading only).
+    ``planned``: share of the episodes of drawing and editing in which the assistant lays the picture out in words before
+    it draws.
 
     There is no inversion: people's requests are worded loosely, and the captioning tasks have the canonical words.
     """
@@ -44,6 +46,7 @@ class EpisodeSource:
     condition_dropout: float = 0.0
     picture_dropout: float = 0.0
     swap: float = 0.0
+    planned: float = 0.0
 
     def __post_init__(self) -> None:
         answers = by_task(self.tasks)
@@ -53,10 +56,14 @@ class EpisodeSource:
             canvas_size(name)
         if not self.canvases or min(self.canvases.values()) < 0 or sum(self.canvases.values()) <= 0:
             raise ValueError("canvases needs at least one canvas with a weight above 0")
-        for name in ("condition_dropout", "picture_dropout", "swap"):
+        for name in ("condition_dropout", "picture_dropout", "swap", "planned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
         others = [task for task in answers if task not in READING]
+        if self.planned and not any(task in PLANNED for task in answers):
+            raise ValueError(
+                f"planned is for tasks that draw or edit, not for {others[0] if others else READING[0]}"
+            )
         if self.swap and others:
             raise ValueError(f"swap is for tasks that answer in words about a picture, not for {others[0]}")
         if self.picture_dropout and others:

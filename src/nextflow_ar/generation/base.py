@@ -1,9 +1,9 @@
 """A loaded checkpoint: which model a name means, sizes, pictures to codes and back, and the events of requests.
 
-``generation.json`` may say, beside sampling settings: ``think`` (plan in words before drawing), ``dialogue`` (chat marks
-around every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``caption``
-(what is asked about a picture when nobody asks), ``video`` (how frames are asked for, with {prompt} and {frames}) and
-``next_frame`` (how one more is).
+``generation.json`` may say, beside sampling settings: ``think`` (plan in words before drawing), ``think_edits`` (the same
+before a changed picture), ``dialogue`` (chat marks around every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model
+draws and reads beside its default), ``caption`` (what is asked about a picture when nobody asks), ``video`` (how frames
+are asked for, with {prompt} and {frames}) and ``next_frame`` (how one more is).
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ from nextflow_ar.types import Codes, Document, Event, ImageReady, Text, TextDelt
 
 Picture = PILImage.Image | np.ndarray | Codes
 """A Pillow image, (H, W, 3) uint8, or codes, such as those of a picture that was drawn."""
-OPTIONS = ("think", "dialogue", "canvases", "caption", "answer_guidance", "video", "next_frame")
+OPTIONS = (
+    "think",
+    "think_edits",
+    "dialogue",
+    "canvases",
+    "caption",
+    "answer_guidance",
+    "video",
+    "next_frame",
+)
 """Keys of ``generation.json`` beside the sampling settings."""
 THOUGHT_TOKENS = 96
 THOUGHT_SETTINGS = SamplingSettings(top_p=0.9)
@@ -85,6 +94,7 @@ class Loaded:
         self.pictures: Store[KeptCodes] = Store(min(kept_bytes, PICTURE_BYTES))
         self.image_tokenizer = bundle.image_tokenizer
         self.thinks = bool(bundle.generation.get("think", False))
+        self.thinks_edits = bool(bundle.generation.get("think_edits", False))
         self.manner = Manner(bool(bundle.generation.get("dialogue", False)))
         self.canvases = [self._canvas(name) for name in bundle.generation.get("canvases", ())]
         self.defaults = SamplingSettings(

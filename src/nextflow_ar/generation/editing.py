@@ -70,11 +70,11 @@ class Editing(Loaded):
         """Change a picture (or draw from several) as the instruction says; ``n`` pictures of the last one's size.
 
         ``examples``: pairs (before, after) of a change that the instruction need not name ("now this one"). ``think``:
-        let the model reason in words first (None: no). Raises RequestError or ContextError.
+        lay the new picture out in words first (None: as the checkpoint says). Raises RequestError or ContextError.
         """
         seeds = [fold_seed(seed, j) for j in range(n)]
         requests = self.edit_requests(pictures, instruction, seeds, settings, examples)
-        return self.draw(requests, think=bool(think), on_event=on_event)
+        return self.draw(requests, think=self.thinks_edits if think is None else think, on_event=on_event)
 
     def inpaint_requests(
         self,

@@ -19,7 +19,7 @@ hundred, which is what a GPU waits for in training. Larger matrices would cost m
 
 
 @lru_cache(maxsize=512)
-def _enlarging(
+def enlarging(
     schedule: ScaleSchedule,
     blocks: tuple[int, ...],
     accumulated: tuple[bool, ...],
@@ -115,7 +115,7 @@ class ScaleInputs(nn.Module):
             summed = tuple(self.whole if k == last else self.accumulated for k in blocks)
             weight = self.code_embed.weight
             rows = self.code_embed(codes) * self.code_scale
-            matrix = _enlarging(schedule, tuple(blocks), summed, weight.device, rows.dtype)
+            matrix = enlarging(schedule, tuple(blocks), summed, weight.device, rows.dtype)
             return self.connector(matrix @ rows)
         vectors = [self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks]
         return self.connector(torch.cat(vectors, dim=1))

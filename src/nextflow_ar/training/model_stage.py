@@ -37,6 +37,7 @@ from nextflow_ar.sequence.vocab import (
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training import adapters
+from nextflow_ar.training.carrying import carry_from
 from nextflow_ar.training.distributed_checkpoint import export_bundle
 from nextflow_ar.training.episode_feed import Drafting, EpisodeFeed
 from nextflow_ar.training.episode_sources import Place
@@ -186,6 +187,8 @@ class ModelTrainer:
             model.load_state_dict(load_bundle(self.base).model.state_dict())
             if recipe.codes == "anew" and fits:
                 model.codes_anew(codebook)
+            if recipe.codes == "carried" and fits:
+                carry_from(self.base, model, self.image_tokenizer, recipe.seed)
         else:
             model.initialise(self.generator)
             if fits:

@@ -127,7 +127,8 @@ class ModelRecipe:
     ``workers``: or by so many processes, for a GPU that is faster than one; it is the same data.
 
     ``codes``: "anew" where ``start`` was trained with another image tokenizer's codes: their embeddings begin as this
-    tokenizer's codebook, their rows of the head at zero. Without it, other codes than ``start``'s are refused.
+    tokenizer's codebook, their rows of the head at zero; "carried": they begin as what ``start``'s own codes meant, by
+    playground pictures that both encode. Without it, other codes than ``start``'s are refused.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -161,7 +162,7 @@ class ModelRecipe:
     workers: int = 0
     flex: bool = True
     together: bool | None = None
-    codes: Literal["kept", "anew"] = "kept"
+    codes: Literal["kept", "anew", "carried"] = "kept"
 
     @property
     def base(self) -> Path | None:
@@ -178,10 +179,12 @@ class ModelRecipe:
             raise ConfigError(
                 "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"
             )
-        if self.codes == "anew" and (
+        if self.codes != "kept" and (
             self.start is None or self.trains == "lora" or self.sharding is not None
         ):
-            raise ConfigError("codes: anew is for a run with a start, without lora and without sharding")
+            raise ConfigError(
+                f"codes: {self.codes} is for a run with a start, without lora and without sharding"
+            )
         if self.sharding is not None and self.trains == "lora":
             raise ConfigError("adapters are not trained in shards: leave out the key sharding")
         if self.sharding is not None and (self.compile or self.checkpointing):

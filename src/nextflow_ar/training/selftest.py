@@ -63,7 +63,7 @@ def check_agreement(
     if own is not None and ImageTokenizer.from_pretrained(own).fingerprint() != tokenizer.fingerprint():
         raise SelfTestError(
             f"self-test: {start} was trained with the codes of another image tokenizer than the recipe's: name its own "
-            f"({own}), or set codes: anew to learn the new ones"
+            f"({own}), or set codes: carried or codes: anew to learn the new ones"
         )
     marks = {token: vocab.special(token) for token in (BOI, EOI, END_OF_TEXT)}
     if len(set(marks.values())) < len(marks) or not all(0 <= i < vocab.text_size for i in marks.values()):

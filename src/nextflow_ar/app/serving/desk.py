@@ -95,7 +95,7 @@ class Desk:
         else:
             requests = self.pipeline.edit_requests(pictures, body.prompt, seeds, settings)
         self._kept_size(body, requests[0])
-        return self._orders(requests, body, think=False)
+        return self._orders(requests, body, think=mask is None and self.pipeline.thinks_edits)
 
     def _kept_size(self, body: EditBody, request: ImageRequest) -> None:
         height, width = request.schedule.image_size(self.pipeline.image_tokenizer.config.downsample)

@@ -106,6 +106,7 @@ def edit_steps(
             title, requests = "redrawn", pipeline.inpaint_requests(picture, mask, words, seeds, settings)
         else:
             title, requests = "edited", pipeline.edit_requests(picture, words, seeds, settings)
+        think = title == "edited" and pipeline.thinks_edits
         schedule = requests[0].schedule
         growing = Growing(
             [words.strip() or title] * len(seeds), lambda _, codes, k: pipeline.preview(schedule, codes, k)
@@ -113,7 +114,7 @@ def edit_steps(
         yield [growing.html(), status("Drawing …"), skip, *nothing]
 
         def draw(on_event: Follow) -> list[PILImage.Image]:
-            return pipeline.draw(requests, think=False, on_event=on_event)
+            return pipeline.draw(requests, think=think, on_event=on_event)
 
         pictures = yield from watched(draw, growing, skip, skip, *nothing)
     except Exception as error:

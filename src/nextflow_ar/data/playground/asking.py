@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nextflow_ar.data.playground.canvases import PLACES, Canvas, Kind, place_words
+from nextflow_ar.data.playground.canvases import PLACES, Canvas, Kind, place_words, stands
 from nextflow_ar.data.playground.drawing import mood_shows
 from nextflow_ar.data.playground.edits import singles
 from nextflow_ar.data.playground.episodes import Answer, AnswerKind, Draft, Episode, Said, Truth, shows, tells
@@ -180,6 +180,14 @@ _SIDES = {
 }  # fmt: skip
 
 
+def side_asked(draft: Draft, a: str, b: str, side: str) -> str:
+    """Asks on which of two sides of ``b`` the thing ``a`` is, one of them ``side``."""
+    pair = ("left", "right") if side in ("left", "right") else ("above", "below")
+    one, other = pair if draft.rng.random() < 0.5 else pair[::-1]
+    question = f"is {a} {one} or {other} of {b}?" if "left" in pair else f"is {a} {one} {b} or {other} it?"
+    return question if one in ("left", "above") else question.replace("is ", "tell me: is ", 1)
+
+
 def ask_place(draft: Draft) -> Episode:
     """Where a thing is: one of nine places, or on which side of another."""
     maker, rng = draft.maker, draft.rng
@@ -187,13 +195,8 @@ def ask_place(draft: Draft) -> Episode:
         _, canvas = maker.scene("position")
         assert canvas.relation is not None
         answer = _SIDES[canvas.relation]
-        pair = ("left", "right") if answer in ("left", "right") else ("above", "below")
-        one, other = pair if rng.random() < 0.5 else pair[::-1]
         a, b = (the(item, canvas) for item in canvas.items)
-        sideways = f"is {a} {one} or {other} of {b}?"
-        question = sideways if answer in ("left", "right") else f"is {a} {one} {b} or {other} it?"
-        if one != "left" and one != "above":
-            question = question.replace("is ", "tell me: is ", 1)
+        question = side_asked(draft, a, b, answer)
         return _answered(draft, replace(canvas, relation=None), question, answer, "place", "relation")
     canvas = maker.party(1, 3, plain=False)
     found = singles(canvas)
@@ -311,3 +314,123 @@ def question_about(draft: Draft, canvas: Canvas) -> tuple[Said, Answer]:
         asked = draft.person(draft.pick(_WHERE).format(the=the(item, canvas)))
         return asked, Answer(place_words(item.box, canvas.size), "place")
     return draft.person(draft.pick(_CAPTION_ASKED)), Answer(short_caption(canvas), "short_caption")
+
+
+# --- several questions about one picture ----------------------------------------------------------------------------
+
+
+def _yes_no_about(draft: Draft, canvas: Canvas) -> tuple[str, Answer]:
+    rng = draft.rng
+    if rng.random() < 0.5:
+        item = rng.choice(canvas.items)
+        said = item.colour if item.colour and canvas.shows_colours and rng.random() < 0.27 else None
+        return draft.pick(_YES_NO).format(a=phrase((item.name, said))), Answer("yes", "yes_no")
+    kind = absent(draft, canvas, rng.choice(NEGATIVES))
+    return draft.pick(_YES_NO).format(a=phrase(kind)), Answer("no", "yes_no")
+
+
+def _count_about(draft: Draft, canvas: Canvas) -> tuple[str, Answer]:
+    names = sorted({item.name for item in canvas.items if item.name not in UNCOUNTED})
+    if not names or draft.rng.random() < 0.15:
+        name = absent(draft, canvas, "random")[0]
+        if name in UNCOUNTED:
+            raise Reject
+    else:
+        name = draft.rng.choice(names)
+    return draft.pick(_COUNT).format(many=MANY[name]), Answer(number_words(canvas.count(name)), "number")
+
+
+def _colour_about(draft: Draft, canvas: Canvas) -> tuple[str, Answer]:
+    if canvas.second is not None:
+        raise Reject
+    if draft.rng.random() < 0.25:
+        return draft.pick(_COLOUR).format(the="the background"), Answer(canvas.background, "colour")
+    found = [item for item in canvas.items if item.colour and item.rgb is None]
+    found = [item for item in found if len({i.colour for i in canvas.items if i.name == item.name}) == 1]
+    if not found:
+        raise Reject
+    item = draft.rng.choice(found)
+    return draft.pick(_COLOUR).format(the=f"the {item.name}"), Answer(str(item.colour), "colour")
+
+
+def _place_about(draft: Draft, canvas: Canvas) -> tuple[str, Answer]:
+    found = singles(canvas)
+    if not found:
+        raise Reject
+    item = draft.rng.choice(found)
+    if len(found) > 1 and draft.rng.random() < 0.5:
+        other = draft.rng.choice([i for i in found if i is not item])
+        holding = [word for word, side in _SIDES.items() if stands(word, item, other)]
+        if len(holding) != 1:
+            raise Reject
+        question = side_asked(draft, the(item, canvas), the(other, canvas), _SIDES[holding[0]])
+        return question, Answer(_SIDES[holding[0]], "place")
+    asked = draft.pick(_WHERE).format(the=the(item, canvas))
+    return asked, Answer(place_words(item.box, canvas.size), "place")
+
+
+def _choice_about(draft: Draft, canvas: Canvas) -> tuple[str, Answer]:
+    rng = draft.rng
+    item = rng.choice(canvas.items)
+    which = rng.choice(("thing", "count", "place", "absent"))
+    if which == "thing":
+        shown = {i.name for i in canvas.items}
+        question, right = "which of these is in the picture?", item.name
+        wrong = sorted({absent(draft, canvas, "random")[0] for _ in range(6)} - shown)
+    elif which == "absent":
+        question, right = "which of these is not in the picture?", absent(draft, canvas, "random")[0]
+        wrong = sorted({i.name for i in canvas.items})
+    elif which == "count":
+        if item.name in UNCOUNTED:
+            raise Reject
+        number = canvas.count(item.name)
+        question, right = f"how many {MANY[item.name]} are there?", number_words(number)
+        wrong = [number_words(n) for n in range(1, 7) if n != number]
+    else:
+        if item not in singles(canvas):
+            raise Reject
+        right = place_words(item.box, canvas.size)
+        question, wrong = f"where is {the(item, canvas)}?", [p for p in PLACES if p != right]
+    if len(wrong) < 3:
+        raise Reject
+    options = rng.sample(wrong, 3)
+    letter = rng.randrange(4)
+    options.insert(letter, right)
+    lines = "".join(f"\n{name}. {option}" for name, option in zip("ABCD", options, strict=True))
+    return question + lines, Answer("ABCD"[letter], "choice")
+
+
+def _told_about(draft: Draft, canvas: Canvas) -> tuple[str, Answer]:
+    if draft.rng.random() < 0.5:
+        return draft.rng.choice(_FULL_ASKED), Answer(full_caption(canvas), "full_caption")
+    return draft.rng.choice(_CAPTION_ASKED), Answer(short_caption(canvas), "short_caption")
+
+
+_ABOUT = (_yes_no_about, _yes_no_about, _count_about, _colour_about, _place_about, _choice_about)
+_ASKED_OF_ONE = 4
+
+
+def examine(draft: Draft) -> Episode:
+    """Four questions about one picture and a caption, each answered: twice as many answers a token as one by one. The
+    caption comes last, since it would give the answers away.
+    """
+    canvas = _seen(draft)
+    if canvas.second is not None:
+        raise Reject
+    found: dict[tuple[str, str], tuple[str, Answer]] = {}
+    for _ in range(40):
+        if len(found) == _ASKED_OF_ONE:
+            break
+        try:
+            question, answer = draft.rng.choice(_ABOUT)(draft, canvas)
+        except Reject:
+            continue
+        same = (
+            question if answer.kind == "yes_no" else answer.text
+        )  # what was answered before is not asked again
+        found.setdefault((answer.kind, same), (question, answer))
+    if len(found) < _ASKED_OF_ONE:
+        raise Reject
+    several = [*found.values(), _told_about(draft, canvas)]
+    parts = [part for question, answer in several for part in (draft.person(question), tells(answer.text))]
+    return Episode("", (shows(canvas), *parts), Truth("examine", tuple(answer for _, answer in several)))

@@ -32,6 +32,7 @@ GROUPED: dict[str, dict[str, Builder]] = {
         "ask_place": asking.ask_place,
         "ask_choice": asking.ask_choice,
     },
+    "examine": {"examine": asking.examine},
     "edit": {f"edit_{kind}": editing.edit_task(kind) for kind in EDITS},
     "subject": {
         "subject_extract": editing.subject_extract,
@@ -59,6 +60,14 @@ GROUPED: dict[str, dict[str, Builder]] = {
 BUILDERS: dict[str, Builder] = {name: build for tasks in GROUPED.values() for name, build in tasks.items()}
 TASK_NAMES: tuple[str, ...] = tuple(BUILDERS)
 
+READ_ALONE: tuple[str, ...] = (*GROUPED["caption"], *GROUPED["ask"], *GROUPED["examine"])
+"""Tasks of captions and questions about one picture."""
+
+PLANNED: tuple[str, ...] = tuple(
+    task for group in ("draw", "edit", "subject", "in_context") for task in GROUPED[group]
+)
+"""Tasks that end in a drawn picture without a plan, which :func:`~nextflow_ar.data.playground.thinking.with_plan` adds."""
+
 UNSPLIT: tuple[str, ...] = ("wish", "plain")
 """Tasks in which a test episode cannot always show a held-out combination."""
 
@@ -82,7 +91,7 @@ def episode(
     """
     if task not in BUILDERS:
         raise ValueError(f"unknown playground task {task!r}: one of {', '.join(TASK_NAMES)}")
-    if level in ("hues", "shades") and task not in (*GROUPED["caption"], *GROUPED["ask"]):
+    if level in ("hues", "shades") and task not in READ_ALONE:
         raise ValueError(
             f"the level {level} is for captions and questions, not for {task!r}: its shades have no words"
         )

@@ -80,7 +80,7 @@ def _lines() -> tuple[Line, ...]:
         Line("story_free", "tell", _made_up, "turn", "tale"),
         Line("recipe", "tell", _of("recipe"), "turn", "story"),
         Line("video_draw", "video", _of("video_draw"), "pictures", "video"),
-        Line("video_next", "video", _of("video_next"), "picture", "frame"),
+        Line("video_next", "video", _of("video_next"), "picture", "frame", think=False),
         Line("video_caption", "video", _of("video_caption"), "text", "answer"),
         Line("think", "think", _among(_THINK), "picture", "thought", think=True),
         Line("think_without", "think", _among(_THINK), "picture", "thought", think=False),

@@ -47,10 +47,11 @@ class PipelineAnswers:
         return self._decoded(out)
 
     def _thinks(self, ask: Ask) -> bool:
-        """As the pipeline itself: an edit is not thought about unless that is asked for."""
+        """As the pipeline itself does by default."""
         if ask.think is not None:
             return ask.think
-        return self.pipeline.thinks and all(isinstance(one, str) for _, one in ask.parts)
+        edited = any(not isinstance(one, str) for _, one in ask.parts)
+        return self.pipeline.thinks_edits if edited else self.pipeline.thinks
 
     def _seed(self, ask: Ask) -> int:
         return (self.seed + zlib.crc32(repr(ask.key).encode())) % 2**63
