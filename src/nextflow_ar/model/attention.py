@@ -145,9 +145,17 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
 
 
 def _in_full(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor) -> Tensor:
+    """Compiled, the values are summed before they are divided by the sum of the exponentials: Inductor writes the scores
+    of a softmax to memory in fp32 in between, here their exponentials once, in bf16.
+    """
     with torch.autocast("cpu", enabled=False):  # which would hold the scores in fp32
-        chance = torch.softmax(query @ key.transpose(-1, -2) + unseen, dim=-1)
-        return chance @ value
+        scores = query @ key.transpose(-1, -2) + unseen
+        if not torch.compiler.is_compiling():
+            return torch.softmax(scores, dim=-1) @ value
+        top = scores.detach().amax(-1, keepdim=True)
+        powers = (scores - top).exp()
+        total = powers.sum(-1, keepdim=True, dtype=torch.float32)
+        return ((powers @ value) / total).to(value.dtype)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
