@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.model import attention
-from nextflow_ar.model.loss import _highest
+from nextflow_ar.tokenizer.highest import highest
 
 
 @pytest.mark.parametrize("entries", [4096, 192, 100, 7])
@@ -17,7 +17,7 @@ def test_highest_entries_equal_argmax(entries: int) -> None:
     scores = torch.randn(33, entries, generator=generator).bfloat16().float()
     scores[0] = 1.0
     scores[1, -1] = 9.0
-    top, best = _highest(scores)
+    top, best = highest(scores)
     assert torch.equal(top[:, 0], scores.amax(1))
     assert torch.equal(best, scores.argmax(1))
     assert best[:2].tolist() == [0, entries - 1]

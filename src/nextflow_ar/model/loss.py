@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nextflow_ar.tokenizer.highest import highest
+
 HELD_LOGITS = 2**26
 """Logits held at once, whatever the vocabulary: 128 MiB in bf16."""
 _ENTRIES = 2**13
 """Entries of the vocabulary whose rows of the head are cast or summed at once."""
 _SOFTMAX_CPU, _SOFTMAX_GPU = 2**18, 2**26
 """Logits brought to fp32 at once: on a CPU as many as its second cache holds (measured: twice as fast as 2**22)."""
-_BLOCK = 64
-"""Entries of the vocabulary among which the best is looked for at once on a CPU."""
 _PLACES = 256
 """Places in bf16 on a CPU are filled up to a multiple of this: oneDNN compiles a kernel for every new number of rows
 (measured: 20 ms a product), and a batch rarely has as many supervised places as the one before it."""
@@ -92,7 +91,7 @@ def _softmax(logits: Tensor, targets: Tensor, weights: Tensor, slope: bool) -> t
         part = slice(start, start + rows)
         chance = logits[part].float()  # the logits themselves where those are fp32
         index, weight = targets[part, None], weights[part, None].float()
-        top, best[part] = _highest(chance)
+        top, best[part] = highest(chance)
         picked = chance.gather(1, index) - top
         total = chance.sub_(top).exp_().sum(1, keepdim=True)
         losses[part] = (total.log() - picked)[:, 0]
@@ -100,22 +99,6 @@ def _softmax(logits: Tensor, targets: Tensor, weights: Tensor, slope: bool) -> t
             chance.mul_(weight / total).scatter_add_(1, index, -weight)
             logits[part] = chance
     return losses, best
-
-
-def _highest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 1) highest of (N, V) scores, and (N,) the first entry that has it.
-
-    argmax over whole rows takes ten times as long on a CPU as the maxima alone (measured: two fifths of the softmax):
-    there the block with the maximum is found first, then the entry in it.
-    """
-    wide = math.gcd(scores.shape[1], _BLOCK)
-    if scores.device.type != "cpu" or wide < _BLOCK:
-        return scores.amax(1, keepdim=True), scores.argmax(1)
-    blocks = scores.unflatten(1, (-1, wide))
-    tops = blocks.amax(2)
-    block = tops.argmax(1)
-    inside = blocks[torch.arange(len(scores)), block].argmax(1)
-    return tops.amax(1, keepdim=True), block * wide + inside
 
 
 def _product(slope: Tensor, weight: Tensor) -> Tensor:

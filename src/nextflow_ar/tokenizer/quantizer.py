@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nextflow_ar.config import QuantizerConfig
 from nextflow_ar.scales import BASE_SIZES, Grid, ScaleSchedule
+from nextflow_ar.tokenizer.highest import highest
 
 Trace = list[tuple[int, Tensor, Tensor]]
 """What a pass assigned: (scale, cells (n, C), codes (n,)) per scale."""
@@ -145,7 +146,7 @@ class MultiScaleQuantizer(nn.Module):
         codes = self._keys(self.codebook)
         half_norms = 0.5 * codes.square().sum(1)
         step = max(1, _DISTANCE_BUDGET // codes.shape[0])
-        chunks = [(self._keys(part) @ codes.T - half_norms).argmax(1) for part in x.float().split(step)]
+        chunks = [highest(self._keys(part) @ codes.T - half_norms)[1] for part in x.float().split(step)]
         return torch.cat(chunks)
 
     def sample_nearest(
