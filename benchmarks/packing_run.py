@@ -39,7 +39,7 @@ from nextflow_ar.types import Codes, Document, Image, Text
 LEVELS = {6: 0.6, 9: 0.3, 12: 0.1}
 SHORTER = 10.0
 MODEL = ModelConfig(
-    text_vocab=512, codes=512, code_dim=32, hidden=128, layers=4, heads=2, kv_heads=2, intermediate=352,
+    text_vocab=2048, codes=512, code_dim=32, hidden=128, layers=4, heads=2, kv_heads=2, intermediate=352,
     max_positions=8192, rms_eps=1e-6, rope="per_axis", rope_theta=100.0, rope_sections=(8, 12, 12), rope_range=12.0,
     max_scales=18, scale_input="residual", closing_input="accumulated", context_images="scales", positions="rope",
 )  # fmt: skip

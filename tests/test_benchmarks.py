@@ -1,4 +1,4 @@
-"""benchmarks/ratios.py and gpu_7b.py, small: equal sizes, as many tokens as they say, the paper's own formula."""
+"""benchmarks/ratios.py, packing_run.py and gpu_7b.py, small: equal sizes, as many tokens as they say, the paper's own formula."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from types import ModuleType
 
 import pytest
 
+from nextflow_ar.model.checkpoint import find_checkpoint, load_architecture
 from nextflow_ar.model.costs import ImageShape, TextShape, count
+from nextflow_ar.model.flops import sample_flops
 from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.vocab import Vocabulary
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the checkout")
@@ -74,6 +77,28 @@ def test_the_papers_formula_is_ours_in_its_own_units(benchmark) -> None:
     counts = ratios.paper_counts(count([TextShape(100), ImageShape(ScaleSchedule.square(18), True)]))
     for hidden in (256, 3584):
         assert ratios.paper_flops(hidden, counts) == 122_208 * hidden**2 + 256_215_912 * hidden
+
+
+def test_packing_of_real_steps_uses_every_document_once_at_most(benchmark) -> None:
+    packing = benchmark("packing_run")
+    _, tokenizer = load_architecture(find_checkpoint("nano"))
+    vocab = Vocabulary(tokenizer, packing.MODEL.text_vocab, packing.MODEL.codes)
+    found = packing.samples(40, 0, vocab)
+    longest, costliest = max(map(len, found)), max(sample_flops(s, packing.MODEL) for s in found)
+    for mode in packing.MODES:
+        steps = list(packing.steps_of(mode, found, 2, 4))
+        used = [n for shares, _ in steps for rows in shares for row in rows for n in row]
+        assert steps and len(used) == len(set(used)) and all(len(shares) == 2 for shares, _ in steps)
+        for shares, width in steps:
+            rows = [row for several in shares for row in several]
+            if mode == "padding":
+                assert len(rows) == 8 and all(len(row) == 1 for row in rows)
+            elif mode == "fixed length":
+                assert all(sum(len(found[n]) for n in row) <= width == longest for row in rows)
+            else:
+                assert all(
+                    sum(sample_flops(found[n], packing.MODEL) for n in row) <= costliest for row in rows
+                )
 
 
 def test_the_gpu_benchmark_runs_small_on_a_cpu(benchmark, tmp_path: Path) -> None:
