@@ -1,4 +1,4 @@
-"""benchmarks/ratios.py, packing_run.py and gpu_7b.py, small: equal sizes, as many tokens as they say, the paper's own formula."""
+"""Benchmarks, small: equal sizes, as many tokens as they say, the paper's own formula, packing of real steps."""
 
 from __future__ import annotations
 
