@@ -250,5 +250,15 @@ def test_edits_have_the_pictures_size_and_may_think(bundle: Bundle) -> None:
     planned = long.edit(picture(), "make it green", seed=1, settings=HOT)[0]
     assert not np.array_equal(bare, planned)
     assert np.array_equal(bare, long.edit(picture(), "make it green", seed=1, settings=HOT, think=False)[0])
+    long.bundle.generation["thought_temperature"] = 0.0
+    cold = NextFlowPipeline(long.bundle)
+    cold.canvases = long.canvases
+    plans = [
+        part.text
+        for seed in (1, 2)
+        for request in cold.think(cold.edit_requests(picture(), "make it green", [seed], HOT))
+        if isinstance(part := request.document.segments[-1], Text)
+    ]
+    assert len(plans) == 2 and plans[0] == plans[1]
     by_example = long.edit(picture(), "", examples=[(picture(seed=1), picture(seed=2))], settings=HOT)
     assert by_example[0].size == (40, 40)

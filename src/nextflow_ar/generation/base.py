@@ -1,9 +1,10 @@
 """A loaded checkpoint: which model a name means, sizes, pictures to codes and back, and the events of requests.
 
 ``generation.json`` may say, beside sampling settings: ``think`` (plan in words before drawing), ``think_edits`` (the same
-before a changed picture), ``dialogue`` (chat marks around every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model
-draws and reads beside its default), ``caption`` (what is asked about a picture when nobody asks), ``video`` (how frames
-are asked for, with {prompt} and {frames}) and ``next_frame`` (how one more is).
+before a changed picture), ``thought_temperature`` (of such plans), ``dialogue`` (chat marks around every turn),
+``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``caption`` (what is asked about a
+picture when nobody asks), ``video`` (how frames are asked for, with {prompt} and {frames}) and ``next_frame`` (how one
+more is).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Picture = PILImage.Image | np.ndarray | Codes
 OPTIONS = (
     "think",
     "think_edits",
+    "thought_temperature",
     "dialogue",
     "canvases",
     "caption",
@@ -95,6 +97,8 @@ class Loaded:
         self.image_tokenizer = bundle.image_tokenizer
         self.thinks = bool(bundle.generation.get("think", False))
         self.thinks_edits = bool(bundle.generation.get("think_edits", False))
+        warmth = float(bundle.generation.get("thought_temperature", THOUGHT_SETTINGS.temperature))
+        self.thought_settings = THOUGHT_SETTINGS.changed(temperature=warmth)
         self.manner = Manner(bool(bundle.generation.get("dialogue", False)))
         self.canvases = [self._canvas(name) for name in bundle.generation.get("canvases", ())]
         self.defaults = SamplingSettings(
@@ -193,7 +197,13 @@ class Loaded:
         """The engine's request for a plan in words behind a prompt."""
         ends = (*self.manner.ends, BOI)  # a thought ends where the image begins
         return TextRequest(
-            request.document, THOUGHT_TOKENS, request.seed, THOUGHT_SETTINGS, ends, min_tokens=1, plans=True
+            request.document,
+            THOUGHT_TOKENS,
+            request.seed,
+            self.thought_settings,
+            ends,
+            min_tokens=1,
+            plans=True,
         )
 
     def with_thought(self, request: ImageRequest, thought: str) -> ImageRequest:
