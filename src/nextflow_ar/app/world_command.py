@@ -48,9 +48,13 @@ def evaluate_world_with(
     from nextflow_ar.training.runs import progress_bar
 
     answers = PipelineAnswers(pipeline, sampling, seed)
-    about: dict[str, Any] = {"model": model, "seed": seed, "think": pipeline.thinks} | {
-        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(sampling).items()
-    }
+    thinks = {"think": pipeline.thinks, "think_edits": pipeline.thinks_edits}
+    thinks |= {"thought_temperature": pipeline.thought_settings.temperature}
+    about: dict[str, Any] = (
+        {"model": model, "seed": seed}
+        | thinks
+        | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(sampling).items()}
+    )
     with progress_bar("world", 1) as update:
 
         def show(part: str, done: int, total: int) -> None:
