@@ -34,9 +34,13 @@ lint: .venv/.ready-dev
 
 nano: .venv/.ready
 	set -e; for recipe in $(NANO_RECIPES); do $(BIN)/nextflow-ar train $$recipe; done
-	$(BIN)/nextflow-ar export runs/world_read5/final -o runs/nano --image-tokenizer runs/nano_decoder_ssim/final \
+	$(BIN)/nextflow-ar export runs/world_read5/final -o runs/nano_scenes --image-tokenizer runs/nano_decoder_ssim/final \
 		--average runs/world_read4/final --average runs/world_read3/final \
 		--set guidance=2.0 --set think=true --set "caption=say in one sentence what this is" --set answer_guidance=1.25
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/nextflow-ar train recipes/nano_tasks.yaml
+	$(BIN)/nextflow-ar export runs/nano_tasks/final -o runs/nano --set guidance=2.0 --set top_p=0.9 --set think=true --set think_edits=true \
+		--set thought_temperature=0.3 --set dialogue=true --set 'canvases=[64x64,72x56,56x72,80x48,48x80,96x96,128x128]' \
+		--set 'caption=what is in the picture?' --set 'video=a video in which {prompt}, {frames} frames' --set answer_guidance=1.25
 
 bench: .venv/.ready
 	set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done
