@@ -18,11 +18,13 @@ from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bund
 from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.layout import scale_block
+from nextflow_ar.sequence.vocab import TURN_END, TURN_START
 from nextflow_ar.storage import StorageError
 from nextflow_ar.training.meters import Speedometer, measured_peak
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.selftest import SelfTestError, check_data, check_generation, self_test
+from nextflow_ar.types import Document, Mark, Text
 from tests.conftest import TINY_MODEL, tiny_bundle, tiny_image_tokenizer, tiny_model
 from tests.shards import captions, make_shards, mixed
 
@@ -345,6 +347,11 @@ def test_the_self_test_passes_and_finds_each_mismatch(
             "nothing in the first 0 documents teaches reading pictures",
         ]
     assert len(caplog.records) == 2
+    spoken = Document((Mark(TURN_START), Text("user\nhello"), Mark(TURN_END)))
+    bare = Document((Text("hello"),))
+    assert check_data([spoken, spoken], dialogue=True) == check_data([spoken, bare])
+    (*_, told) = check_data([spoken, bare], dialogue=True)
+    assert told.startswith("1 of the first 2 documents have no chat marks")
 
 
 def test_a_mismatch_stops_the_run_before_any_step(

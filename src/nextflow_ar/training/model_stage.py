@@ -417,7 +417,7 @@ class ModelTrainer:
                 self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
             except SelfTestError as error:
                 trouble = str(error)
-            check_data(self.documents_ahead())
+            check_data(self.documents_ahead(), dialogue=bool(self.generation.get("dialogue")))
         if trouble := self.world.gather(trouble)[0]:
             raise SelfTestError(trouble)
 

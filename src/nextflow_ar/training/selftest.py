@@ -22,9 +22,9 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.blocks import block_mask
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build, image_prefix, scale_block
-from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, Vocabulary
+from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_START, Vocabulary
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-from nextflow_ar.types import Codes, Document, Image, Text
+from nextflow_ar.types import Codes, Document, Image, Mark, Text
 
 _LOG = logging.getLogger(__name__)
 _MOST_SCALES = 8
@@ -164,14 +164,21 @@ def _stepwise(
     return torch.cat(found, dim=1)[0]
 
 
-def check_data(documents: Iterable[Document]) -> list[str]:
-    """Warnings, one line each (logged too), where nothing among ``documents`` teaches drawing, or reading."""
+def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:
+    """Warnings, one line each (logged too), where nothing among ``documents`` teaches drawing, or reading, and where some
+    have no chat marks although the model is one of ``dialogue``.
+    """
     seen = list(documents)
     told = []
     if not any(draws(document) for document in seen):
         told.append(f"nothing in the first {len(seen)} documents teaches drawing")
     if not any(reads(document) for document in seen):
         told.append(f"nothing in the first {len(seen)} documents teaches reading pictures")
+    plain = sum(Mark(TURN_START) not in document.segments for document in seen)
+    if dialogue and plain:
+        told.append(
+            f"{plain} of the first {len(seen)} documents have no chat marks, which this model is asked with: dialogue: true"
+        )
     for line in told:
         _LOG.warning("self-test: %s", line)
     return told
