@@ -187,7 +187,7 @@ class ModelTrainer:
             model.load_state_dict(load_bundle(self.base).model.state_dict())
             if recipe.codes == "anew" and fits:
                 model.codes_anew(codebook)
-            if recipe.codes == "carried" and fits:
+            if recipe.codes == "carried" and fits and not self.run.resumes:
                 carry_from(self.base, model, self.image_tokenizer, recipe.seed)
         else:
             model.initialise(self.generator)

@@ -81,6 +81,8 @@ class RunFolder:
         for left in path.glob(f".{_CHECKPOINT}.*.tmp"):  # by a run that was killed while it saved
             left.unlink(missing_ok=True)
         self._started = time.time()
+        self.resumes = whole or parts
+        """Whether there is a checkpoint to go on from."""
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
