@@ -36,7 +36,8 @@ def main(arguments=None):
     drafting = Drafting(
         {i: source for i, source in enumerate(recipe.sources) if isinstance(source, EpisodeSource)},
         tokenizer_config("nano"), Vocabulary(text, config.text_vocab, config.codes),
-        LayoutOptions(config.rope_range, recipe.alpha, recipe.text_weight, config.context_images), config, Place(),
+        LayoutOptions(config.rope_range, recipe.alpha, recipe.text_weight, config.context_images, config.copies), config,
+        Place(),
     )  # fmt: skip
     make = drafting.together()
     make(0)  # sprites are rendered once

@@ -76,6 +76,10 @@ def tiny_model(config: ModelConfig = TINY_MODEL, seed: int = 0) -> NextFlowModel
     with torch.no_grad():
         model.head.weight.normal_(0, 0.3, generator=generator)
         for parameter in model.parameters():
+            if parameter.ndim == 2 and not parameter.any():
+                parameter.normal_(
+                    0, 0.1, generator=generator
+                )  # what starts at zero must show in tests as well
             if parameter.ndim == 2:
                 parameter.mul_(3.0)  # far from zero, so that every part shows in the logits
     return model.eval().requires_grad_(False)

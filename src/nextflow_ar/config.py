@@ -88,7 +88,9 @@ class ModelConfig:
     grid k-1 alone (NextFlow) or the accumulated features (TokenFlow). ``closing_input``: what the block after the last
     grid is fed, that grid's residual alone or the sum over all scales, the whole picture. ``context_images``: a picture
     that is given, not drawn, is laid out with all its scales, or as its closing block alone (which then has to hold the
-    whole picture). ``positions``: 3D RoPE alone, or with TokenFlow's learned embedding per position added.
+    whole picture). ``positions``: 3D RoPE alone, or with TokenFlow's learned embedding per position added. ``copies``: a
+    picture that is drawn behind another one of its size is also fed, cell by cell, the code that would bring it nearer to
+    that one (not in the paper; absent in configurations from before it was there).
     """
 
     __pydantic_config__ = _STRICT
@@ -111,6 +113,7 @@ class ModelConfig:
     closing_input: Literal["residual", "accumulated"]
     context_images: Literal["scales", "closing"]
     positions: Literal["rope", "learned"]
+    copies: bool = False
 
     def __post_init__(self) -> None:
         if self.context_images == "closing" and self.closing_input != "accumulated":

@@ -91,6 +91,10 @@ VARIANTS = {
     "learned positions": replace(TINY_MODEL, positions="learned"),
     "grouped heads": replace(TINY_MODEL, kv_heads=1),
     "qwen sections": replace(TINY_MODEL, rope="qwen"),
+    "copies": replace(TINY_MODEL, copies=True),
+    "copies of closing blocks": replace(
+        TINY_MODEL, closing_input="accumulated", context_images="closing", copies=True
+    ),
 }
 
 
@@ -141,8 +145,10 @@ def test_incremental_text_logits_equal_teacher_forced_ones(
         assert Done(i, "stop") in events
 
 
-def test_what_the_model_writes_may_hold_images(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_the_model_writes_may_hold_images(copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text, an image, text, an image, text, written by one request beside others: logits as teacher forcing gives them."""
+    bundle = tiny_bundle(replace(TINY_MODEL, copies=copies))
     prompt, vocab = Document((Text("two dogs"),)), bundle.vocab
     said = [vocab.encode(t) for t in ("a cat", " and a frog", " the end")]
     drawn = [codes_of(SQUARE, 21), codes_of(SQUARE, 22)]

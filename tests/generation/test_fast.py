@@ -96,6 +96,17 @@ def test_what_does_not_fit_is_said(bundle: Bundle) -> None:
         list(narrow.images(requests(small, plain, ("a",))))
 
 
+def test_it_does_not_copy_pictures() -> None:
+    bundle = tiny_bundle(replace(TINY_MODEL, copies=True))
+    codes = Codes.plain(SCHEDULE, torch.arange(SCHEDULE.num_tokens) % 24)
+    request = ImageRequest(Document((Image(codes), Text("two dogs"))), SCHEDULE, 3, SETTINGS)
+    drawer = StaticDrawer(bundle, SCHEDULE, 2, guided=True, prefix=128, graphs=False)
+    with pytest.raises(ValueError, match="copies no picture"):
+        list(drawer.images([request]))
+    asked = requests(bundle, SETTINGS, ("two dogs",))
+    assert drawn(drawer.images(asked)) == drawn(Engine(bundle).images(asked))
+
+
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_attention_behind_prefixes(groups: int) -> None:
     generator = torch.Generator().manual_seed(0)

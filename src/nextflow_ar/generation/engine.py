@@ -192,7 +192,12 @@ class Engine:
         codes = torch.stack([f.codes for f in feeds if f.codes is not None]).to(self.device)
         # <boi> is one before the clock and block that follow it.
         blocks = [scale_block(schedule, k + 1, t.clock - 1, t.block - 1, self.layout) for t in tracks]
-        x = self.model.embed_scale(codes, schedule, k, blocks[0])
+        reference = None
+        if self.layout.copies and any(f.reference is not None for f in feeds):
+            none = torch.full((schedule.num_tokens,), -1)
+            reference = torch.stack([none if f.reference is None else f.reference for f in feeds])
+            reference = reference.to(self.device)
+        x = self.model.embed_scale(codes, schedule, k, blocks[0], reference)
         return x, torch.stack([b.positions for b in blocks], dim=1).to(self.device)
 
     def _token_inputs(self, tracks: Sequence[Track]) -> tuple[Tensor, Tensor]:

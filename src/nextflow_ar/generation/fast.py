@@ -30,7 +30,7 @@ from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.blocks import block_mask
-from nextflow_ar.sequence.layout import image_prefix, next_clock, scale_block
+from nextflow_ar.sequence.layout import image_prefix, next_clock, reference_of, scale_block
 from nextflow_ar.types import Codes, Done, Event, ImageReady, ScaleReady
 
 Watch = Callable[[str], AbstractContextManager[object]]
@@ -152,6 +152,11 @@ class StaticDrawer:
         for request in requests:
             if request.schedule != self.schedule:
                 raise ValueError("all requests are of the drawer's schedule")
+            before = request.document, request.unconditional
+            if self.layout.copies and any(reference_of(d, self.schedule) is not None for d in before):
+                raise ValueError(
+                    "this drawer copies no picture: a document with pictures of its size is the engine's"
+                )
             if request.settings.guided and self.tracks == 1:
                 raise ValueError("guidance needs a drawer made with guided=True")
             for k in range(len(self.schedule)):

@@ -18,7 +18,7 @@ from nextflow_ar.generation.kept import part_key
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.sampling import SamplingSettings, draw, guide, guide_words
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.layout import LayoutOptions, Sample, build, image_prefix, next_clock
+from nextflow_ar.sequence.layout import LayoutOptions, Sample, build, image_prefix, next_clock, reference_of
 from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_END, TURN_START, Vocabulary
 from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer
 from nextflow_ar.types import Codes, Done, Event, ImageReady, ScaleReady, TextDelta
@@ -27,7 +27,8 @@ from nextflow_ar.types import Codes, Done, Event, ImageReady, ScaleReady, TextDe
 @dataclass(frozen=True, eq=False)
 class Feed:
     """What a track is fed next. One of ``sample`` (a prefix), ``token`` (of text; ``image_scales`` > 0: it begins an image
-    of so many scales) and ``codes`` (T_so_far,) of ``schedule`` whose scale ``k`` (0-based) is the last.
+    of so many scales) and ``codes`` (T_so_far,) of ``schedule`` whose scale ``k`` (0-based) is the last. ``reference``:
+    (T,) codes of the picture that the image could copy.
     """
 
     sample: Sample | None = None
@@ -36,6 +37,7 @@ class Feed:
     codes: Tensor | None = None
     schedule: ScaleSchedule | None = None
     k: int = 0
+    reference: Tensor | None = None
 
     @property
     def new(self) -> int:
@@ -118,10 +120,11 @@ class Drawing:
         schedule: ScaleSchedule,
         settings: SamplingSettings,
         forcing: Forcing | None = None,
+        references: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         settings.at(0, len(schedule))  # a wrong number of values is an error before the work
         self.track, self.partner, self.schedule, self.settings = track, partner, schedule, settings
-        self.forcing = forcing
+        self.forcing, self.references = forcing, references
         self.codes = torch.empty(0, dtype=torch.long)
         self.k = 0
 
@@ -141,9 +144,9 @@ class Drawing:
 
     def feed(self) -> None:
         """Feed the last scale's codes back on both tracks."""
-        feed = Feed(codes=self.codes, schedule=self.schedule, k=self.k - 1)
-        for track in (self.track, self.partner):
+        for track, reference in zip((self.track, self.partner), self.references, strict=True):
             if track is not None:
+                feed = Feed(codes=self.codes, schedule=self.schedule, k=self.k - 1, reference=reference)
                 track.go_on(feed, "codes")
 
     @property
@@ -169,6 +172,7 @@ class Job:
         self.done = False
         self.drawing: Drawing | None = None
         self.images = 0
+        self.drawn: Tensor | None = None  # codes of the last image
         self.written: list[int] = []
         self.counted = 0
         self.shown = ""
@@ -182,7 +186,7 @@ class Job:
             self.other = Track.behind("text", build(request.unconditional, vocab, layout, close_last=True))
         if isinstance(request, ImageRequest):
             forcing = None if request.forced is None else Forcing(request.forced, quantizer)
-            self.drawing = Drawing(self.track, self._partner(), request.schedule, request.settings, forcing)
+            self.drawing = self._drawing(request.settings, forcing)
 
     def _prefix(self) -> Sample:
         request = self.request
@@ -213,6 +217,13 @@ class Job:
             return None
         sample = image_prefix(request.unconditional, request.schedule, self.vocab, self.layout)
         return Track.behind("codes", sample)
+
+    def _drawing(self, settings: SamplingSettings, forcing: Forcing | None = None) -> Drawing:
+        request = self.request
+        assert not isinstance(request, TextRequest)
+        own = self.drawn if self.drawn is not None else reference_of(request.document, request.schedule)
+        references = own, reference_of(request.unconditional, request.schedule)
+        return Drawing(self.track, self._partner(), request.schedule, settings, forcing, references)
 
     @property
     def tracks(self) -> list[Track]:
@@ -250,7 +261,7 @@ class Job:
             drawing.feed()
             return
         yield ImageReady(self.number, Codes.plain(drawing.schedule, drawing.codes))
-        self.drawing = None
+        self.drawing, self.drawn = None, drawing.codes
         request = self.request
         assert not isinstance(request, TextRequest)
         alone = isinstance(request, ImageRequest)
@@ -277,7 +288,7 @@ class Job:
             self.written, self.shown = [], ""
             self.images += 1
             self.track.go_on(Feed(token=token, image_scales=len(request.schedule)), "codes")
-            self.drawing = Drawing(self.track, self._partner(), request.schedule, request.image_settings)
+            self.drawing = self._drawing(request.image_settings)
             return
         self.written.append(token)
         self.counted += 1

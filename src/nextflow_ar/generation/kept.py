@@ -117,6 +117,8 @@ def part_key(before: bytes, part: Sample) -> bytes:
         told = (span.boi, span.scales, span.closed, tuple(span.codes.schedule.grids), span.codes.input.shape)
         digest.update(repr(told).encode())
         digest.update(span.codes.input.contiguous().numpy().tobytes())
+        if span.reference is not None:
+            digest.update(b"copies" + span.reference.contiguous().numpy().tobytes())
     return digest.digest()
 
 

@@ -74,7 +74,10 @@ class Bundle:
     def layout(self) -> LayoutOptions:
         """How this model's sequences are laid out."""
         config = self.model.config
-        return LayoutOptions(config.rope_range, context_images=config.context_images)
+        return LayoutOptions(config.rope_range, context_images=config.context_images, copies=config.copies)
+
+    def __post_init__(self) -> None:
+        self.model.scale_inputs.ask(self.image_tokenizer.quantizer)
 
 
 def save_bundle(

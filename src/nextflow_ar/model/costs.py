@@ -109,6 +109,8 @@ def parameters(config: ModelConfig) -> Parameters:
     layer = (hidden + 1) * (hidden + keys) + hidden * hidden + 3 * hidden * config.intermediate + 2 * hidden
     inputs = config.codes * config.code_dim + (config.code_dim + 1) * hidden + (hidden + 1) * hidden
     inputs += (config.max_scales + 1) * hidden + hidden * hidden
+    if config.copies:
+        inputs += config.code_dim * hidden
     if config.positions == "learned":
         inputs += LEARNED_PLACES * hidden
     return Parameters(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.tokenizer.quantizer import resize
+from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer, resize
 
 _LINEAR = 1024
 """Codes of a picture up to which its blocks come from its code vectors by one matrix: a few operations instead of a
@@ -54,6 +54,10 @@ class ScaleInputs(nn.Module):
     """Codes of an image to the inputs of its blocks (paper section 2.2, residual features).
 
     ``codes``: (K, C) embedding, started from the tokenizer's codebook. The connector maps C to the hidden size.
+
+    With ``copies``, a picture that is drawn behind another one of its size (its reference) is also fed, in every cell, the
+    vector of the code that would bring it nearer to that one: attention need not find what an edit leaves alone.
+    Which code that is, the image tokenizer's quantiser says (:meth:`ask`); it is no part of this module's weights.
     """
 
     code_scale: Tensor
@@ -72,6 +76,38 @@ class ScaleInputs(nn.Module):
         self.place_embed = None
         if config.positions == "learned":
             self.place_embed = nn.Embedding(64 * 64, config.hidden)
+        self.copy_connector = nn.Linear(config.code_dim, config.hidden, bias=False) if config.copies else None
+        self._quantizer: tuple[MultiScaleQuantizer, ...] = ()
+
+    def ask(self, quantizer: MultiScaleQuantizer) -> None:
+        """Let ``quantizer``, the image tokenizer's, say which codes would copy; it stays the tokenizer's."""
+        self._quantizer = (quantizer,)
+
+    def copied(
+        self,
+        reference: Int[Tensor, "n t"],
+        codes: Int[Tensor, "n u"],
+        schedule: ScaleSchedule,
+        first: int,
+        end: int,
+    ) -> Float[Tensor, "n v d"]:
+        """What ``copies`` adds to the blocks that predict scales ``first`` to ``end - 1`` (0-based); nothing in rows whose
+        ``reference`` is -1. Outside of training, every row's is computed by itself: it depends on no other.
+
+        Raises RuntimeError before :meth:`ask`.
+        """
+        assert self.copy_connector is not None
+        if not self._quantizer:
+            raise RuntimeError("a model with copies has to be given the image tokenizer's quantiser first")
+        quantizer, on = self._quantizer[0], reference[:, 0] >= 0
+        reference = reference.clamp_min(0)
+        if torch.is_grad_enabled():
+            found = quantizer.copied(reference, codes, schedule, first, end)
+        else:
+            rows = zip(reference.split(1), codes.split(1), strict=True)
+            found = torch.cat([quantizer.copied(r, c, schedule, first, end) for r, c in rows])
+        vectors = self.code_embed(found) * self.code_scale
+        return self.copy_connector(vectors) * on[:, None, None]
 
     @torch.no_grad()
     def start_from(self, codebook: Float[Tensor, "k c"]) -> None:

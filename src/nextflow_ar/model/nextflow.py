@@ -53,11 +53,13 @@ class NextFlowModel(nn.Module):
             if parameter.ndim < 2:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             else:
-                spread = parameter.shape[1] ** -0.5 if "connector" in name else 0.02
+                spread = parameter.shape[1] ** -0.5 if ".connector" in name else 0.02
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     spread *= depth
                 parameter.normal_(0.0, spread, generator=generator)
         self.head.weight.zero_()
+        if self.scale_inputs.copy_connector is not None:
+            self.scale_inputs.copy_connector.weight.zero_()
 
     @torch.no_grad()
     def codes_anew(self, codebook: Float[Tensor, "k c"]) -> None:
@@ -96,6 +98,11 @@ class NextFlowModel(nn.Module):
         flat = x.reshape(rows * length, -1)
         for group in batch.images:
             inputs = self.scale_inputs(group.codes, group.schedule, group.scales, group.closed)
+            if group.reference is not None and group.scales > 1:
+                copied = self.scale_inputs.copied(
+                    group.reference, group.codes, group.schedule, 1, group.scales
+                )
+                inputs = torch.cat([inputs[:, : copied.shape[1]] + copied, inputs[:, copied.shape[1] :]], 1)
             steps = torch.arange(inputs.shape[1], device=x.device)
             places = (group.rows * length + group.starts)[:, None] + steps
             flat = flat.index_add(0, places.flatten(), inputs.flatten(0, 1).to(flat.dtype))
@@ -105,16 +112,24 @@ class NextFlowModel(nn.Module):
         return x + self.scale_inputs.tags(batch.scales, batch.lengths).to(x.dtype)
 
     def embed_scale(
-        self, codes: Int[Tensor, "b t"], schedule: ScaleSchedule, k: int, block: Sample
+        self,
+        codes: Int[Tensor, "b t"],
+        schedule: ScaleSchedule,
+        k: int,
+        block: Sample,
+        reference: Int[Tensor, "b u"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Inputs of the block that follows scale ``k`` (0-based) of growing images; ``block`` is its layout.
 
-        ``codes`` holds at least scales 0..k. Equal to the same places of :meth:`embed`.
+        ``codes`` holds at least scales 0..k. ``reference``: of ``copies``, as in ImageGroup. Equal to the same places of
+        :meth:`embed`.
         """
         vectors = self.scale_inputs.block(codes, schedule, k).flatten(2).transpose(1, 2)
         x = self.scale_inputs.connector(vectors)
         if self.scale_inputs.place_embed is not None:
             x = x + self.scale_inputs.place_embed(torch.arange(x.shape[1], device=x.device))
+        if reference is not None and k + 1 < len(schedule):
+            x = x + self.scale_inputs.copied(reference, codes, schedule, k + 1, k + 2).to(x.dtype)
         device = x.device
         tags = self.scale_inputs.tags(block.scales[None].to(device), block.lengths[None].to(device))
         return x + tags.to(x.dtype)

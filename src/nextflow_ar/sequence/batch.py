@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, Sample
+from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, ImageSpan, Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,7 @@ class ImageGroup:
     they are closed.
 
     ``codes``: (N, T) input codes. ``rows``, ``starts``: (N,) the batch row and the position of the first fed place.
+    ``reference``: (N, T) input codes of the picture that each would copy, -1 where there is none; None: of no image.
     """
 
     schedule: ScaleSchedule
@@ -27,6 +28,12 @@ class ImageGroup:
     codes: Tensor
     rows: Tensor
     starts: Tensor
+    reference: Tensor | None = None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> ImageGroup:
+        """The group with every column changed."""
+        names = ("codes", "rows", "starts", *(() if self.reference is None else ("reference",)))
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +65,8 @@ class Batch:
             on = g.rows % step == start
             if not bool(on.any()):
                 continue
-            rows = g.rows[on] // step
-            groups.append(replace(g, codes=g.codes[on], rows=rows, starts=g.starts[on]))
+            found = g.mapped(lambda x, on=on: x[on])
+            groups.append(replace(found, rows=found.rows // step))
         return Batch(**columns, positions=self.positions[:, start::step], images=tuple(groups))
 
     def to(self, device: torch.device | str) -> Batch:
@@ -77,10 +84,7 @@ class Batch:
                 "documents",
             )
         }
-        groups = tuple(
-            replace(g, codes=g.codes.to(device), rows=g.rows.to(device), starts=g.starts.to(device))
-            for g in self.images
-        )
+        groups = tuple(g.mapped(lambda x: x.to(device)) for g in self.images)
         return Batch(**columns, images=groups)
 
 
@@ -152,37 +156,41 @@ def joined(batches: Sequence[Batch]) -> Batch:
     if len(widths) > 1:
         raise ValueError(f"only batches of one width can be joined, got {', '.join(map(str, widths))}")
     columns = {name: torch.cat([getattr(b, name) for b in batches]) for name in _PAD}
-    found: dict[tuple[ScaleSchedule, int, bool], list[ImageGroup]] = {}
+    found: dict[tuple[ScaleSchedule, int, bool, bool], list[ImageGroup]] = {}
     offset = 0
     for batch in batches:
         for group in batch.images:
-            key = (group.schedule, group.scales, group.closed)
+            key = (group.schedule, group.scales, group.closed, group.reference is not None)
             found.setdefault(key, []).append(replace(group, rows=group.rows + offset))
         offset += batch.shape[0]
     images = tuple(
         replace(
             several[0],
             **{name: torch.cat([getattr(g, name) for g in several]) for name in ("codes", "rows", "starts")},
+            reference=torch.cat([g.reference for g in several if g.reference is not None])
+            if copies
+            else None,
         )
-        for several in found.values()
+        for (*_, copies), several in found.items()
     )
     return Batch(**columns, positions=torch.cat([b.positions for b in batches], dim=1), images=images)
 
 
 def _groups(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[ImageGroup, ...]:
-    found: dict[tuple[ScaleSchedule, int, bool], list[tuple[int, int, Tensor]]] = {}
+    found: dict[tuple[ScaleSchedule, int, bool, bool], list[tuple[int, int, ImageSpan]]] = {}
     for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
         for span in sample.images:
-            key = (span.codes.schedule, span.scales, span.closed)
-            found.setdefault(key, []).append((row, start + span.boi + 1, span.codes.input))
+            key = (span.codes.schedule, span.scales, span.closed, span.reference is not None)
+            found.setdefault(key, []).append((row, start + span.boi + 1, span))
     return tuple(
         ImageGroup(
             schedule,
             scales,
             closed,
-            torch.stack([codes for _, _, codes in members]),
+            torch.stack([span.codes.input for *_, span in members]),
             torch.tensor([row for row, _, _ in members]),
             torch.tensor([start for _, start, _ in members]),
+            torch.stack([s.reference for *_, s in members if s.reference is not None]) if copies else None,
         )
-        for (schedule, scales, closed), members in found.items()
+        for (schedule, scales, closed, copies), members in found.items()
     )

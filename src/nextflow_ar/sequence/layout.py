@@ -33,24 +33,28 @@ class LayoutOptions:
 
     ``text_weight``: loss weight of a text token, where an image's tokens weigh 1 on average. ``context_images``: how an
     image that is given is laid out, with all its scales or as its closing block alone; drawn ones have their scales.
+    ``copies``: a drawn image is told which picture it could copy (:func:`reference_of`).
     """
 
     constant_range: float
     alpha: float = 0.0
     text_weight: float = 1.0
     context_images: Literal["scales", "closing"] = "scales"
+    copies: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSpan:
     """An image within a sample: where its ``<boi>`` stands, how many of its scales are laid out (0: the closing block
-    alone), and whether the closing block follows them.
+    alone), and whether the closing block follows them. ``reference``: (T,) input codes of the picture before it, which a
+    drawn one could copy.
     """
 
     codes: Codes
     boi: int
     scales: int
     closed: bool
+    reference: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[int, int]:
@@ -121,6 +125,7 @@ class _Builder:
         self.positions: list[Tensor] = []
         self.run = (0, 0)  # first position and number of text tokens that `positions` does not hold yet
         self.images: list[ImageSpan] = []
+        self.last: Codes | None = None
         self.cuts: list[int] = []
         self.clock = 0  # next text position
         self.block = 0
@@ -193,7 +198,9 @@ class _Builder:
         if closed:
             self.grid(schedule.final, total, total, [IGNORED] * schedule.sizes[-1], 0.0)
             self.text([self.vocab.eoi])
-        self.images.append(ImageSpan(codes, boi, laid, closed))
+        before = self.last if self.options.copies and image.supervised else None
+        self.images.append(ImageSpan(codes, boi, laid, closed, _input_of(before, schedule)))
+        self.last = codes
 
     def glance(self, image: Image) -> None:
         """An image as its closing block alone. Coordinates and block numbers are those that its scales would lead to."""
@@ -205,6 +212,7 @@ class _Builder:
         self.grid(schedule.final, len(schedule), len(schedule), [IGNORED] * schedule.sizes[-1], 0.0)
         self.text([self.vocab.eoi])
         self.images.append(ImageSpan(image.codes, boi, 0, True))
+        self.last = image.codes
 
     def segments(self, document: Document, *, close_last: bool) -> None:
         last = len(document.segments) - 1
@@ -246,6 +254,18 @@ class _Builder:
             images=tuple(self.images),
             cuts=tuple(dict.fromkeys(cut for cut in self.cuts if cut < len(self.tokens))),
         )
+
+
+def _input_of(before: Codes | None, schedule: ScaleSchedule) -> Tensor | None:
+    return before.input if before is not None and before.schedule == schedule else None
+
+
+def reference_of(document: Document, schedule: ScaleSchedule) -> Tensor | None:
+    """(T,) codes of the picture that an image drawn behind ``document`` could copy: the one before it, if it is of the
+    same schedule.
+    """
+    images = [s.codes for s in document.segments if isinstance(s, Image)]
+    return _input_of(images[-1] if images else None, schedule)
 
 
 def build(

@@ -81,6 +81,19 @@ def resize(x: Float[Tensor, "b c h w"], size: Grid, mode: str) -> Float[Tensor, 
     return rows @ x @ columns.T
 
 
+def kept_features(
+    new: Float[Tensor, "b c h w"], old: Float[Tensor, "b c h w"], same: Bool[Tensor, "b i j"], border: int = 1
+) -> Float[Tensor, "b c h w"]:
+    """Features of changed pictures with those of the ``old`` ones wherever, ``border`` cells around, no pixel changed.
+
+    An encoder's features change a little all over a picture when a part of it does, and residual codes of the last grids
+    change altogether: without this, next to none of them stays what it was. ``same``: which pixels did not change.
+    """
+    touched = F.adaptive_max_pool2d((~same)[:, None].float(), new.shape[-2:])
+    touched = F.max_pool2d(touched, 2 * border + 1, 1, border)
+    return torch.where(touched > 0, new, old.to(new.dtype))
+
+
 class Refiner(nn.Module):
     """VAR's convolutions behind the enlargement of each scale: ``(1 - share) * x + share * conv(x)``.
 
@@ -240,6 +253,32 @@ class MultiScaleQuantizer(nn.Module):
                 step = self.enlarged(part, schedule, k)
                 total = total + (step if mask is None else step * mask[:, k, None, None, None])
         return total
+
+    @torch.no_grad()
+    def copied(
+        self,
+        reference: Int[Tensor, "b t"],
+        codes: Int[Tensor, "b u"],
+        schedule: ScaleSchedule,
+        first: int,
+        end: int,
+    ) -> Int[Tensor, "b v"]:
+        """The codes that would make a picture that begins with ``codes`` the picture ``reference``: at scales ``first`` to
+        ``end - 1`` (0-based), what is nearest to what is still missing there.
+
+        ``codes`` holds at least the scales before ``end - 1``. With the same history, these are the reference's own codes
+        wherever its last grids' residuals say nothing else.
+        """
+        rest, out = self.accumulate(reference, schedule), []
+        with torch.autocast(rest.device.type, enabled=False):
+            for k in range(end):
+                if k >= first:
+                    cells = resize(rest, schedule.grids[k], "area").flatten(2).transpose(1, 2)
+                    out.append(self.nearest(cells.flatten(0, 1)).view(cells.shape[:2]))
+                if k + 1 < end:
+                    part = codes[:, schedule.offsets[k] : schedule.offsets[k + 1]]
+                    rest = rest - self.enlarged(part, schedule, k)
+        return torch.cat(out, 1)
 
     @torch.no_grad()
     def learn(

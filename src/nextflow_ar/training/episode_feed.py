@@ -20,7 +20,7 @@ from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_unit
-from nextflow_ar.tokenizer.quantizer import SelfCorrection
+from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
 from nextflow_ar.training.crew import Crew
 from nextflow_ar.training.episode_sources import Draft, EpisodeBatches, Pictures, Place
 from nextflow_ar.training.prefetch import Ahead
@@ -36,35 +36,55 @@ every size of batch on a CPU, which costs more than the pictures too many."""
 
 def merged(drafts: Sequence[Draft]) -> Draft:
     """Drafts of one width as one; their pictures get new numbers."""
-    given: dict[ScaleSchedule, list[np.ndarray]] = {}
-    drawn: dict[ScaleSchedule, list[np.ndarray]] = {}
+    found: dict[ScaleSchedule, list[Pictures]] = {}
     for draft in drafts:
         for p in draft.pictures:
-            given.setdefault(p.schedule, []).append(p.pixels[: p.given])
-            drawn.setdefault(p.schedule, []).append(p.pixels[p.given :])
-    shown = {schedule: sum(map(len, several)) for schedule, several in given.items()}
-    before = {schedule: (0, shown[schedule]) for schedule in given}
+            found.setdefault(p.schedule, []).append(p)
+    shown = {schedule: sum(p.given for p in several) for schedule, several in found.items()}
+    before = {schedule: (0, shown[schedule]) for schedule in found}
     batches = []
     for draft in drafts:
         images = []
         for group in draft.batch.images:
             mine = next(p.given for p in draft.pictures if p.schedule == group.schedule)
-            first, second = before[group.schedule]
-            codes = torch.where(group.codes < mine, group.codes + first, group.codes - mine + second)
-            images.append(replace(group, codes=codes))
+            starts = before[group.schedule]
+            reference = None if group.reference is None else _moved(group.reference, mine, *starts)
+            codes = _moved(group.codes, mine, *starts)
+            images.append(replace(group, codes=codes, reference=reference))
         batches.append(replace(draft.batch, images=tuple(images)))
         for p in draft.pictures:
             first, second = before[p.schedule]
             before[p.schedule] = first + p.given, second + len(p.pixels) - p.given
     return Draft(
         joined(batches),
-        tuple(Pictures(s, np.concatenate([*given[s], *drawn[s]]), shown[s]) for s in given),
+        tuple(gathered(several) for several in found.values()),
         tuple(row for draft in drafts for row in draft.tasks),
         sum(draft.weight for draft in drafts),
         sum(draft.seen for draft in drafts),
         sum(draft.flops for draft in drafts),
         sum(draft.skipped for draft in drafts),
     )
+
+
+def _moved(numbers: Tensor, given: int, first: int, second: int) -> Tensor:
+    """Numbers of pictures, where the ``given`` ones' begin at ``first`` from now on and the drawn ones' at ``second``."""
+    moved = torch.where(numbers < given, numbers + first, numbers - given + second)
+    return torch.where(numbers < 0, numbers, moved)
+
+
+def gathered(several: Sequence[Pictures]) -> Pictures:
+    """Pictures of one schedule: all given ones, then all drawn ones."""
+    given, drawn = 0, sum(p.given for p in several)
+    count, moved = drawn, []
+    for p in several:
+        moved.append(p.moved(given, drawn))
+        given, drawn = given + p.given, drawn + len(p.pixels) - p.given
+    parts = [slice(p.given) for p in several], [slice(p.given, None) for p in several]
+    pixels, references = (
+        np.concatenate([x[part] for way in parts for x, part in zip(found, way, strict=True)])
+        for found in ([p.pixels for p in several], moved)
+    )
+    return Pictures(several[0].schedule, pixels, count, references)
 
 
 class Filler:
@@ -86,12 +106,9 @@ class Filler:
             have = [
                 (i, p) for i, draft in enumerate(drafts) for p in draft.pictures if p.schedule == schedule
             ]
-            given = [p.pixels[: p.given] for _, p in have]
-            pixels = np.concatenate([*given, *(p.pixels[p.given :] for _, p in have)])
-            count = sum(map(len, given))
-            found = list(self._encoded(pixels, schedule, count, correction, generator))
-            target, fed = (torch.cat([pair[k] for pair in found]) for k in (0, 1))
-            shown, drawn = 0, count
+            together = gathered([p for _, p in have])
+            target, fed = self._encoded(together, correction, generator)
+            shown, drawn = 0, together.given
             for i, p in have:
                 more = len(p.pixels) - p.given
                 mine = [
@@ -115,19 +132,39 @@ class Filler:
                 places = places + torch.arange(count, device=device)
                 learnt = targets[places]
                 targets[places] = torch.where(learnt == IGNORED, learnt, target[:, :count] + self.text_size)
-            groups.append(replace(group, codes=fed))
+            reference = group.reference
+            if reference is not None:
+                known = codes[group.schedule][1][reference[:, 0].clamp_min(0)]
+                reference = torch.where(reference < 0, reference, known)
+            groups.append(replace(group, codes=fed, reference=reference))
         return replace(batch, targets=targets.view_as(batch.targets), images=tuple(groups))
 
     def _encoded(
-        self,
-        pixels: np.ndarray,
-        schedule: ScaleSchedule,
-        given: int,
-        correction: SelfCorrection | None,
-        generator: torch.Generator | None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Target and input codes of pictures, some at a time; the first ``given`` are not corrected."""
-        device = self.tokenizer.device
+        self, found: Pictures, correction: SelfCorrection | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """(N, T) target and input codes of pictures; the given ones are not corrected. Those that could copy another one
+        come after it, and take over its features where nothing changed (:func:`kept_features`).
+        """
+        quantizer, schedule, device = self.tokenizer.quantizer, found.schedule, self.tokenizer.device
+        features = self._features(found.pixels)
+        target = torch.empty(len(features), schedule.num_tokens, dtype=torch.long, device=device)
+        fed = torch.empty_like(target)
+        for wave in waves(found.references):
+            copied, mine = found.references[wave], features[wave]
+            if (copied >= 0).all():
+                old = quantizer.accumulate(fed[copied], schedule)
+                same = torch.from_numpy((found.pixels[wave] == found.pixels[copied]).all(-1)).to(device)
+                mine = kept_features(mine, old, same)
+            corrected = torch.from_numpy(wave >= found.given).to(device)
+            codes = quantizer.quantize(
+                mine, schedule, correction=correction, corrected=corrected, generator=generator
+            )
+            target[wave], fed[wave] = codes.target, codes.input
+        return target, fed
+
+    def _features(self, pixels: np.ndarray) -> Tensor:
+        """(N, C, h, w) fp32 features of pictures, some at a time."""
+        device, out = self.tokenizer.device, []
         step = max(1, _PIXELS[device.type] // (pixels.shape[1] * pixels.shape[2]))
         for first in range(0, len(pixels), step):
             shown = torch.from_numpy(pixels[first : first + step])
@@ -137,14 +174,22 @@ class Filler:
                 shown = torch.cat([shown, shown[-1:].expand(filled - count, -1, -1, -1)])
             seen = to_unit(shown.to(device)).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16):
-                codes = self.tokenizer.quantizer.quantize(
-                    self.tokenizer.embed(seen),
-                    schedule,
-                    correction=correction,
-                    corrected=torch.arange(first, first + filled, device=device) >= given,
-                    generator=generator,
-                )
-            yield codes.target[:count], codes.input[:count]
+                out.append(self.tokenizer.embed(seen)[:count].float())
+        return torch.cat(out)
+
+
+def waves(references: np.ndarray) -> Iterator[np.ndarray]:
+    """Numbers of pictures in the order in which they can be encoded: those without a reference, then those whose reference
+    is among them, and so on. Raises ValueError where references go round.
+    """
+    done = np.zeros(len(references), dtype=bool)
+    ready = references < 0
+    while ready.any():
+        yield ready.nonzero()[0]
+        done |= ready
+        ready = ~done & done[references] & (references >= 0)
+    if not done.all():
+        raise ValueError("a picture cannot be its own reference")
 
 
 Drafts = dict[int, tuple[Draft, ...]]

@@ -49,12 +49,22 @@ _IN_VAIN = 2000
 @dataclass(frozen=True, eq=False)
 class Pictures:
     """``pixels``: (N, H, W, 3) uint8, all on ``schedule``; the first ``given`` of them are shown, the others are drawn, and
-    corrected where anything is.
+    corrected where anything is. ``references``: (N,) the number of the picture that each could copy, or -1.
     """
 
     schedule: ScaleSchedule
     pixels: np.ndarray
     given: int
+    references: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.references.shape != self.pixels.shape[:1]:
+            raise ValueError("every picture has a reference, or -1")
+
+    def moved(self, given: int, drawn: int) -> np.ndarray:
+        """``references`` where the given pictures' numbers begin at ``given`` and the drawn ones' at ``drawn``."""
+        r = self.references
+        return np.where(r < 0, -1, np.where(r < self.given, r + given, r - self.given + drawn))
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,21 +215,27 @@ class EpisodeBatches:
         numbers = {
             id(picture): number for two in shown.values() for number, picture in enumerate(two[0] + two[1])
         }
+        references = {s: np.full(len(given + drawn), -1) for s, (given, drawn) in shown.items()}
         packed = []
         for row in rows:
             samples = []
             for found, sample in row:
                 # images stand in a sample in the order of the episode's pictures
-                spans = tuple(
-                    replace(span, codes=_numbered(span.codes.schedule, numbers[id(picture)]))
-                    for span, picture in zip(sample.images, found.pictures, strict=True)
-                )
-                samples.append(replace(sample, images=spans))
+                spans = []
+                for span, picture in zip(sample.images, found.pictures, strict=True):
+                    schedule, number = span.codes.schedule, numbers[id(picture)]
+                    before = spans[-1].codes.input if span.reference is not None else None
+                    spans.append(replace(span, codes=_numbered(schedule, number), reference=before))
+                    if before is not None:
+                        references[schedule][number] = int(before[0])
+                samples.append(replace(sample, images=tuple(spans)))
             packed.append(pack(samples))
         width = self.source.packing.width(max(map(len, packed)))
         batch = swap_words(collate(packed, width), self.source.swap, self.classes, words)
         pictures = tuple(
-            Pictures(schedule, np.stack([p.render() for p in given + drawn]), len(given))
+            Pictures(
+                schedule, np.stack([p.render() for p in given + drawn]), len(given), references[schedule]
+            )
             for schedule, (given, drawn) in shown.items()
         )
         return Draft(

@@ -53,7 +53,7 @@ from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
-from nextflow_ar.training.trainable import Trainable, choose
+from nextflow_ar.training.trainable import NO_WEIGHT, Trainable, begin_with, choose
 from nextflow_ar.types import Document
 
 Preview = Callable[[Bundle, int], list[np.ndarray]]
@@ -103,10 +103,10 @@ class ModelTrainer:
         self.config, self.text_tokenizer = self._architecture()
         self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
         self.model, self.trainable = self._start()
+        self.model.scale_inputs.ask(self.image_tokenizer.quantizer)
         self.word_classes = word_classes(self.vocab)
-        self.layout = LayoutOptions(
-            self.config.rope_range, recipe.alpha, recipe.text_weight, self.config.context_images
-        )
+        c, weights = self.config, (recipe.alpha, recipe.text_weight)
+        self.layout = LayoutOptions(c.rope_range, *weights, c.context_images, c.copies)
         self.loaders = {
             i: ShardLoader(source, self.image_tokenizer, self.vocab, self.layout, self.config)
             for i, source in enumerate(recipe.sources)
@@ -160,7 +160,7 @@ class ModelTrainer:
             ours, theirs = to_dict(recipe.model), to_dict(stored)
             differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
             # What is fed to the closing block is no weight: a stage may change it.
-            if any(ours[k] != theirs[k] for k in ours if k not in _NO_WEIGHT):
+            if any(ours[k] != theirs[k] for k in ours if k not in NO_WEIGHT):
                 raise ConfigError(
                     f"{recipe.start}: its architecture is not the recipe's (differs in {differ})"
                 )
@@ -184,7 +184,7 @@ class ModelTrainer:
             return model, chosen[0]
         model = NextFlowModel(self.config)
         if self.base is not None:
-            model.load_state_dict(load_bundle(self.base).model.state_dict())
+            begin_with(model, load_bundle(self.base).model)
             if recipe.codes == "anew" and fits:
                 model.codes_anew(codebook)
             if recipe.codes == "carried" and fits and not self.run.resumes:
@@ -469,16 +469,11 @@ class ModelTrainer:
         speed = self.speed.read()
         counts = {"documents": self.documents, "tokens": self.tokens}
         if self.loaders or self.episodes.sources:
-            counts["skipped"] = sum(loader.skipped for loader in self.loaders.values())
-            counts["skipped"] += self.episodes.skipped
+            counts["skipped"] = self.episodes.skipped + sum(x.skipped for x in self.loaders.values())
         self.run.log(step=self.step, **counts, **speed, **found)
-        if board is not None:
+        if board:
             board.log(self.step, counts | speed | found)
         return f"loss {found['loss']:.3f} text {found.get('text', 0.0):.3f} {speed['tokens_per_s']:.0f} tok/s"
-
-
-_NO_WEIGHT = ("closing_input", "scale_input", "rope_range", "rope_theta", "rope", "max_positions", "rms_eps")
-"""Keys of the architecture that no weight's shape follows from: a stage may differ in them from what it starts from."""
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:

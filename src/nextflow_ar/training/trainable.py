@@ -12,6 +12,10 @@ from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.training.recipe import ModelRecipe
 
 _CODES = "scale_inputs.code_embed.weight"
+NO_WEIGHT = (
+    "closing_input", "scale_input", "rope_range", "rope_theta", "rope", "max_positions", "rms_eps", "copies",
+)  # fmt: skip
+"""Keys of the architecture in which a stage may differ from what it starts from."""
 _WORDS, _HEAD = "backbone.embed_tokens.weight", "head.weight"
 
 
@@ -31,6 +35,17 @@ class Trainable:
             return set()
         first = step < self.connector_steps
         return {name for name in names if (name in self.connector) != first}
+
+
+def begin_with(model: NextFlowModel, old: NextFlowModel) -> None:
+    """Take over the weights of a model of the same shapes. Where the old one had no ``copies``, they begin at zero, so that
+    the new one does what the old one did.
+    """
+    state = old.state_dict()
+    if model.config.copies and not old.config.copies:
+        new = "scale_inputs.copy_connector.weight"
+        state[new] = torch.zeros_like(model.state_dict()[new])
+    model.load_state_dict(state)
 
 
 def choose(model: NextFlowModel, vocab: Vocabulary, recipe: ModelRecipe) -> Trainable:
