@@ -89,8 +89,8 @@ class ModelConfig:
     grid is fed, that grid's residual alone or the sum over all scales, the whole picture. ``context_images``: a picture
     that is given, not drawn, is laid out with all its scales, or as its closing block alone (which then has to hold the
     whole picture). ``positions``: 3D RoPE alone, or with TokenFlow's learned embedding per position added. ``copies``: a
-    picture that is drawn behind another one of its size is also fed, cell by cell, the code that would bring it nearer to
-    that one (not in the paper; absent in configurations from before it was there).
+    picture that is drawn behind another one of its size is told, cell by cell, the code that would bring it nearer to that
+    one, and may point at it (not in the paper; absent in configurations from before it was there).
     """
 
     __pydantic_config__ = _STRICT

@@ -13,6 +13,7 @@ from nextflow_ar.config import to_dict
 from nextflow_ar.generation.engine import Engine, ImageRequest
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import Bundle, load_bundle
+from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import ImageGroup, collate, pack
 from nextflow_ar.sequence.layout import LayoutOptions, build, image_prefix, reference_of
@@ -97,6 +98,41 @@ def test_packed_rows_keep_their_references() -> None:
     assert sum(g.reference is not None for g in part) == 1 and len(part) < len(whole)
 
 
+def of_copies(model: NextFlowModel) -> list[torch.nn.Parameter]:
+    return [p for name, p in model.named_parameters() if ".copy_" in name]
+
+
+def silence(model: NextFlowModel, *, but: str = "none") -> None:
+    for name, parameter in model.named_parameters():
+        if ".copy_" in name and but not in name:
+            parameter.data.zero_()
+
+
+def test_it_is_told_and_may_point() -> None:
+    """Each of the two ways changes the scores; a gate that is open wide chooses the code that copies."""
+    document = Document((Image(codes(1)), Text("make it green"), Image(codes(2), True)))
+
+    def scores(model: NextFlowModel) -> torch.Tensor:
+        span = sample.images[-1]
+        return model.logits(model.hidden(collate([sample])))[0, span.boi + 1 : span.boi + SQUARE.num_tokens]
+
+    found = tiny_bundle(replace(TINY_MODEL, copies=True))
+    sample = build(document, found.vocab, found.layout)
+    both = scores(found.model)
+    silence(found.model, but="connector")
+    told = scores(found.model)
+    silence(found.model)
+    neither = scores(found.model)
+    assert not torch.allclose(both, told, atol=0.1) and not torch.allclose(told, neither, atol=0.1)
+    found.model.scale_inputs.copy_gate.bias.data.fill_(200.0)  # type: ignore[union-attr]
+    copied = found.model.scale_inputs.copied(codes(1).target[None], codes(2).target[None], SQUARE, 1, 5)[0]
+    shift = scores(found.model) - neither
+    first = TINY_MODEL.text_vocab
+    rise = shift[:, first:].gather(1, copied[:, None])[:, 0]
+    torch.testing.assert_close(rise, torch.full_like(rise, 200.0), atol=0.1, rtol=1e-3)
+    assert (shift[:, first:].argmax(1) == copied).float().mean() > 0.5  # a longer row may gain more
+
+
 def test_an_edit_is_drawn_with_its_source_in_sight_whatever_the_batch() -> None:
     found = tiny_bundle(replace(TINY_MODEL, copies=True))
     settings = SamplingSettings(guidance=2.0)
@@ -113,7 +149,7 @@ def test_an_edit_is_drawn_with_its_source_in_sight_whatever_the_batch() -> None:
     together = drawn(Engine(found), asked)
     for request, codes_ in zip(asked, together, strict=True):
         assert torch.equal(drawn(Engine(found), [request])[0], codes_)
-    found.model.scale_inputs.copy_connector.weight.data.zero_()  # type: ignore[union-attr]
+    silence(found.model)
     without = drawn(Engine(found), asked)
     assert torch.equal(without[1], together[1])
     assert not torch.equal(without[0], together[0]) and not torch.equal(without[2], together[2])
@@ -185,11 +221,10 @@ def test_training_feeds_and_learns_them(folder: Path, tmp_path: Path) -> None:
         assert mine
         for place, x in mine.items():
             assert (x == together[place]).float().mean() > 0.9  # bf16 rounds by the size of the batch
-    before = found.model.scale_inputs.copy_connector.weight.clone()  # type: ignore[union-attr]
-    assert not before.any()
+    assert not any(p.any() for p in of_copies(found.model))
     for _ in range(2):
         assert np.isfinite(found.advance(told=True)["loss"])
-    assert found.model.scale_inputs.copy_connector.weight.any()  # type: ignore[union-attr]
+    assert all(p.any() for p in of_copies(found.model))
     plain = trainer(tmp_path / "two", folder, sources)
     plain.advance()
     start = plain.export(tmp_path / "start", "")
@@ -197,7 +232,7 @@ def test_training_feeds_and_learns_them(folder: Path, tmp_path: Path) -> None:
         tmp_path / "three", folder, sources, model=to_dict(COPYING), start=str(start), text_entries=400
     )
     old = load_bundle(start).model
-    assert not more.model.scale_inputs.copy_connector.weight.any()  # type: ignore[union-attr]
+    assert len(of_copies(more.model)) == 3 and not any(p.any() for p in of_copies(more.model))
     for name, value in old.state_dict().items():
         assert torch.equal(more.model.state_dict()[name], value), name
     again = load_bundle(more.export(tmp_path / "copying", ""))

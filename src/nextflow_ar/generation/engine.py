@@ -148,18 +148,20 @@ class Engine:
         cache = RowCache.gather(old, rows) if old else RowCache(rows, len(tracks))
         feed = tracks[0].feed
         assert feed is not None
-        real, inner = [new] * rows, None
+        real, inner, copied = [new] * rows, None, None
         if feed.sample is not None:
             samples = [t.feed.sample for t in fed if t.feed is not None and t.feed.sample is not None]
             batch = collate(samples, new).to(self.device)
             x, positions = self.model.embed(batch), batch.positions
             inner, real = block_mask(batch.blocks, batch.documents), [len(s) for s in samples]
         elif feed.schedule is not None:
-            x, positions = self._scale_inputs(fed)
+            x, positions, copied = self._scale_inputs(fed)
         else:
             x, positions = self._token_inputs(fed)
         hidden = self.model.step(x, positions, cache.mask(new, inner).to(self.device), cast(Cache, cache))
         cache.advance(real)
+        if copied is not None:
+            hidden = self.model.point(hidden, copied)
         if feed.sample is not None:  # only what stands behind the prefix is asked for
             last = torch.tensor(real, device=self.device) - 1
             hidden = hidden[torch.arange(rows, device=self.device), last][:, None]
@@ -184,21 +186,23 @@ class Engine:
                 rows = cache.cut(row, end - real[row], end)
                 self.kept.put(track.named(), KeptPart(rows, hidden[row, -1].clone()))
 
-    def _scale_inputs(self, tracks: Sequence[Track]) -> tuple[Tensor, Tensor]:
-        """(R, n, D) inputs and (3, R, n) positions of the block behind the last scale of growing images."""
+    def _scale_inputs(self, tracks: Sequence[Track]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(R, n, D) inputs and (3, R, n) positions of the block behind the last scale of growing images, and the (R, n)
+        codes that would copy there.
+        """
         feeds = [t.feed for t in tracks if t.feed is not None]
         schedule, k = feeds[0].schedule, feeds[0].k
         assert schedule is not None
         codes = torch.stack([f.codes for f in feeds if f.codes is not None]).to(self.device)
         # <boi> is one before the clock and block that follow it.
         blocks = [scale_block(schedule, k + 1, t.clock - 1, t.block - 1, self.layout) for t in tracks]
-        reference = None
-        if self.layout.copies and any(f.reference is not None for f in feeds):
+        copied = None
+        if self.layout.copies and k + 1 < len(schedule) and any(f.reference is not None for f in feeds):
             none = torch.full((schedule.num_tokens,), -1)
             reference = torch.stack([none if f.reference is None else f.reference for f in feeds])
-            reference = reference.to(self.device)
-        x = self.model.embed_scale(codes, schedule, k, blocks[0], reference)
-        return x, torch.stack([b.positions for b in blocks], dim=1).to(self.device)
+            copied = self.model.scale_inputs.copied(reference.to(self.device), codes, schedule, k + 1, k + 2)
+        x = self.model.embed_scale(codes, schedule, k, blocks[0], copied)
+        return x, torch.stack([b.positions for b in blocks], dim=1).to(self.device), copied
 
     def _token_inputs(self, tracks: Sequence[Track]) -> tuple[Tensor, Tensor]:
         """(R, 1, D) inputs and (3, R, 1) positions of one text token each; a ``<boi>`` carries its image's tags."""

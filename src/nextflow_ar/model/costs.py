@@ -110,7 +110,7 @@ def parameters(config: ModelConfig) -> Parameters:
     inputs = config.codes * config.code_dim + (config.code_dim + 1) * hidden + (hidden + 1) * hidden
     inputs += (config.max_scales + 1) * hidden + hidden * hidden
     if config.copies:
-        inputs += config.code_dim * hidden
+        inputs += config.code_dim * hidden + hidden + 1
     if config.positions == "learned":
         inputs += LEARNED_PLACES * hidden
     return Parameters(

@@ -55,9 +55,9 @@ class ScaleInputs(nn.Module):
 
     ``codes``: (K, C) embedding, started from the tokenizer's codebook. The connector maps C to the hidden size.
 
-    With ``copies``, a picture that is drawn behind another one of its size (its reference) is also fed, in every cell, the
-    vector of the code that would bring it nearer to that one: attention need not find what an edit leaves alone.
-    Which code that is, the image tokenizer's quantiser says (:meth:`ask`); it is no part of this module's weights.
+    With ``copies``, a picture that is drawn behind another one of its size (its reference) is told in every cell which code
+    would bring it nearer to that one: it is fed that code's vector, and may point at the code by one gated term in the
+    hidden state (:meth:`pointed`). Which code that is, the image tokenizer's quantiser says (:meth:`ask`).
     """
 
     code_scale: Tensor
@@ -76,13 +76,17 @@ class ScaleInputs(nn.Module):
         self.place_embed = None
         if config.positions == "learned":
             self.place_embed = nn.Embedding(64 * 64, config.hidden)
-        self.copy_connector = nn.Linear(config.code_dim, config.hidden, bias=False) if config.copies else None
+        self.copy_connector = self.copy_gate = None
+        if config.copies:
+            self.copy_connector = nn.Linear(config.code_dim, config.hidden, bias=False)
+            self.copy_gate = nn.Linear(config.hidden, 1)
         self._quantizer: tuple[MultiScaleQuantizer, ...] = ()
 
     def ask(self, quantizer: MultiScaleQuantizer) -> None:
         """Let ``quantizer``, the image tokenizer's, say which codes would copy; it stays the tokenizer's."""
         self._quantizer = (quantizer,)
 
+    @torch.no_grad()
     def copied(
         self,
         reference: Int[Tensor, "n t"],
@@ -90,24 +94,38 @@ class ScaleInputs(nn.Module):
         schedule: ScaleSchedule,
         first: int,
         end: int,
-    ) -> Float[Tensor, "n v d"]:
-        """What ``copies`` adds to the blocks that predict scales ``first`` to ``end - 1`` (0-based); nothing in rows whose
-        ``reference`` is -1. Outside of training, every row's is computed by itself: it depends on no other.
+        *,
+        alone: bool = True,
+    ) -> Int[Tensor, "n v"]:
+        """Which codes would copy, at scales ``first`` to ``end - 1`` (0-based); -1 in rows whose ``reference`` is -1.
+        ``alone``: every row by itself, so that it depends on no other.
 
         Raises RuntimeError before :meth:`ask`.
         """
-        assert self.copy_connector is not None
         if not self._quantizer:
             raise RuntimeError("a model with copies has to be given the image tokenizer's quantiser first")
-        quantizer, on = self._quantizer[0], reference[:, 0] >= 0
-        reference = reference.clamp_min(0)
-        if torch.is_grad_enabled():
-            found = quantizer.copied(reference, codes, schedule, first, end)
-        else:
-            rows = zip(reference.split(1), codes.split(1), strict=True)
-            found = torch.cat([quantizer.copied(r, c, schedule, first, end) for r, c in rows])
-        vectors = self.code_embed(found) * self.code_scale
-        return self.copy_connector(vectors) * on[:, None, None]
+        quantizer, known = self._quantizer[0], reference.clamp_min(0)
+        size = 1 if alone else len(codes)
+        rows = zip(known.split(size), codes.split(size), strict=True)
+        found = torch.cat([quantizer.copied(r, c, schedule, first, end) for r, c in rows])
+        return torch.where(reference[:, :1] >= 0, found, -1)
+
+    def told(self, copied: Int[Tensor, "n v"]) -> Float[Tensor, "n v d"]:
+        """What the places are fed beside their own inputs that predict where ``copied`` would copy."""
+        assert self.copy_connector is not None
+        vectors = self.code_embed(copied.clamp_min(0)) * self.code_scale
+        return self.copy_connector(vectors) * (copied >= 0)[..., None]
+
+    def pointed(
+        self, hidden: Float[Tensor, "n v d"], copied: Int[Tensor, "n v"], head: Float[Tensor, "k d"]
+    ) -> Float[Tensor, "n v d"]:
+        """What is added to hidden states, so that their score of the code that would copy rises by what the gate says.
+        ``head``: the head's rows of the codes, which learn nothing by this.
+        """
+        assert self.copy_gate is not None
+        rows = head.detach()[copied.clamp_min(0)]
+        rows = rows / rows.square().sum(-1, keepdim=True).clamp_min(1e-6)
+        return (self.copy_gate(hidden) * rows * (copied >= 0)[..., None]).to(hidden.dtype)
 
     @torch.no_grad()
     def start_from(self, codebook: Float[Tensor, "k c"]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +58,9 @@ class NextFlowModel(nn.Module):
                     spread *= depth
                 parameter.normal_(0.0, spread, generator=generator)
         self.head.weight.zero_()
-        if self.scale_inputs.copy_connector is not None:
-            self.scale_inputs.copy_connector.weight.zero_()
+        for layer in (self.scale_inputs.copy_connector, self.scale_inputs.copy_gate):
+            if layer is not None:
+                layer.weight.zero_()
 
     @torch.no_grad()
     def codes_anew(self, codebook: Float[Tensor, "k c"]) -> None:
@@ -91,25 +92,34 @@ class NextFlowModel(nn.Module):
         """Embeddings of text places; zero where codes are fed (token -1)."""
         return self.backbone.embed_tokens(tokens.clamp_min(0)) * (tokens >= 0)[..., None]
 
-    def embed(self, batch: Batch) -> Float[Tensor, "b l d"]:
-        """Inputs of a whole batch."""
+    def embed(self, batch: Batch, copied: Sequence[Tensor | None] | None = None) -> Float[Tensor, "b l d"]:
+        """Inputs of a whole batch. ``copied``: what :meth:`copied` says, if it is known."""
         x = self.embed_text(batch.tokens)
         rows, length = batch.shape
         flat = x.reshape(rows * length, -1)
-        for group in batch.images:
+        copied = self.copied(batch) if copied is None else copied
+        for group, told in zip(batch.images, copied, strict=True):
             inputs = self.scale_inputs(group.codes, group.schedule, group.scales, group.closed)
-            if group.reference is not None and group.scales > 1:
-                copied = self.scale_inputs.copied(
-                    group.reference, group.codes, group.schedule, 1, group.scales
-                )
-                inputs = torch.cat([inputs[:, : copied.shape[1]] + copied, inputs[:, copied.shape[1] :]], 1)
-            steps = torch.arange(inputs.shape[1], device=x.device)
-            places = (group.rows * length + group.starts)[:, None] + steps
-            flat = flat.index_add(0, places.flatten(), inputs.flatten(0, 1).to(flat.dtype))
+            places = group.places(length, inputs.shape[1]).flatten()
+            flat = flat.index_add(0, places, inputs.flatten(0, 1).to(flat.dtype))
+            if told is not None:
+                more = self.scale_inputs.told(told).flatten(0, 1)
+                flat = flat.index_add(0, group.places(length, told.shape[1]).flatten(), more.to(flat.dtype))
             if self.scale_inputs.place_embed is not None:
-                flat = flat.index_add(0, places.flatten(), self._places(group))
+                flat = flat.index_add(0, places, self._places(group))
         x = flat.view(rows, length, -1)
         return x + self.scale_inputs.tags(batch.scales, batch.lengths).to(x.dtype)
+
+    def copied(self, batch: Batch) -> list[Tensor | None]:
+        """For every group of images, which codes would copy at the places behind ``<boi>``; None where nothing would."""
+        return [
+            self.scale_inputs.copied(
+                g.reference, g.codes, g.schedule, 1, g.scales, alone=not torch.is_grad_enabled()
+            )
+            if g.reference is not None and g.scales > 1
+            else None
+            for g in batch.images
+        ]
 
     def embed_scale(
         self,
@@ -117,22 +127,26 @@ class NextFlowModel(nn.Module):
         schedule: ScaleSchedule,
         k: int,
         block: Sample,
-        reference: Int[Tensor, "b u"] | None = None,
+        copied: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Inputs of the block that follows scale ``k`` (0-based) of growing images; ``block`` is its layout.
 
-        ``codes`` holds at least scales 0..k. ``reference``: of ``copies``, as in ImageGroup. Equal to the same places of
+        ``codes`` holds at least scales 0..k. ``copied``: which codes would copy there. Equal to the same places of
         :meth:`embed`.
         """
         vectors = self.scale_inputs.block(codes, schedule, k).flatten(2).transpose(1, 2)
         x = self.scale_inputs.connector(vectors)
         if self.scale_inputs.place_embed is not None:
             x = x + self.scale_inputs.place_embed(torch.arange(x.shape[1], device=x.device))
-        if reference is not None and k + 1 < len(schedule):
-            x = x + self.scale_inputs.copied(reference, codes, schedule, k + 1, k + 2).to(x.dtype)
+        if copied is not None:
+            x = x + self.scale_inputs.told(copied).to(x.dtype)
         device = x.device
         tags = self.scale_inputs.tags(block.scales[None].to(device), block.lengths[None].to(device))
         return x + tags.to(x.dtype)
+
+    def point(self, hidden: Float[Tensor, "b n d"], copied: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Hidden states of a scale's places with what points at the codes that would copy."""
+        return hidden + self.scale_inputs.pointed(hidden, copied, self.head.weight[self.config.text_vocab :])
 
     def _places(self, group: ImageGroup) -> Tensor:
         assert self.scale_inputs.place_embed is not None
@@ -146,13 +160,25 @@ class NextFlowModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
         """Hidden states of a whole batch (teacher forcing)."""
-        embeddings = self.embed(batch)
+        copied = self.copied(batch)
+        embeddings = self.embed(batch, copied)
         if self.sparse and torch.is_grad_enabled():
-            return self.runner(embeddings, batch.positions, sparse_mask(batch.blocks, batch.documents))
-        mask = block_mask(batch.blocks, batch.documents)
-        if self.config.heads == self.config.kv_heads:
-            mask = mask_of_rows(mask, embeddings)
-        return self.runner(embeddings, batch.positions, mask)
+            mask = sparse_mask(batch.blocks, batch.documents)
+        else:
+            mask = block_mask(batch.blocks, batch.documents)
+            if self.config.heads == self.config.kv_heads:
+                mask = mask_of_rows(mask, embeddings)
+        hidden = self.runner(embeddings, batch.positions, mask)
+        if all(told is None for told in copied):
+            return hidden
+        flat = hidden.flatten(0, 1)
+        head = self.head.weight[self.config.text_vocab :]
+        for group, told in zip(batch.images, copied, strict=True):
+            if told is not None:
+                places = group.places(batch.shape[1], told.shape[1])
+                more = self.scale_inputs.pointed(hidden.flatten(0, 1)[places], told, head)
+                flat = flat.index_add(0, places.flatten(), more.flatten(0, 1))
+        return flat.view_as(hidden)
 
     def step(
         self,

@@ -30,6 +30,11 @@ class ImageGroup:
     starts: Tensor
     reference: Tensor | None = None
 
+    def places(self, length: int, count: int) -> Tensor:
+        """(N, count) of the first fed places of every image, in rows of ``length`` places that are laid end to end."""
+        steps = torch.arange(count, device=self.rows.device)
+        return (self.rows * length + self.starts)[:, None] + steps
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> ImageGroup:
         """The group with every column changed."""
         names = ("codes", "rows", "starts", *(() if self.reference is None else ("reference",)))

@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-_NOT_HIDDEN = ("embed", "head", "lm_head", "lora_")
+_NOT_HIDDEN = ("embed", "head", "lm_head", "lora_", "copy_gate")
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,7 @@ def begin_with(model: NextFlowModel, old: NextFlowModel) -> None:
     """
     state = old.state_dict()
     if model.config.copies and not old.config.copies:
-        new = "scale_inputs.copy_connector.weight"
-        state[new] = torch.zeros_like(model.state_dict()[new])
+        state |= {k: torch.zeros_like(v) for k, v in model.state_dict().items() if ".copy_" in k}
     model.load_state_dict(state)
 
 
