@@ -1,10 +1,14 @@
-"""All that a checkpoint of every task does, on one page: out/tasks.html. Usage: python examples/tasks.py [MODEL] [SEED]"""
+"""All that a checkpoint of every task does, on one page (out/tasks.html), and its parts as pictures (out/tasks/*.png).
+
+Usage: python examples/tasks.py [MODEL] [SEED]
+"""
 
 import sys
+import textwrap
 import time
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from nextflow_ar import NextFlowPipeline
 from nextflow_ar.app.gallery import Card, Section, write_page
@@ -37,6 +41,30 @@ def scene(ground, *shapes):
 red, blue, green, white, yellow = "#dc2828", "#2d5fd2", "#32a046", "#f5f5f5", "#fad732"
 circle = scene(blue, ("circle", red, 16, 16, 30))
 pair = scene(white, ("square", green, 2, 18, 28), ("triangle", blue, 33, 18, 28))
+
+
+def sheet(section, name, side=112, gap=8):
+    """A section as one picture: every card's pictures in a row, its title and note beside them."""
+    widest = max(len(card.strip) or 1 for card in section.cards)
+    text = (side + gap) * widest + gap
+    page = Image.new("RGB", (text + 430, (side + gap) * len(section.cards) + gap), "white")
+    draw, bold, plain = ImageDraw.Draw(page), ImageFont.load_default(15), ImageFont.load_default(13)
+    for row, card in enumerate(section.cards):
+        top = gap + (side + gap) * row
+        for column, picture in enumerate(card.strip or [card.picture]):
+            width = round(side * picture.width / picture.height)
+            shown = picture.resize(
+                (min(width, side), round(side * min(1, side / width))), Image.Resampling.NEAREST
+            )
+            page.paste(shown, (gap + (side + gap) * column, top))
+        title = textwrap.fill(card.title, 54)
+        draw.multiline_text((text, top), title, "black", bold)
+        below = top + 22 * (title.count("\n") + 1)
+        note = textwrap.fill(card.note, 68, max_lines=max(1, (top + side - below) // 17))
+        draw.multiline_text((text, below), note, "#555", plain)
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    page.quantize(128, dither=Image.Dither.NONE).save(folder / f"{name}.png", optimize=True)
 
 
 def strips(title, pictures, note=""):
@@ -105,17 +133,21 @@ for words in ("the animal that says moo", "it rains. draw what i need", "two plu
     (one,) = pipeline.generate(words, seed=seed, think=True, on_event=listen)
     thoughts.append(Card(one, words, plans.get(0, "")))
 
+sections = {
+    "draw": Section("Drawn", "The plan in words that it made first stands below.", drawn),
+    "edit": Section("Changed", "Before and after.", changed),
+    "answer": Section("Answered", "Pictures drawn with Pillow.", told),
+    "tell": Section("Told and moved", "The model decides when a picture comes.", tales),
+    "think": Section("Thought about", "Reasoning first.", thoughts),
+}
+for name, section in sections.items():
+    if section.cards:
+        sheet(section, name)
 write_page(
     out,
     "NextFlow-AR: every task",
     "One set of weights. Nothing on this page was chosen: whatever the model gave with this seed is shown.",
-    [
-        Section("Drawn", "The plan in words that it made first stands below.", drawn),
-        Section("Changed", "Before and after.", changed),
-        Section("Answered", "Pictures drawn with Pillow.", told),
-        Section("Told and moved", "The model decides when a picture comes.", tales),
-        Section("Thought about", "Reasoning first.", thoughts),
-    ],
+    list(sections.values()),
     f"Checkpoint {model}, seed {seed}. {time.perf_counter() - began:.1f} s.",
 )
 print(f"open {out}")
