@@ -11,6 +11,7 @@ import torch
 
 from nextflow_ar.config import to_dict
 from nextflow_ar.generation.engine import Engine, ImageRequest
+from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import Bundle, load_bundle
 from nextflow_ar.model.nextflow import NextFlowModel
@@ -153,6 +154,34 @@ def test_an_edit_is_drawn_with_its_source_in_sight_whatever_the_batch() -> None:
     without = drawn(Engine(found), asked)
     assert torch.equal(without[1], together[1])
     assert not torch.equal(without[0], together[0]) and not torch.equal(without[2], together[2])
+
+
+def test_what_a_change_leaves_alone_is_the_original_itself() -> None:
+    found = NextFlowPipeline(tiny_bundle(replace(TINY_MODEL, copies=True)))
+    size = found.schedule_for().image_size(found.image_tokenizer.config.downsample)
+    picture = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    (request,) = found.edit_requests(picture, "make it green", [1])
+    assert request.original is not None and np.array_equal(request.original, picture)
+    before = found.encode(picture)
+    assert np.array_equal(np.asarray(found.finished(request, before)), picture)  # nothing changed
+    last = before.schedule.sizes[-1]
+    cell, grid = found.image_tokenizer.config.downsample, before.schedule.final
+    target = before.target.clone()
+    far = found.image_tokenizer.quantizer.distances(found.image_tokenizer.quantizer.lookup(target[-1:]))[
+        0
+    ].argmax()
+    target[-1] = far  # the last cell: below right
+    changed = np.asarray(found.finished(request, Codes.plain(before.schedule, target)))
+    assert np.array_equal(changed[: size[0] // 2, : size[1] // 2], picture[: size[0] // 2, : size[1] // 2])
+    drawn = np.asarray(found.decode(Codes.plain(before.schedule, target)))
+    corner = (slice((grid[0] - 1) * cell + cell // 2, None), slice((grid[1] - 1) * cell + cell // 2, None))
+    assert np.array_equal(changed[corner], drawn[corner]) and last == grid[0] * grid[1]
+    (codes_only,) = found.edit_requests(before, "make it green", [1])
+    assert codes_only.original is None
+    (plain,) = NextFlowPipeline(tiny_bundle()).edit_requests(picture, "make it green", [1])
+    assert plain.original is None
+    with pytest.raises(ValueError, match="the picture before"):
+        replace(request, document=Document((Text("two dogs"),)))
 
 
 def test_features_stay_where_nothing_changed_nearby() -> None:

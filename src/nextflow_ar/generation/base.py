@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 
 from nextflow_ar.generation.documents import Manner, Part, part
 from nextflow_ar.generation.engine import Engine, ImageRequest, Request, TextRequest
-from nextflow_ar.generation.forcing import Forced, composite
+from nextflow_ar.generation.forcing import Forced, composite, spared
 from nextflow_ar.generation.kept import PICTURE_BYTES, KeptCodes, Store, picture_key
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import BUNDLED, Bundle, find_checkpoint, load_bundle
@@ -29,7 +29,7 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import BOI
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.pictures import fit_picture, to_rgb
-from nextflow_ar.types import Codes, Document, Event, ImageReady, Text, TextDelta
+from nextflow_ar.types import Codes, Document, Event, Image, ImageReady, Text, TextDelta
 
 Picture = PILImage.Image | np.ndarray | Codes
 """A Pillow image, (H, W, 3) uint8, or codes, such as those of a picture that was drawn."""
@@ -253,8 +253,13 @@ class Loaded:
         return [found[i] for i in range(len(requests))]
 
     def finished(self, request: Request, codes: Codes) -> PILImage.Image:
-        """The picture of a request whose codes are drawn: what is forced to stay is the tokenizer's own reconstruction."""
+        """The picture of a request whose codes are drawn: what is forced to stay is the tokenizer's own reconstruction, and
+        what a change left alone is the original itself.
+        """
         forced = request.forced if isinstance(request, ImageRequest) else None
+        if isinstance(request, ImageRequest) and request.original is not None:
+            before = next(s.codes for s in reversed(request.document.segments) if isinstance(s, Image))
+            return spared(self.image_tokenizer, codes, before, request.original)
         return self.decode(codes) if forced is None else composite(self.image_tokenizer, forced, codes)
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -53,7 +54,14 @@ class Editing(Loaded):
         parts += [part("user", each) for each in codes]
         if instruction.strip():
             parts.append(part("user", instruction))
-        return [self.request(parts, codes[-1].schedule, seed, settings) for seed in seeds]
+        requests = [self.request(parts, codes[-1].schedule, seed, settings) for seed in seeds]
+        return [self.sparing(request, listed(pictures)[-1]) for request in requests]
+
+    def sparing(self, request: ImageRequest, picture: Picture) -> ImageRequest:
+        """The request to change ``picture``, whose pixels stay where the change leaves it alone, if the model can copy."""
+        if not self.bundle.layout.copies or isinstance(picture, Codes):
+            return request
+        return replace(request, original=self.fit(picture))
 
     def edit(
         self,
@@ -67,7 +75,8 @@ class Editing(Loaded):
         examples: Sequence[tuple[Picture, Picture]] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> list[PILImage.Image]:
-        """Change a picture (or draw from several) as the instruction says; ``n`` pictures of the last one's size.
+        """Change a picture (or draw from several) as the instruction says; ``n`` pictures of the last one's size. Where a
+        model with ``copies`` changes nothing, they have the last one's own pixels.
 
         ``examples``: pairs (before, after) of a change that the instruction need not name ("now this one"). ``think``:
         lay the new picture out in words first (None: as the checkpoint says). Raises RequestError or ContextError.

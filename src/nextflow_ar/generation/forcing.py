@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
@@ -86,6 +86,32 @@ def kept_cells(redrawn: Bool[np.ndarray, "H W"], schedule: ScaleSchedule) -> Boo
 def first_scales(codes: Codes, scales: int) -> Forced:
     """Keep the first so many scales of a picture."""
     return Forced(codes, torch.arange(codes.schedule.num_tokens) < codes.schedule.offsets[scales])
+
+
+@torch.inference_mode()
+def spared(
+    tokenizer: ImageTokenizer, codes: Codes, reference: Codes, original: UInt8[np.ndarray, "H W 3"]
+) -> PILImage.Image:
+    """A changed picture with the original's own pixels wherever its codes say what those of the original say.
+
+    They need not be the same: their sums are, but for less than what the last grid's codes add. Pixels go over from new to
+    old within half a cell, on the old one's side.
+    """
+    schedule, device = codes.schedule, tokenizer.device
+    new, old = (
+        tokenizer.quantizer.accumulate(c.target[None].to(device), schedule) for c in (codes, reference)
+    )
+    last = tokenizer.quantizer.enlarged(
+        reference.target[None, schedule.offsets[-2] :].to(device), schedule, len(schedule) - 1
+    )
+    limit = last.square().sum(1).mean()
+    changed = ((new - old).square().sum(1, keepdim=True) > limit).float()
+    border, cell = tokenizer.config.downsample // 4, tokenizer.config.downsample
+    wide = F.max_pool2d(F.interpolate(changed, scale_factor=cell), 2 * border + 1, 1, border)
+    share = F.avg_pool2d(wide, 2 * border + 1, 1, border, count_include_pad=False)[0, 0, :, :, None].cpu()
+    drawn = to_bytes(tokenizer.render(new).clamp(-1, 1))[0].cpu()
+    mixed = drawn.float() * share + torch.from_numpy(original.copy()).float() * (1 - share)
+    return PILImage.fromarray(mixed.round().byte().numpy())
 
 
 @torch.inference_mode()

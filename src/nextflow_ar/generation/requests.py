@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from jaxtyping import UInt8
+
 from nextflow_ar.generation.forcing import Forced
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.layout import reference_of
 from nextflow_ar.sequence.vocab import END_OF_TEXT, TURN_END
 from nextflow_ar.types import Document
 
@@ -22,7 +26,8 @@ class QueueFull(RuntimeError):
 @dataclass(frozen=True, eq=False)
 class ImageRequest:
     """Draw an image after ``document``. ``unconditional``: the document that guidance contrasts with. ``forced``: codes
-    that it has to have. Raises ValueError where those are of another schedule.
+    that it has to have. ``original``: (H, W, 3) uint8 of the picture that is changed, if its pixels are to stay where its
+    codes do. Raises ValueError where those are of another schedule, or nothing is there to be changed.
     """
 
     document: Document
@@ -31,8 +36,13 @@ class ImageRequest:
     settings: SamplingSettings
     unconditional: Document = field(default_factory=lambda: Document(()))
     forced: Forced | None = None
+    original: UInt8[np.ndarray, "H W 3"] | None = None
 
     def __post_init__(self) -> None:
+        if self.original is not None and (
+            self.forced is not None or reference_of(self.document, self.schedule) is None
+        ):
+            raise ValueError("an original is the picture before the one that is drawn, which is not forced")
         if self.forced is not None and self.forced.codes.schedule != self.schedule:
             raise ValueError("forced codes are of the schedule that is drawn")
 

@@ -96,7 +96,8 @@ async def _finished(
         pipeline = service.pipeline
         if upto is None:
             picture = pipeline.finished(order.request, codes)
-            if not isinstance(order.request, ImageRequest) or order.request.forced is None:
+            request = order.request
+            if not isinstance(request, ImageRequest) or (request.forced is None and request.original is None):
                 pipeline.remember(picture, codes)  # what is put together of two has other codes
         else:
             assert order.schedule is not None

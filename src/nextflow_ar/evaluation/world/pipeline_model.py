@@ -11,15 +11,17 @@ import torch
 
 from nextflow_ar.evaluation.world.asking import Ask, Reply
 from nextflow_ar.generation.documents import Part, part
-from nextflow_ar.generation.engine import ContextError, Request, TextRequest, WriteRequest
+from nextflow_ar.generation.engine import ContextError, ImageRequest, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.dialogue import turns
-from nextflow_ar.sequence.layout import IGNORED, build
+from nextflow_ar.sequence.layout import IGNORED, build, reference_of
 from nextflow_ar.types import Codes, Document, ImageReady, Text, TextDelta
 
 GREEDY = SamplingSettings(temperature=0.0)
+Said = str | Codes | np.ndarray
+"""Words, or a picture: its codes, or its pixels where it is more than they say."""
 
 
 class PipelineAnswers:
@@ -32,7 +34,7 @@ class PipelineAnswers:
 
     def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
         """Answers in order; none where an ask is beyond the model's context. Raises RequestError where a size is."""
-        out: list[list[str | Codes]] = [[] for _ in asks]
+        out: list[list[Said]] = [[] for _ in asks]
         groups: dict[object, list[int]] = defaultdict(list)
         for number, ask in enumerate(asks):
             groups[("picture", self._thinks(ask)) if ask.want == "picture" else "other"].append(number)
@@ -60,18 +62,19 @@ class PipelineAnswers:
         said = ((role, one if isinstance(one, str) else self.pipeline.encode(one)) for role, one in ask.parts)
         return [part(role, one) for role, one in said]
 
-    def _pictures(self, asks: Sequence[Ask], think: bool) -> list[list[str | Codes]]:
+    def _asked(self, ask: Ask) -> ImageRequest:
+        """A picture, as the pipeline itself asks for one, an edit too."""
+        schedule = self.pipeline.schedule_for((ask.size[1], ask.size[0]))
+        request = self.pipeline.request(self._parts(ask), schedule, self._seed(ask), self.settings)
+        shown = [one for _, one in ask.parts if not isinstance(one, str)]
+        if shown and reference_of(request.document, schedule) is not None:
+            return self.pipeline.sparing(request, shown[-1])
+        return request
+
+    def _pictures(self, asks: Sequence[Ask], think: bool) -> list[list[Said]]:
         pipeline = self.pipeline
-        requests = [
-            pipeline.request(
-                self._parts(ask),
-                pipeline.schedule_for((ask.size[1], ask.size[0])),
-                self._seed(ask),
-                self.settings,
-            )
-            for ask in asks
-        ]
-        said: list[list[str | Codes]] = [[] for _ in requests]
+        requests = [self._asked(ask) for ask in asks]
+        said: list[list[Said]] = [[] for _ in requests]
         if think:
             fitting = [k for k, request in enumerate(requests) if self._fits(request)]
             thought = pipeline.think([requests[k] for k in fitting])
@@ -79,7 +82,14 @@ class PipelineAnswers:
                 last = request.document.segments[-1]
                 requests[k] = request
                 said[k] = [last.text] if isinstance(last, Text) and last.text.strip() else []
-        return [[*words, *drawn] for words, drawn in zip(said, self._run(requests), strict=True)]
+        drawn = zip(said, requests, self._run(requests), strict=True)
+        return [[*words, *(self._whole(request, one) for one in found)] for words, request, found in drawn]
+
+    def _whole(self, request: ImageRequest, one: Said) -> Said:
+        """A changed picture with what is left of the original; anything else as it is."""
+        if request.original is None or not isinstance(one, Codes):
+            return one
+        return np.asarray(self.pipeline.finished(request, one))
 
     def _request(self, ask: Ask) -> TextRequest | WriteRequest:
         pipeline, manner = self.pipeline, self.pipeline.manner
@@ -106,9 +116,9 @@ class PipelineAnswers:
             return False
         return True
 
-    def _run(self, requests: Sequence[Request]) -> list[list[str | Codes]]:
+    def _run(self, requests: Sequence[Request]) -> list[list[Said]]:
         """Texts and codes of every request, in the order in which they came; nothing for one beyond the model's context."""
-        out: list[list[str | Codes]] = [[] for _ in requests]
+        out: list[list[Said]] = [[] for _ in requests]
         fitting = [k for k, request in enumerate(requests) if self._fits(request)]
         for event in self.pipeline.engine.run([requests[k] for k in fitting]):
             if not isinstance(event, ImageReady | TextDelta):
@@ -122,12 +132,12 @@ class PipelineAnswers:
                 row.append(event.text)
         return [[one for one in row if not isinstance(one, str) or one.strip()] for row in out]
 
-    def _decoded(self, replies: Sequence[Sequence[str | Codes]]) -> list[Reply]:
+    def _decoded(self, replies: Sequence[Sequence[Said]]) -> list[Reply]:
         """The replies with pictures for codes, decoded many at a time."""
         groups: dict[object, list[Codes]] = defaultdict(list)
         for reply in replies:
             for one in reply:
-                if not isinstance(one, str):
+                if isinstance(one, Codes):
                     groups[one.schedule].append(one)
         pictures: dict[int, np.ndarray] = {}
         tokenizer, device = self.pipeline.image_tokenizer, self.pipeline.engine.device
@@ -137,7 +147,11 @@ class PipelineAnswers:
                 decoded = tokenizer.decode_bytes(indices, several[0].schedule).cpu().numpy()
                 pictures |= {id(codes): picture for codes, picture in zip(several, decoded, strict=True)}
         return [
-            tuple(one.strip() if isinstance(one, str) else pictures[id(one)] for one in r) for r in replies
+            tuple(
+                one.strip() if isinstance(one, str) else pictures[id(one)] if isinstance(one, Codes) else one
+                for one in reply
+            )
+            for reply in replies
         ]
 
     @torch.inference_mode()
