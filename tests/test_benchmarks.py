@@ -123,3 +123,11 @@ def test_the_gpu_benchmark_runs_small_on_a_cpu(benchmark, tmp_path: Path) -> Non
     assert json.loads(told.read_text())["results"][0]["phases"] == result.phases
     with pytest.raises(SystemExit, match="the 7B shape needs a GPU"):
         gpu.main(["--device", "cpu"])
+
+
+def test_copies_of_an_edit(benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    found = benchmark("copies").main(["--edits", "1"])
+    told = capsys.readouterr().out
+    assert "17 edits" in told and "plain: copies by scale" in told and "kept: copies by scale" in told
+    right = {name: sum(found[name, "right"]) / len(found[name, "right"]) for name in ("a copy", "another")}
+    assert right["a copy"] > 0.8 > right["another"]  # the bundled model knows where to copy
