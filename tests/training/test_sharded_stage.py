@@ -41,7 +41,7 @@ def trainer(place: Path, name: str, steps: int = STEPS, **changes: Any) -> Model
     values["optimizer"] = OPTIMIZER | {"lr": 3e-3, "muon_lr": 0.0, "schedule": "constant"}
     values["ema"] = 0.9
     values["correction"] = {"share": 0.3, "top_k": 4, "temperature": 1.0, "start": 0, "ramp": 1}
-    values |= {"start": None, "model": to_dict(replace(TINY_MODEL, max_positions=512))} | changes
+    values |= {"start": None, "model": to_dict(replace(TINY_MODEL, max_positions=512, copies=True))} | changes
     shapes = {"levels": {"shapes": 1.0}, "split": "train", "seed": 5}
     values["sources"][0]["folders"] = [{"folder": str(place / "a" / "shards"), "invert": 0.3}]
     drawn = {"task": "think_to_image", "rows": 2, "length": 130, "scales": 4, "data": shapes}

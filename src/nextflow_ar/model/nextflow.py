@@ -47,20 +47,19 @@ class NextFlowModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Start from nothing: normal weights of deviation 0.02 (output projections scaled by depth), a zero head."""
+        """Start from nothing: normal weights of deviation 0.02 (by depth for output projections), zero head and copies."""
         depth = (2 * self.config.layers) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif ".copy_" in name:
+                parameter.zero_()
             else:
                 spread = parameter.shape[1] ** -0.5 if ".connector" in name else 0.02
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     spread *= depth
                 parameter.normal_(0.0, spread, generator=generator)
         self.head.weight.zero_()
-        for layer in (self.scale_inputs.copy_connector, self.scale_inputs.copy_gate):
-            if layer is not None:
-                layer.weight.zero_()
 
     @torch.no_grad()
     def codes_anew(self, codebook: Float[Tensor, "k c"]) -> None:
