@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextflow_ar.config import to_dict
+from nextflow_ar.config import ConfigError, to_dict
 from nextflow_ar.generation.engine import Engine, ImageRequest
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.generation.sampling import SamplingSettings
@@ -22,6 +22,7 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import kept_features
 from nextflow_ar.training.episode_feed import Filler, gathered, merged, waves
 from nextflow_ar.training.episode_sources import Pictures, Place
+from nextflow_ar.training.trainable import begin_with
 from nextflow_ar.types import Codes, Document, Image, ImageReady, Text
 from tests.conftest import TINY_MODEL, tiny_bundle, tiny_image_tokenizer
 from tests.training.test_episode_sources import MODEL, source, trainer
@@ -261,6 +262,8 @@ def test_training_feeds_and_learns_them(folder: Path, tmp_path: Path) -> None:
         tmp_path / "three", folder, sources, model=to_dict(COPYING), start=str(start), text_entries=400
     )
     old = load_bundle(start).model
+    with pytest.raises(ConfigError, match="set copies: true"):
+        begin_with(old, more.model)
     assert len(of_copies(more.model)) == 3 and not any(p.any() for p in of_copies(more.model))
     for name, value in old.state_dict().items():
         assert torch.equal(more.model.state_dict()[name], value), name

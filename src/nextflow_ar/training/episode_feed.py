@@ -77,7 +77,7 @@ def gathered(several: Sequence[Pictures]) -> Pictures:
     given, drawn = 0, sum(p.given for p in several)
     count, moved = drawn, []
     for p in several:
-        moved.append(p.moved(given, drawn))
+        moved.append(_moved(torch.from_numpy(p.references), p.given, given, drawn).numpy())
         given, drawn = given + p.given, drawn + len(p.pixels) - p.given
     parts = [slice(p.given) for p in several], [slice(p.given, None) for p in several]
     pixels, references = (

@@ -61,11 +61,6 @@ class Pictures:
         if self.references.shape != self.pixels.shape[:1]:
             raise ValueError("every picture has a reference, or -1")
 
-    def moved(self, given: int, drawn: int) -> np.ndarray:
-        """``references`` where the given pictures' numbers begin at ``given`` and the drawn ones' at ``drawn``."""
-        r = self.references
-        return np.where(r < 0, -1, np.where(r < self.given, r + given, r - self.given + drawn))
-
 
 @dataclass(frozen=True, eq=False)
 class Draft:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nextflow_ar.config import ConfigError
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.training.recipe import ModelRecipe
@@ -39,8 +40,10 @@ class Trainable:
 
 def begin_with(model: NextFlowModel, old: NextFlowModel) -> None:
     """Take over the weights of a model of the same shapes. Where the old one had no ``copies``, they begin at zero, so that
-    the new one does what the old one did.
+    the new one does what the old one did. Raises ConfigError where they would be lost.
     """
+    if old.config.copies and not model.config.copies:
+        raise ConfigError("the model to start from has copies, the recipe's has not: set copies: true")
     state = old.state_dict()
     if model.config.copies and not old.config.copies:
         state |= {k: torch.zeros_like(v) for k, v in model.state_dict().items() if ".copy_" in k}
