@@ -205,6 +205,49 @@ def test_batches_of_equal_schedules(rows: Path, tmp_path: Path) -> None:
         extract(open_source(rows), tokenizer, tmp_path / "one", replace(CONFIG, rows=8, batch=4))
 
 
+@pytest.mark.parametrize(("batch", "noise"), [(1, 0), (4, 0), (1, 3)])
+def test_kept_targets_take_over_what_did_not_change(tmp_path: Path, batch: int, noise: int) -> None:
+    before = np.full((64, 64, 3), (200, 60, 60), dtype=np.uint8)
+    before[36:60, 32:56] = (240, 240, 60)
+    shift = np.random.default_rng(0).integers(-noise, noise + 1, before.shape)
+    after = (before + shift).astype(np.uint8)
+    after[4:20, 4:20] = (60, 60, 220)
+    for name, picture in (("before", before), ("after", after)):
+        PILImage.fromarray(picture).save(tmp_path / f"{name}.png")
+    lines = [
+        {"source": "before.png", "instruction": "add a blue square", "target": "after.png"},
+        {"image": "after.png", "question": "what is it?", "answer": "a picture"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tokenizer = ImageTokenizer.from_pretrained("nano")
+
+    def images(name: str, kept: int | None) -> list[torch.Tensor]:
+        setting = ExtractionConfig(num_scales=8, tokens=0.0, batch=batch, kept=kept)
+        extract(open_source(tmp_path / "rows.jsonl"), tokenizer, tmp_path / name, setting)
+        shards = CodeShards(tmp_path / name, tokenizer).documents()
+        return [s.codes.target for _, d in shards for s in d.segments if isinstance(s, Image)]
+
+    plain, strict, kept = images("plain", None), images("strict", 0), images("kept", 2 * noise)
+    assert noise or torch.equal(strict[1], kept[1])
+    assert not noise or torch.equal(strict[1], plain[1])  # no pixel is what it was
+    for found in (strict, kept):  # given pictures continue nothing
+        assert torch.equal(found[0], plain[0]) and torch.equal(found[2], plain[2])
+
+    schedule = ScaleSchedule.square(8)
+
+    def copies(codes: torch.Tensor) -> float:
+        """Share of the last grid's codes that bring the picture nearer to the one before."""
+        would = tokenizer.quantizer.copied(plain[0][None], codes[None], schedule, 7, 8)[0]
+        return float((would == codes[schedule.offsets[7] :]).float().mean())
+
+    assert copies(plain[1]) < 0.15 and copies(kept[1]) > copies(plain[1]) + 0.3
+    for codes in (plain[1], kept[1]):
+        shown = tokenizer.decode_bytes(codes[None], schedule)[0]
+        assert (
+            float((shown[6:18, 6:18].float().mean((0, 1)) - torch.tensor([60.0, 60, 220])).abs().max()) < 25
+        )
+
+
 def test_an_extraction_from_before_batches_goes_on(rows: Path, tmp_path: Path) -> None:
     tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
     extract(open_source(rows), tokenizer, out, CONFIG)

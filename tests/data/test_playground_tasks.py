@@ -20,6 +20,7 @@ from nextflow_ar.data.playground.canvases import (
     fits,
     held_out,
     place_words,
+    size_word,
 )
 from nextflow_ar.data.playground.curriculum import (
     GROUPED,
@@ -68,7 +69,7 @@ def episodes(task: str, count: int, **settings: object) -> list[Episode]:
 
 
 def test_the_names() -> None:
-    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 47
+    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 48
     assert set(UNSPLIT) < set(TASK_NAMES) and {f"edit_{kind}" for kind in EDITS} < set(TASK_NAMES)
     with pytest.raises(ValueError, match="unknown playground task 'dance': one of draw_scene"):
         episode("dance", 0, 0)
@@ -117,6 +118,20 @@ def test_splits_never_leak(task: str) -> None:
     shows = np.mean([held_out_of(found) > 0 for found in test])
     bare = task in UNSPLIT or task in ("draw_scene", "draw_mood", "draw_sizes", "draw_style", "draw_places")
     assert shows == 1 or (bare and shows > 0.1) or shows > 0.7, shows
+
+
+def test_crowds_show_many_things_of_all_sizes() -> None:
+    found = [one.pictures[-1].canvas for one in episodes("crowd", 200)]
+    assert min(len(c.items) for c in found) >= 3 and sum(len(c.items) for c in found) / 200 > 3.4
+    assert all(len({i.name for i in c.items}) == len(c.items) for c in found)
+    sizes = Counter(size_word(i, c.base) for c in found for i in c.items)
+    assert min(sizes["small"], sizes["large"], sizes[""]) > 60
+    styles = Counter(c.style for c in found)
+    assert min(styles["line"], styles["silhouette"]) > 5 and styles["full"] > 100
+    assert sum(c.mood is not None for c in found) > 5
+    assert sum(c.light is not None for c in found) > 5 and all(
+        c.light is None or c.background != "black" for c in found
+    )
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------

@@ -157,6 +157,15 @@ def extract(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Pictures encoded together; above 1 a few codes may differ.")
     ] = 1,
+    kept: Annotated[
+        int | None,
+        typer.Option(
+            "--kept",
+            min=0,
+            max=255,
+            help="Edits for a model with copies: pixels that differ by no more count as unchanged (0; JPEG: 12).",
+        ),
+    ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")
     ] = 1,
@@ -179,7 +188,7 @@ def extract(
         raise ConfigError("--workers, --ray and --processes are three ways to share the work: take one")
     values = {
         "num_scales": scales or tokenizer_config(tokenizer).num_scales, "fit": fit, "rows": rows, "samples": samples,
-        "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "batch": batch,
+        "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "batch": batch, "kept": kept,
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device)

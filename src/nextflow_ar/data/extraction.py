@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nextflow_ar.storage import StorageError, write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pictures import Fit, PictureError, place
 from nextflow_ar.tokenizer.pixels import to_unit
-from nextflow_ar.tokenizer.quantizer import SelfCorrection
+from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
 from nextflow_ar.types import Codes, Document, Image, Text
 
 MANIFEST = "manifest.json"
@@ -45,6 +45,10 @@ class ExtractionConfig:
     of their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
     ``batch``: pictures of equal schedule that the encoders see together; 1 gives the codes that ``ImageTokenizer.encode``
     gives, more may round differently and turn codes that lie near a boundary.
+
+    ``kept``: for models with ``copies``: a picture to be drawn behind another one of its schedule takes over that one's
+    features where no channel of a pixel differs by more than this (0: files that keep pixels as they are; JPEG: about 12),
+    so that copying is right there (:func:`~nextflow_ar.tokenizer.quantizer.kept_features`). None: every picture by itself.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -57,6 +61,11 @@ class ExtractionConfig:
     temperature: float = 1.0
     seed: int = 0
     batch: int = 1
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kept is not None and not 0 <= self.kept <= 255:
+            raise ValueError(f"kept is a difference of pixels from 0 to 255, got {self.kept}")
 
 
 def extract(
@@ -151,12 +160,15 @@ def _claim(source: Source, tokenizer: ImageTokenizer, out: Path, config: Extract
 
 @dataclass
 class _Wanted:
-    """A picture on its canvas, until its codes are there. ``into``: its part of a record."""
+    """A picture on its canvas, until its codes are there. ``into``: its part of a record. ``before``: the one whose
+    features it takes over where they are alike.
+    """
 
     seed: tuple[int, int, int]
     schedule: ScaleSchedule
     pixels: torch.Tensor
     into: dict[str, Any]
+    before: _Wanted | None = None
 
 
 def _records(
@@ -175,6 +187,8 @@ def _records(
         except (PictureError, ValueError) as error:
             wrong[str(number)] = str(error) if row.where in str(error) else f"{row.where}: {error}"
             continue
+        if config.kept is not None:
+            _follow([part for part in parts if isinstance(part, _Wanted)])
         for wanted in parts:
             if isinstance(wanted, _Wanted):
                 same = waiting.setdefault(wanted.schedule, [])
@@ -188,6 +202,13 @@ def _records(
         if same:
             _encode(same, tokenizer, config)
     return records, wrong
+
+
+def _follow(pictures: list[_Wanted]) -> None:
+    """Tell every picture to be drawn which one it could copy: the one before it, if that is of its schedule."""
+    for before, each in pairwise(pictures):
+        if each.into["supervised"] and before.schedule == each.schedule:
+            each.before = before
 
 
 def _part(
@@ -209,7 +230,9 @@ def _part(
 
 @torch.inference_mode()
 def _encode(wanted: list[_Wanted], tokenizer: ImageTokenizer, config: ExtractionConfig) -> None:
-    """Give pictures of one schedule their codes. The encoders see them together, the quantiser each by itself."""
+    """Give pictures of one schedule their codes. The encoders see them together, the quantiser each by itself, in order:
+    what one could copy has its codes before it.
+    """
     pixels = to_unit(torch.stack([each.pixels for each in wanted]).to(tokenizer.device))
     features = tokenizer.embed(pixels)
     for i, each in enumerate(wanted):
@@ -217,11 +240,22 @@ def _encode(wanted: list[_Wanted], tokenizer: ImageTokenizer, config: Extraction
         corrected = config.tokens > 0 and rng.random() < config.samples
         correction = SelfCorrection(config.tokens, config.top_k, config.temperature) if corrected else None
         generator = torch.Generator(device=tokenizer.device).manual_seed(int(rng.integers(2**62)))
-        found = tokenizer.quantizer.quantize(
-            features[i : i + 1], each.schedule, correction=correction, generator=generator
-        )
+        own = features[i : i + 1]
+        if each.before is not None and config.kept is not None:
+            own = _kept(own, each, each.before, tokenizer, config.kept)
+        found = tokenizer.quantizer.quantize(own, each.schedule, correction=correction, generator=generator)
         each.into["target"] = found.target[0].tolist()
         each.into["input"] = found.input[0].tolist() if corrected else None  # the same as the targets
+
+
+def _kept(
+    own: torch.Tensor, each: _Wanted, before: _Wanted, tokenizer: ImageTokenizer, most: int
+) -> torch.Tensor:
+    """The features of ``each`` with those that the codes of ``before`` add up to wherever the two look alike."""
+    fed = before.into["input"] or before.into["target"]
+    old = tokenizer.quantizer.accumulate(torch.tensor([fed], device=own.device), each.schedule)
+    difference = (each.pixels.short() - before.pixels.short()).abs().amax(-1)
+    return kept_features(own, old, (difference <= most)[None].to(own.device))
 
 
 def _table(records: list[dict[str, Any]]) -> Any:

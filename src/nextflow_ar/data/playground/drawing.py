@@ -61,6 +61,37 @@ def draw_places(draft: Draft) -> Episode:
     return _episode(draft, grounded(rng, canvas, text), canvas, "place")
 
 
+def crowd(draft: Draft) -> Episode:
+    """Three things or more of all sizes, now and then in a style, a mood or a light.
+
+    For training only, no line of the benchmark: a picture costs as many tokens with four things in it as with one, and
+    shows four times as much of what things look like.
+    """
+    maker, rng = draft.maker, draft.rng
+    canvas = maker.canvas(maker.crowd(3, rng.randint(4, 7)))
+    how, chance = "", rng.random()
+    if chance < 0.3:
+        style: Style = "line" if chance < 0.18 else "silhouette"
+        canvas = maker.style(canvas, style)
+    elif chance < 0.4:
+        mood = rng.choice(MOODS)
+        canvas, how = replace(canvas, mood=mood), ", " + rng.choice(MOOD_ASKED[mood])
+    elif chance < 0.5:
+        light = rng.choice(LIGHTS)
+        canvas, how = replace(canvas, light=light), ", " + rng.choice(LIGHT_ASKED[light])
+    if not mood_shows(canvas):
+        raise Reject
+    if canvas.style != "full":
+        words = STYLE_ASKED[canvas.style][0].format(
+            listed(rng, [loosely(rng, (name, None), n) for name, n in _names(canvas)])
+        )
+    else:
+        words = listed(rng, [loosely(rng, kind, count) for kind, count in canvas.counts])
+    if canvas.style != "line" and canvas.mood != "gray":
+        words = grounded(rng, canvas, words)
+    return _episode(draft, words + how, canvas, "crowd")
+
+
 _WRITTEN = (
     'the word "{word}"', 'the word "{word}" in {colour}', 'the text "{word}"', 'a sign that says "{word}"',
     '"{word}" in {colour} letters', 'the word "{word}" {place}',

@@ -274,6 +274,22 @@ class Maker:
             kinds += [kinds[0]] * self.rng.randint(1, max(1, self.level.max_count - len(kinds)))
         return self.canvas(self.items(kinds), plain=plain)
 
+    def crowd(self, least: int, most: int) -> list[Item]:
+        """As many different things as find room, up to ``most``, small, normal and maybe one large; the largest first."""
+        rng = self.rng
+        sizes: list[Size] = ["large"] if rng.random() < 0.4 else []
+        sizes += [rng.choice(("", "", "small")) for _ in range(most - len(sizes))]
+        placed: list[Item] = []
+        for size in sorted(sizes, key=("large", "", "small").index):
+            kind = self.kind(avoid=[item.name for item in placed])
+            try:
+                placed.append(self.item(kind, self.length(size, 1 if size == "large" else 3), placed))
+            except Reject:
+                continue
+        if len(placed) < least:
+            raise Reject
+        return placed
+
     def word(self, canvas: Canvas, text: str | None = None, place: str | None = None) -> Canvas:
         """The canvas with a word written on a free place, as large as fits."""
         text = text or self.rng.choice(WRITTEN)
