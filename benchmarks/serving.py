@@ -2,9 +2,10 @@
 
     python benchmarks/serving.py --clients 1 4 16 64 --pictures 64
 
-Clients ask one picture after the other over HTTP; the bare engine is given the same requests, as many at a time, in the
-same process and without a server. Wall clock, and seconds of processor time a picture, which a busy machine blurs less.
-``--seconds`` keeps the clients at it for so long instead, and counts what is not answered with a picture.
+Clients, in a process of their own, ask one picture after the other over HTTP; the bare engine is given the same requests,
+as many at a time, in the server's process and without a server. Wall clock, and seconds of processor time a picture, which
+a busy machine blurs less. ``--seconds`` keeps the clients at it for so long instead, and counts what is not answered with a
+picture.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import collections
 import http.client
 import json
 import statistics
+import subprocess
+import sys
 import threading
 import time
 
@@ -76,36 +79,47 @@ class Serving:
         self.thread.join()
 
     def load(self, clients, think, pictures=None, seconds=None):
-        """(wall, processor) seconds, seconds of each answer, and counts by status."""
-        numbers = iter(range(pictures if pictures is not None else 10**9))
-        lock, times, found = threading.Lock(), [], collections.Counter()
-        end = time.perf_counter() + (seconds or 1e9)
+        """(wall, processor) seconds, seconds of each answer, and counts by status. The clients are a process of their
+        own, as they would be: threads beside the engine's would take its turns.
+        """
+        command = [sys.executable, __file__, "--port", str(self.port), "--clients", str(clients)]
+        command += ["--pictures", str(pictures or 10**9), "--seconds", str(seconds or 1e9)]
+        command += [] if think else ["--no-think"]
+        cpu = time.process_time()
+        wall, times, found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        return wall, time.process_time() - cpu, times, collections.Counter(found)
 
-        def client():
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-            while time.perf_counter() < end:
-                with lock:
-                    number = next(numbers, None)
-                if number is None:
-                    break
-                body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "think": think}
-                began = time.perf_counter()
-                connection.request(
-                    "POST", "/v1/images/generations", json.dumps(body), {"content-type": "application/json"}
-                )
-                answer = connection.getresponse()
-                answer.read()
-                with lock:
-                    found[answer.status] += 1
-                    if answer.status == 200:
-                        times.append(time.perf_counter() - began)
-            connection.close()
 
-        threads = [threading.Thread(target=client) for _ in range(clients)]
-        wall, cpu = time.perf_counter(), time.process_time()
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        return time.perf_counter() - wall, time.process_time() - cpu, sorted(times), found
+def ask(port, clients, think, pictures, seconds):
+    """What :meth:`Serving.load` wants of its clients, as JSON."""
+    numbers, lock, times, found = iter(range(pictures)), threading.Lock(), [], collections.Counter()
+    end = time.perf_counter() + seconds
+
+    def client():
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        while time.perf_counter() < end:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                break
+            body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "think": think}
+            began = time.perf_counter()
+            connection.request(
+                "POST", "/v1/images/generations", json.dumps(body), {"content-type": "application/json"}
+            )
+            answer = connection.getresponse()
+            answer.read()
+            with lock:
+                found[str(answer.status)] += 1
+                if answer.status == 200:
+                    times.append(time.perf_counter() - began)
+        connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    wall = time.perf_counter()
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return json.dumps((time.perf_counter() - wall, sorted(times), found))
 
 
 def share(times, part):
@@ -121,8 +135,12 @@ def main():
     parser.add_argument("--seconds", type=float, help="of each line, in place of so many pictures")
     parser.add_argument("--no-think", action="store_true", help="no plan in words first")
     parser.add_argument("--repeats", type=int, default=3, help="each line's median")
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # be the clients of a server there
     given = parser.parse_args()
     think = not given.no_think
+    if given.port:
+        print(ask(given.port, given.clients[0], think, given.pictures, given.seconds))
+        return
     pipeline = NextFlowPipeline.from_pretrained(given.model)
     bare(pipeline, 2, 4, think)
     serving = Serving(pipeline)

@@ -40,6 +40,23 @@ def test_draws_follow_the_distribution() -> None:
     assert set(draw(many, 0.0, 0, 1.0, torch.Generator().manual_seed(1)).tolist()) == {0}
 
 
+def test_no_draw_leaves_what_is_kept() -> None:
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(2)) * 3
+    logits[:, -5:] = NEVER
+    best = keep_best(logits, 20, 0.8)
+    for seed in range(20):
+        found = draw(logits, 1.0, 20, 0.8, torch.Generator().manual_seed(seed))
+        assert bool((best.gather(1, found[:, None]) > NEVER).all())
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_numbers(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
+    logits = torch.tensor([[NEVER, 1.0, 2.0, NEVER, 1.0, NEVER], [0.0, NEVER, NEVER, NEVER, NEVER, NEVER]])
+    found = draw(logits, 1.0, 0, 1.0, torch.Generator())
+    assert found.tolist() == ([1, 0] if number == 0 else [4, 0])
+
+
 def test_settings_never_shift_later_noise() -> None:
     a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     draw(LOGITS, 0.0, 0, 1.0, a)
@@ -101,7 +118,6 @@ def test_the_nucleus_is_that_of_a_stable_sort(top_p: float) -> None:
         logits[:, ::7] = -torch.inf
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         share = ordered.softmax(-1)
-        outside = share.cumsum(-1) - share >= top_p
-        outside[:, 0] = False
+        outside = torch.cat([torch.zeros(40, 1), share.cumsum(-1)[:, :-1]], -1) >= top_p
         wanted = logits.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
         assert torch.equal(keep_best(logits, 0, top_p), wanted)

@@ -121,12 +121,16 @@ def keep_best(logits: Float[Tensor, "n v"], top_k: int, top_p: float) -> Float[T
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if top_p < 1.0:
-        ordered = _descending(logits)
-        share = ordered.softmax(-1)
-        outside = share.cumsum(-1) - share >= top_p
-        outside[..., 0] = False
-        logits = logits.masked_fill(_beyond(logits, ordered, outside), float("-inf"))
+        logits = logits.masked_fill(_beyond(logits, _nucleus(logits, top_p)), float("-inf"))
     return logits
+
+
+def _nucleus(logits: Float[Tensor, "n v"], top_p: float) -> tuple[Tensor, Tensor]:
+    """(n, 1) how many entries of each row are the nucleus, and the least of their values."""
+    ordered = _descending(logits)
+    sums = ordered.softmax(-1).cumsum(-1)
+    last = torch.searchsorted(sums, torch.full_like(sums[..., :1], top_p)).clamp_max(logits.shape[-1] - 1)
+    return last + 1, ordered.gather(-1, last)
 
 
 def _descending(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
@@ -136,36 +140,37 @@ def _descending(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
     return torch.from_numpy(np.sort(logits.numpy(), axis=-1)[..., ::-1].copy())
 
 
-def _beyond(
-    logits: Float[Tensor, "n v"], ordered: Float[Tensor, "n v"], outside: Bool[Tensor, "n v"]
-) -> Bool[Tensor, "n v"]:
-    """Which entries are outside, where ``outside`` says it of the ranks in ``ordered``; equals are ranked as they stand."""
-    if (outside[..., :-1] & ~outside[..., 1:]).any():  # rounding broke the order of the sums: rank by rank
-        index = logits.sort(dim=-1, descending=True, stable=True).indices
-        return outside.scatter(-1, index, outside)
-    kept = (~outside).sum(-1, keepdim=True)
-    least = ordered.gather(-1, kept - 1)
-    above, equal = logits > least, logits == least
-    room = kept - above.sum(-1, keepdim=True)
-    return ~(above | (equal & (equal.cumsum(-1) <= room)))
+def _beyond(logits: Float[Tensor, "n v"], nucleus: tuple[Tensor, Tensor]) -> Bool[Tensor, "n v"]:
+    """Which entries are not among the best that ``nucleus`` counts; equals are ranked as they stand."""
+    kept, least = nucleus
+    below = logits < least
+    shared = (logits.shape[-1] - below.sum(-1) > kept[..., 0]).nonzero()[:, 0]  # more have the last place's value
+    if len(shared):
+        some, value = logits[shared], least[shared]
+        equal = some == value
+        room = kept[shared] - (some > value).sum(-1, keepdim=True)
+        below[shared] |= equal & (equal.cumsum(-1) > room)
+    return below
 
 
 def draw(
     logits: Float[Tensor, "n v"], temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> Int[Tensor, " n"]:
-    """One entry per row of logits, by the Gumbel-max rule with ``generator``'s noise; the best at temperature 0.
+    """One entry per row of logits: the first at which the sum of the probabilities, in the order of the entries, exceeds
+    one number of ``generator``'s; the best at temperature 0.
 
-    The filters see the tempered distribution. Noise is made where the generator lives: a CPU's gives the same on every
-    device, one of the logits' own device is faster. Consumes ``n * v`` numbers whatever the settings, so that changing one
-    scale's settings does not shift the noise of later scales.
+    The filters see the tempered distribution. Numbers are made where the generator lives: a CPU's are the same for every
+    device, one of the logits' own device is faster. Consumes ``n`` of them whatever the settings, so that changing one
+    scale's settings does not shift the numbers of later scales.
     """
     logits = logits.float()
-    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float32, device=generator.device)
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32, device=generator.device)
     if temperature <= 0:
         return logits.argmax(-1)
-    logits = keep_best(logits / temperature, top_k, top_p)
-    noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-    return (logits + noise.to(logits.device)).argmax(-1)
+    sums = keep_best(logits / temperature, top_k, top_p).softmax(-1).cumsum(-1)
+    whole = sums[..., -1:]
+    wanted = torch.minimum(uniform.to(whole.device) * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(sums, wanted, right=True)[..., 0]
 
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:
