@@ -21,6 +21,7 @@ from nextflow_ar.data.playground.canvases import (
     held_out,
     place_words,
     size_word,
+    stands,
 )
 from nextflow_ar.data.playground.curriculum import (
     GROUPED,
@@ -69,7 +70,7 @@ def episodes(task: str, count: int, **settings: object) -> list[Episode]:
 
 
 def test_the_names() -> None:
-    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 48
+    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 49
     assert set(UNSPLIT) < set(TASK_NAMES) and {f"edit_{kind}" for kind in EDITS} < set(TASK_NAMES)
     with pytest.raises(ValueError, match="unknown playground task 'dance': one of draw_scene"):
         episode("dance", 0, 0)
@@ -116,7 +117,14 @@ def test_splits_never_leak(task: str) -> None:
     assert all(held_out_of(found) == 0 for found in train)
     assert all(held_out(combinations(shown.canvas)) == 0 for found in train for shown in found.pictures)
     shows = np.mean([held_out_of(found) > 0 for found in test])
-    bare = task in UNSPLIT or task in ("draw_scene", "draw_mood", "draw_sizes", "draw_style", "draw_places")
+    bare = task in UNSPLIT or task in (
+        "draw_scene",
+        "relation",
+        "draw_mood",
+        "draw_sizes",
+        "draw_style",
+        "draw_places",
+    )
     assert shows == 1 or (bare and shows > 0.1) or shows > 0.7, shows
 
 
@@ -132,6 +140,13 @@ def test_crowds_show_many_things_of_all_sizes() -> None:
     assert sum(c.light is not None for c in found) > 5 and all(
         c.light is None or c.background != "black" for c in found
     )
+
+
+def test_relations_stand() -> None:
+    for found in episodes("relation", 50):
+        canvas = found.pictures[-1].canvas
+        assert found.truth.kind == "position" and canvas.relation is not None
+        assert stands(canvas.relation, *canvas.items)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------

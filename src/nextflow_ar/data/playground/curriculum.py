@@ -24,7 +24,7 @@ GROUPED: dict[str, dict[str, Builder]] = {
         "draw_style": drawing.draw_style,
         "draw_mood": drawing.draw_mood,
     },
-    "crowd": {"crowd": drawing.crowd},
+    "practice": {"crowd": drawing.crowd, "relation": drawing.relation},
     "caption": {"caption_short": asking.caption_short, "caption_full": asking.caption_full},
     "ask": {
         "ask_yes_no": asking.ask_yes_no,
@@ -65,7 +65,7 @@ READ_ALONE: tuple[str, ...] = (*GROUPED["caption"], *GROUPED["ask"], *GROUPED["e
 """Tasks of captions and questions about one picture."""
 
 PLANNED: tuple[str, ...] = tuple(
-    task for group in ("draw", "crowd", "edit", "subject", "in_context") for task in GROUPED[group]
+    task for group in ("draw", "practice", "edit", "subject", "in_context") for task in GROUPED[group]
 )
 """Tasks that end in a drawn picture without a plan, which :func:`~nextflow_ar.data.playground.thinking.with_plan` adds."""
 

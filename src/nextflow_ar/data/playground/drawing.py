@@ -16,7 +16,7 @@ from nextflow_ar.data.playground.saying import (
     somewhere,
     things_asked,
 )
-from nextflow_ar.data.playground.scenes import TASKS
+from nextflow_ar.data.playground.scenes import TASKS, Task
 from nextflow_ar.data.playground.world import LIGHTS, MOODS, Light, Mood, Size, Style
 
 
@@ -24,9 +24,9 @@ def _episode(draft: Draft, words: str, canvas: Canvas, kind: str) -> Episode:
     return Episode("", (draft.person(asked_to_draw(draft.rng, words)), draws(canvas)), Truth(kind))
 
 
-def scene_asked(draft: Draft) -> tuple[str, Canvas, str]:
-    """(words, canvas, type) of one of GenEval's six types; three in four name the background."""
-    task, canvas = draft.maker.scene(TASKS[draft.index % len(TASKS)])
+def scene_asked(draft: Draft, task: Task | None = None) -> tuple[str, Canvas, str]:
+    """(words, canvas, type) of one of GenEval's six types, in turn or ``task``; three in four name the background."""
+    task, canvas = draft.maker.scene(task or TASKS[draft.index % len(TASKS)])
     words = things_asked(draft.rng, canvas, bare=task == "single_object")
     if draft.rng.random() < 0.75:
         words = grounded(draft.rng, canvas, words)
@@ -36,6 +36,11 @@ def scene_asked(draft: Draft) -> tuple[str, Canvas, str]:
 def draw_scene(draft: Draft) -> Episode:
     """One of GenEval's six types."""
     return _episode(draft, *scene_asked(draft))
+
+
+def relation(draft: Draft) -> Episode:
+    """Two things in a relation: one of GenEval's types, by itself for training only."""
+    return _episode(draft, *scene_asked(draft, "position"))
 
 
 def draw_sizes(draft: Draft) -> Episode:
