@@ -183,6 +183,10 @@ def test_inverting_and_dropping_by_hand() -> None:
     assert told(invert(drawing)) == [
         ("be brief", "system", False), ("picture", "user", False), ("a dog", "assistant", True),
     ]  # fmt: skip
+    assert told(invert(drawing, "what is it?")) == [
+        ("be brief", "system", False), ("picture", "user", False), ("what is it?", "user", False),
+        ("a dog", "assistant", True),
+    ]  # fmt: skip
     assert told(drawing)[1] == ("a dog", "user", False)  # the record itself is as it was
     edit = [picture("user", False), text("bluer"), picture("assistant", True)]
     planned = [text("a dog"), text("a dog above", "assistant", True), picture("assistant", True)]

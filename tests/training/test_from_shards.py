@@ -16,6 +16,7 @@ from nextflow_ar.app.cli import run
 from nextflow_ar.config import ConfigError, from_dict, to_dict
 from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bundle
 from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
+from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.layout import scale_block
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START
@@ -23,8 +24,8 @@ from nextflow_ar.storage import StorageError
 from nextflow_ar.training.meters import Speedometer, measured_peak
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.parallel import World
-from nextflow_ar.training.selftest import SelfTestError, check_data, check_generation, self_test
-from nextflow_ar.types import Document, Mark, Text
+from nextflow_ar.training.selftest import SelfTestError, check_data, check_generation, check_manner, self_test
+from nextflow_ar.types import Codes, Document, Image, Mark, Text
 from tests.conftest import TINY_MODEL, tiny_bundle, tiny_image_tokenizer, tiny_model
 from tests.shards import captions, make_shards, mixed
 
@@ -352,6 +353,28 @@ def test_the_self_test_passes_and_finds_each_mismatch(
     assert check_data([spoken, spoken], dialogue=True) == check_data([spoken, bare])
     (*_, told) = check_data([spoken, bare], dialogue=True)
     assert told.startswith("1 of the first 2 documents have no chat marks")
+
+
+def test_ways_of_asking_that_shards_do_not_teach_are_told() -> None:
+    codes = Codes.plain(ScaleSchedule.square(2), torch.zeros(5, dtype=torch.long))
+    drawn, shown = Image(codes, True), Image(codes)
+    said, asked = Text("a dog", True), Text("what is it?")
+    plain, planned = (
+        Document((Text("a dog"), drawn)),
+        Document((Text("a dog"), Text("plan: a dog", True), drawn)),
+    )
+    told, answered = Document((shown, said)), Document((shown, asked, said))
+    manner = {"think": True, "caption": "what is it?"}
+    (about_plans,) = check_manner([plain, answered], manner)
+    assert "generation: {think: false}" in about_plans
+    (about_questions,) = check_manner([plain, planned, told], manner)
+    assert "'what is it?'" in about_questions and "question" in about_questions
+    assert check_manner([planned, answered, told], manner) == check_manner([plain, told], {}) == []
+
+
+def test_defaults_of_sampling_can_be_set(make: Make) -> None:
+    trainer = make(steps=1, generation={"think": False, "top_p": 0.5})
+    assert trainer.generation["think"] is False and trainer.bundle().generation["top_p"] == 0.5
 
 
 def test_a_mismatch_stops_the_run_before_any_step(

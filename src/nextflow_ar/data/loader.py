@@ -41,8 +41,10 @@ _STEP = 64
 class ShardFolder:
     """One extraction of a mixture. ``weight``: its share of the documents, relative to the others'.
 
-    ``invert``: probability that a text-to-image document becomes captioning. ``condition_dropout``: probability that what
-    stands before a drawn picture is left out, for guidance. ``dialogue``: chat marks around every turn.
+    ``invert``: probability that a text-to-image document becomes captioning, ``question``: what is asked about its picture
+    then (the ``caption`` of generation.json, if the model is to say it when nobody asks anything else).
+    ``condition_dropout``: probability that what stands before a drawn picture is left out, for guidance. ``dialogue``: chat
+    marks around every turn.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -51,6 +53,7 @@ class ShardFolder:
     invert: float = 0.0
     condition_dropout: float = 0.0
     dialogue: bool = False
+    question: str = ""
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -221,7 +224,7 @@ class ShardLoader:
         settings, parts = folder.settings, folder.parts(place)
         turned, without = np.random.default_rng([4, self.source.seed, number]).random(2)
         if turned < settings.invert:
-            parts = invert(parts)
+            parts = invert(parts, settings.question)
         if without < settings.condition_dropout:
             parts = drop_condition(parts)
         return as_document(parts, dialogue=settings.dialogue)

@@ -16,8 +16,9 @@ def _is_picture(part: Part) -> bool:
     return part["text"] is None
 
 
-def invert(parts: list[Part]) -> list[Part]:
-    """A text-to-image record turned into captioning: the picture as context, the prompt as response.
+def invert(parts: list[Part], question: str = "") -> list[Part]:
+    """A text-to-image record turned into captioning: the picture as context, the prompt as response; ``question``, if there
+    is one, is asked between them.
 
     Text-to-image: texts as context, then one picture to be drawn, nothing else. System texts stay in front. Every other
     record (edits, stories, plans before a picture) comes back as it is. What is fed of the picture stays the same.
@@ -29,7 +30,8 @@ def invert(parts: list[Part]) -> list[Part]:
         return parts
     told = [{**part, "role": "assistant", "supervised": True} for part in prompt]
     shown = {**last, "role": "user", "supervised": False}
-    return [*(part for part in before if part["role"] == "system"), shown, *told]
+    asked = [{**prompt[0], "role": "user", "supervised": False, "text": question}] if question else []
+    return [*(part for part in before if part["role"] == "system"), shown, *asked, *told]
 
 
 def drop_condition(parts: list[Part]) -> list[Part]:

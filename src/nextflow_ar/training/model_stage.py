@@ -49,7 +49,7 @@ from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
-from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, self_test
+from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, check_manner, self_test
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
@@ -101,6 +101,7 @@ class ModelTrainer:
         if all(isinstance(source, EpisodeSource) and source.dialogue for source in recipe.sources):
             self.generation["dialogue"] = True
         self.config, self.text_tokenizer = self._architecture()
+        self.generation |= recipe.generation
         self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
         self.model, self.trainable = self._start()
         self.model.scale_inputs.ask(self.image_tokenizer.quantizer)
@@ -418,6 +419,7 @@ class ModelTrainer:
             except SelfTestError as error:
                 trouble = str(error)
             check_data(self.documents_ahead(), dialogue=bool(self.generation.get("dialogue")))
+            check_manner((d for one in self.loaders.values() for d in one.peek(_LOOK)), self.generation)
         if trouble := self.world.gather(trouble)[0]:
             raise SelfTestError(trouble)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,7 +105,7 @@ Trains = Literal["everything", "alignment", "alignment_two_steps", "lora"]
 @dataclass(frozen=True)
 class ModelRecipe:
     """Recipe of one training stage of the transformer. ``start``: what to go on from, a checkpoint folder, a bundled
-    model or a Hub id, or null; its sampling defaults are inherited.
+    model or a Hub id, or null; its sampling defaults are inherited, ``generation`` (keys of generation.json) over them.
 
     ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
     ``model``: null takes the architecture of ``start``.
@@ -163,6 +163,7 @@ class ModelRecipe:
     flex: bool = True
     together: bool | None = None
     codes: Literal["kept", "anew", "carried"] = "kept"
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> Path | None:

@@ -7,8 +7,9 @@ sample from; one that reads codes of another codebook learns noise. Both look li
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,6 +179,33 @@ def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list
     if dialogue and plain:
         told.append(
             f"{plain} of the first {len(seen)} documents have no chat marks, which this model is asked with: dialogue: true"
+        )
+    for line in told:
+        _LOG.warning("self-test: %s", line)
+    return told
+
+
+def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -> list[str]:
+    """Warnings, one line each (logged too), where a model would be asked in another way than ``documents``, those of
+    shards, teach it: with a plan in words first, or with a question about a picture, that none of them has.
+    """
+    told, drawn, captions = [], [], []
+    for document in documents:
+        segments = [s for s in document.segments if not isinstance(s, Mark)]
+        place = next((i for i, s in enumerate(segments) if isinstance(s, Image)), None)
+        image = None if place is None else segments[place]
+        if place and isinstance(image, Image) and image.supervised:
+            drawn.append(any(s.supervised for s in segments[:place]))
+        elif place == 0 and isinstance(image, Image) and not image.supervised and len(segments) > 1:
+            captions.append(isinstance(segments[1], Text) and segments[1].supervised)
+    if generation.get("think") and drawn and not any(drawn):
+        told.append(
+            "the model plans in words before it draws, no document of the shards does: generation: {think: false}"
+        )
+    if generation.get("caption") and captions and all(captions):
+        told.append(
+            f"the model is asked {generation['caption']!r} about a picture, no document of the shards asks anything: set "
+            "the folder's question"
         )
     for line in told:
         _LOG.warning("self-test: %s", line)
