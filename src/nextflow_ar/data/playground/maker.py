@@ -277,8 +277,12 @@ class Maker:
     def crowd(self, least: int, most: int) -> list[Item]:
         """As many different things as find room, up to ``most``, small, normal and maybe one large; the largest first."""
         rng = self.rng
-        sizes: list[Size] = ["large"] if rng.random() < 0.4 else []
-        sizes += [rng.choice(("", "", "small")) for _ in range(most - len(sizes))]
+        often: tuple[Size, ...] = ("", "", "small")
+        sizes: list[Size] = []
+        if rng.random() < 0.4:
+            sizes.append("large")
+        while len(sizes) < most:
+            sizes.append(rng.choice(often))
         placed: list[Item] = []
         for size in sorted(sizes, key=("large", "", "small").index):
             kind = self.kind(avoid=[item.name for item in placed])
