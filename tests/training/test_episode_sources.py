@@ -276,7 +276,7 @@ def test_packing_by_compute_and_what_fits_no_row(folder: Path, tmp_path: Path) -
 
 def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
     for changes, message in (
-        ({"tasks": {"paint": 1.0}}, "unknown playground task 'paint': a group (draw, caption, "),
+        ({"tasks": {"paint": 1.0}}, "unknown playground task 'paint': a group (draw, practice, caption, "),
         ({"tasks": {"draw": 0.0}}, "at least one task with a weight above 0"),
         ({"canvases": {"64": 1.0}}, "a canvas is its width and height in pixels such as 96x64"),
         ({"canvases": {}}, "at least one canvas"),
