@@ -253,6 +253,9 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         status, told = mistake(capsys, "train", recipe, "--set", change, "--set", f"out={tmp_path / 'run'}")
         assert status == 2 and line in told, told
+    model = ROOT / "recipes" / "emoji_full.yaml"
+    status, told = mistake(capsys, "train", model, "--set", "generation.thinc=true")
+    assert status == 2 and "generation: unknown sampling default 'thinc'; accepted: guidance" in told
     status, told = mistake(capsys, "train", tmp_path / "none.yaml")
     assert status == 2 and "No such file" in told
     assert not (tmp_path / "run").exists()

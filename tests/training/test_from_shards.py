@@ -18,6 +18,7 @@ from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bund
 from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
+from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.sequence.layout import scale_block
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START
 from nextflow_ar.storage import StorageError
@@ -355,20 +356,26 @@ def test_the_self_test_passes_and_finds_each_mismatch(
     assert told.startswith("1 of the first 2 documents have no chat marks")
 
 
-def test_ways_of_asking_that_shards_do_not_teach_are_told() -> None:
+@pytest.mark.parametrize("dialogue", [False, True])
+def test_ways_of_asking_that_shards_do_not_teach_are_told(dialogue: bool) -> None:
     codes = Codes.plain(ScaleSchedule.square(2), torch.zeros(5, dtype=torch.long))
-    drawn, shown = Image(codes, True), Image(codes)
-    said, asked = Text("a dog", True), Text("what is it?")
+
+    def document(*parts: tuple[str, Text | Image]) -> Document:
+        return Document(turns(parts) if dialogue else tuple(segment for _, segment in parts))
+
+    prompt, drawn, shown = ("user", Text("a dog")), ("assistant", Image(codes, True)), ("user", Image(codes))
+    said, asked = ("assistant", Text("a dog", True)), ("user", Text("what is it?"))
     plain, planned = (
-        Document((Text("a dog"), drawn)),
-        Document((Text("a dog"), Text("plan: a dog", True), drawn)),
+        document(prompt, drawn),
+        document(prompt, ("assistant", Text("plan: a dog", True)), drawn),
     )
-    told, answered = Document((shown, said)), Document((shown, asked, said))
+    told, answered = document(shown, said), document(shown, asked, said)
     manner = {"think": True, "caption": "what is it?"}
-    (about_plans,) = check_manner([plain, answered], manner)
+    (about_plans,) = check_manner([plain, answered, document(drawn)], manner)
     assert "generation: {think: false}" in about_plans
     (about_questions,) = check_manner([plain, planned, told], manner)
     assert "'what is it?'" in about_questions and "question" in about_questions
+    assert len(check_manner([plain, told], manner)) == 2
     assert check_manner([planned, answered, told], manner) == check_manner([plain, told], {}) == []
 
 

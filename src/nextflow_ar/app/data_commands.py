@@ -20,6 +20,15 @@ Place = Annotated[
     str,
     typer.Argument(help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME."),
 ]
+Kept = Annotated[
+    int | None,
+    typer.Option(
+        "--kept",
+        min=0,
+        max=255,
+        help="For copies: pixels of an edit that differ by no more are unchanged (0; JPEG: 12).",
+    ),
+]
 Video = Annotated[
     list[str] | None,
     typer.Option("--video", help="How clips become rows: rate=1, frames=3, filter=false, motion.area=0.01."),
@@ -157,15 +166,7 @@ def extract(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Pictures encoded together; above 1 a few codes may differ.")
     ] = 1,
-    kept: Annotated[
-        int | None,
-        typer.Option(
-            "--kept",
-            min=0,
-            max=255,
-            help="Edits for a model with copies: pixels that differ by no more count as unchanged (0; JPEG: 12).",
-        ),
-    ] = None,
+    kept: Kept = None,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")
     ] = 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ def run_recipe(path: Path, changes: list[str], minutes: float | None = None) -> 
         from nextflow_ar.training.model_stage import ModelRecipe, train_model
 
         model = from_dict(ModelRecipe, values, where)
+        _known_defaults(model.generation, f"{path}: generation")
         return train_model(model, to_dict(model), preview_sheet, seconds)
     if kind == "world_judge":
         from nextflow_ar.app.world_command import train_judge_of
@@ -109,6 +110,18 @@ def initialise_model(
     save_bundle(out, bundle.model, tokenizer, bundle.vocab.tokenizer, {}, card)
 
 
+def _known_defaults(generation: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for a key that generation.json does not have."""
+    from nextflow_ar.generation.pipeline import OPTIONS
+
+    accepted = [*SamplingSettings.__dataclass_fields__, *OPTIONS]
+    unknown = sorted(set(generation) - set(accepted))
+    if unknown:
+        raise ConfigError(
+            f"{where}: unknown sampling default {unknown[0]!r}; accepted: {', '.join(accepted)}"
+        )
+
+
 def export_bundle(
     model: str,
     out: Path,
@@ -122,7 +135,7 @@ def export_bundle(
     on these weights, to merge in. ``image_tokenizer``: one of the same codes with another decoder. ``average``: checkpoints
     of the same architecture and vocabulary; the weights become the mean of all. Raises ConfigError, StorageError.
     """
-    from nextflow_ar.generation.pipeline import OPTIONS, NextFlowPipeline, resolve_model
+    from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
     from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
     from nextflow_ar.storage import read_checked
 
@@ -137,10 +150,7 @@ def export_bundle(
     if image_tokenizer is not None:
         bundle.image_tokenizer = _same_codes(bundle.image_tokenizer, image_tokenizer)
     generation = override(bundle.generation, changes)
-    unknown = sorted(set(generation) - {*SamplingSettings.__dataclass_fields__, *OPTIONS})
-    if unknown:
-        accepted = ", ".join([*SamplingSettings.__dataclass_fields__, *OPTIONS])
-        raise ConfigError(f"--set: unknown sampling default {unknown[0]!r}; accepted: {accepted}")
+    _known_defaults(generation, "--set")
     bundle.generation = generation
     NextFlowPipeline(bundle)  # senseless settings are an error here, not at the next load
     text = card if card is not None else read_checked(folder, CARD_FILE).decode()

@@ -144,10 +144,8 @@ def _beyond(logits: Float[Tensor, "n v"], nucleus: tuple[Tensor, Tensor]) -> Boo
     """Which entries are not among the best that ``nucleus`` counts; equals are ranked as they stand."""
     kept, least = nucleus
     below = logits < least
-    shared = (logits.shape[-1] - below.sum(-1) > kept[..., 0]).nonzero()[
-        :, 0
-    ]  # more have the last place's value
-    if len(shared):
+    shared = (logits.shape[-1] - below.sum(-1) > kept[..., 0]).nonzero()[:, 0]
+    if len(shared):  # several entries have the last place's value
         some, value = logits[shared], least[shared]
         equal = some == value
         room = kept[shared] - (some > value).sum(-1, keepdim=True)

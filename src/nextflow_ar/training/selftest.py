@@ -189,20 +189,21 @@ def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -
     """Warnings, one line each (logged too), where a model would be asked in another way than ``documents``, those of
     shards, teach it: with a plan in words first, or with a question about a picture, that none of them has.
     """
-    told, drawn, captions = [], [], []
-    for document in documents:
-        segments = [s for s in document.segments if not isinstance(s, Mark)]
+    told, planned, asked = [], [], []
+    for segments in map(_contents, documents):
         place = next((i for i, s in enumerate(segments) if isinstance(s, Image)), None)
-        image = None if place is None else segments[place]
-        if place and isinstance(image, Image) and image.supervised:
-            drawn.append(any(s.supervised for s in segments[:place]))
-        elif place == 0 and isinstance(image, Image) and not image.supervised and len(segments) > 1:
-            captions.append(isinstance(segments[1], Text) and segments[1].supervised)
-    if generation.get("think") and drawn and not any(drawn):
+        if place is None:
+            continue
+        if segments[place].supervised:
+            if place:  # without its condition it has no plan either
+                planned.append(any(s.supervised for s in segments[:place]))
+        elif segments[place + 1 :]:
+            asked.append(place > 0 or not segments[place + 1].supervised)
+    if generation.get("think") and planned and not any(planned):
         told.append(
             "the model plans in words before it draws, no document of the shards does: generation: {think: false}"
         )
-    if generation.get("caption") and captions and all(captions):
+    if generation.get("caption") and asked and not any(asked):
         told.append(
             f"the model is asked {generation['caption']!r} about a picture, no document of the shards asks anything: set "
             "the folder's question"
@@ -210,6 +211,17 @@ def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -
     for line in told:
         _LOG.warning("self-test: %s", line)
     return told
+
+
+def _contents(document: Document) -> list[Text | Image]:
+    """What is said and shown, without chat marks and the roles and line ends that stand beside them."""
+    found: list[Text | Image] = []
+    before: Mark | Text | Image | None = None
+    for segment in document.segments:
+        if not isinstance(segment, Mark) and not isinstance(before, Mark):
+            found.append(segment)
+        before = segment
+    return found
 
 
 def self_test(
