@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -29,20 +27,6 @@ PICTURE_THREADS = 2
 """Pictures opened, encoded or decoded at once: bounds memory as much as it helps speed."""
 
 
-def _picture_threads() -> ThreadPoolExecutor:
-    """Threads whose products use one processor each. With as many as the engine's own use, both would wait for each other
-    at every operation.
-    """
-    before, all_there = torch.get_num_threads(), threading.Barrier(PICTURE_THREADS)
-    pool = ThreadPoolExecutor(
-        PICTURE_THREADS, "nextflow-ar-pictures", initializer=torch.set_num_threads, initargs=(1,)
-    )
-    for waiting in [pool.submit(all_there.wait) for _ in range(PICTURE_THREADS)]:
-        waiting.result()
-    torch.set_num_threads(before)  # what a thread sets holds for those that begin after it, too
-    return pool
-
-
 @dataclass(frozen=True)
 class Read:
     """Tokens of what was given."""
@@ -59,7 +43,7 @@ class Service:
         self.metrics = Metrics()
         self.worker = Worker(pipeline.engine, settings.max_open, self.metrics)
         self.desk = Desk(pipeline, settings)
-        self.pool = _picture_threads()
+        self.pool = ThreadPoolExecutor(PICTURE_THREADS, "nextflow-ar-pictures")
         self.metrics.watch("orders_open", "Pictures and texts in work or waiting.", lambda: self.worker.open)
         self.metrics.watch("orders_working", "Pictures and texts in work.", lambda: self.worker.working)
         self._watch_kept(pipeline)
