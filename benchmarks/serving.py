@@ -13,6 +13,9 @@ import asyncio
 import collections
 import http.client
 import json
+import multiprocessing
+import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -21,32 +24,54 @@ import time
 
 import torch
 
+from nextflow_ar.app.serve_command import load, several
 from nextflow_ar.app.serving.app import create_app, make_server
+from nextflow_ar.app.serving.memory import settle_in
 from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.generation.engine import Rounds
-from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.types import Done, ImageReady, TextDelta
 
-PROMPTS = (
-    "a red circle on a blue background", "three frogs on an orange background", "a dog left of a cat",
-    "two rockets, green background",
-)  # fmt: skip
+COLOURS = ("red", "blue", "green", "orange", "purple", "yellow")
+THINGS = ("circle", "square", "star", "dog", "cat", "frog", "rocket")
 
 
-def bare(pipeline, clients, pictures, think):
-    """(wall, processor) seconds of pictures drawn by the engine alone, ``clients`` at a time, each decoded."""
-    rounds, requests, thoughts = Rounds(pipeline.engine), {}, {}
+def prompt(number):
+    """Of a picture: no two of them alike for some hundreds, so that nothing but what all share is found kept."""
+    thing, colour, ground = (
+        THINGS[number % 7],
+        COLOURS[number % 6],
+        COLOURS[(number + 1 + number // 6 % 5) % 6],
+    )
+    one = f"a {colour} {thing} on a {ground} background"
+    return (one, f"two {thing}s, {ground} background", f"a {thing} left of a {THINGS[(number // 7) % 7]}")[
+        number % 3
+    ]
+
+
+def spent(engines):
+    """Seconds of processor time so far, of this process and of those of the engines."""
+    seconds = time.process_time()
+    for process in multiprocessing.active_children() if engines else ():
+        fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def bare(pipeline, engines, clients, pictures, think):
+    """(wall, processor) seconds of pictures drawn by the engine or engines alone, ``clients`` at a time, each decoded."""
+    rounds, requests, thoughts = engines or Rounds(pipeline.engine), {}, {}
+    take = lambda number, request: rounds.take(pipeline.engine.job(number, request))  # noqa: E731
     numbers = iter(range(pictures))
 
     def begin():
         number = next(numbers, None)
         if number is not None:
-            requests[number] = pipeline.requests([PROMPTS[number % len(PROMPTS)]], [number])[0]
+            requests[number] = pipeline.requests([prompt(number)], [number])[0]
             if think:
                 thoughts[number] = ""
-            rounds.submit(number, pipeline.thought_request(requests[number]) if think else requests[number])
+            take(number, pipeline.thought_request(requests[number]) if think else requests[number])
 
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), spent(engines)
     for _ in range(clients):
         begin()
     while rounds.busy:
@@ -58,15 +83,17 @@ def bare(pipeline, clients, pictures, think):
                 begin()
             elif isinstance(event, Done) and event.row in thoughts:
                 said = thoughts.pop(event.row)
-                rounds.submit(event.row, pipeline.with_thought(requests[event.row], said))
-    return time.perf_counter() - wall, time.process_time() - cpu
+                take(event.row, pipeline.with_thought(requests[event.row], said))
+    return time.perf_counter() - wall, spent(engines) - cpu
 
 
 class Serving:
     """A server in a thread of this process."""
 
-    def __init__(self, pipeline):
-        app = create_app(pipeline, ServerSettings(max_open=256, grace=5))
+    def __init__(self, pipeline, engines):
+        self.engines = engines
+        app = create_app(pipeline, ServerSettings(max_open=256, grace=5), engines)
+        settle_in()
         self.server = make_server(app, "127.0.0.1", 0)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
@@ -85,9 +112,9 @@ class Serving:
         command = [sys.executable, __file__, "--port", str(self.port), "--clients", str(clients)]
         command += ["--pictures", str(pictures or 10**9), "--seconds", str(seconds or 1e9)]
         command += [] if think else ["--no-think"]
-        cpu = time.process_time()
+        cpu = spent(self.engines)
         wall, times, found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        return wall, time.process_time() - cpu, times, collections.Counter(found)
+        return wall, spent(self.engines) - cpu, times, collections.Counter(found)
 
 
 def ask(port, clients, think, pictures, seconds):
@@ -102,7 +129,7 @@ def ask(port, clients, think, pictures, seconds):
                 number = next(numbers, None)
             if number is None:
                 break
-            body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "think": think}
+            body = {"prompt": prompt(number), "seed": number, "think": think}
             began = time.perf_counter()
             connection.request(
                 "POST", "/v1/images/generations", json.dumps(body), {"content-type": "application/json"}
@@ -135,18 +162,21 @@ def main():
     parser.add_argument("--seconds", type=float, help="of each line, in place of so many pictures")
     parser.add_argument("--no-think", action="store_true", help="no plan in words first")
     parser.add_argument("--repeats", type=int, default=3, help="each line's median")
+    parser.add_argument("--engines", type=int, default=1, help="as nextflow-ar serve has them")
+    parser.add_argument("--threads", type=int, default=0, help="as nextflow-ar serve has them")
+    parser.add_argument("--keep", type=int, default=256, help="as nextflow-ar serve has it")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # be the clients of a server there
     given = parser.parse_args()
     think = not given.no_think
     if given.port:
         print(ask(given.port, given.clients[0], think, given.pictures, given.seconds))
         return
-    pipeline = NextFlowPipeline.from_pretrained(given.model)
-    bare(pipeline, 2, 4, think)
-    serving = Serving(pipeline)
+    pipeline = load(given.model, "cpu", 64, given.keep)
+    engines = several(pipeline, given.model, "cpu", 64, given.keep, given.engines, given.threads)
+    serving = Serving(pipeline, engines)
     serving.load(2, think, 4)
     print(
-        f"{torch.get_num_threads()} threads, {pipeline.bundle.model.head.weight.dtype}, plan in words: {think}"
+        f"{given.engines} engines, {torch.get_num_threads()} threads each, {pipeline.bundle.model.head.weight.dtype}, plan in words: {think}"
     )
     head = (
         "clients",
@@ -168,7 +198,7 @@ def main():
         else:
             rates, times, found = [], [], collections.Counter()
             for _ in range(given.repeats):  # in turn, so that a busy machine is equally unkind to both
-                alone = bare(pipeline, clients, pictures, think)
+                alone = bare(pipeline, engines, clients, pictures, think)
                 wall, cpu, more, statuses = serving.load(clients, think, pictures)
                 times, found = times + more, found + statuses
                 rates.append((pictures / wall, cpu / pictures, pictures / alone[0], alone[1] / pictures))

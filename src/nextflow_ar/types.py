@@ -6,7 +6,7 @@ response. Every task (drawing, captioning, editing, stories) is a Document and n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nextflow_ar.scales import ScaleSchedule
@@ -156,10 +156,13 @@ class ImageReady:
 
 @dataclass(frozen=True)
 class Done:
-    """Row ``row`` has ended. ``reason``: "stop" (end marker or picture complete) or "length"."""
+    """Row ``row`` has ended. ``reason``: "stop" (end marker or picture complete) or "length". ``written``: text tokens that
+    it wrote.
+    """
 
     row: int
     reason: str
+    written: int = field(default=0, compare=False)
 
 
 Event = TextDelta | ScaleReady | ImageReady | Done

@@ -14,6 +14,7 @@ import openai
 from nextflow_ar.app.serving.app import Server, create_app, make_server
 from nextflow_ar.app.serving.service import Service
 from nextflow_ar.app.serving.settings import ServerSettings
+from nextflow_ar.generation.engines import Engines
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.model.checkpoint import Bundle
 
@@ -43,11 +44,15 @@ class Running:
 
 
 @contextmanager
-def running(pipeline: NextFlowPipeline | Bundle, settings: ServerSettings | None = None) -> Iterator[Running]:
+def running(
+    pipeline: NextFlowPipeline | Bundle,
+    settings: ServerSettings | None = None,
+    engines: Engines | None = None,
+) -> Iterator[Running]:
     """A server that is up until the block ends."""
     if isinstance(pipeline, Bundle):
         pipeline = NextFlowPipeline(pipeline)
-    app = create_app(pipeline, settings or ServerSettings(name="tiny", grace=5))
+    app = create_app(pipeline, settings or ServerSettings(name="tiny", grace=5), engines)
     server = make_server(app, "127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

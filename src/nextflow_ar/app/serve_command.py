@@ -16,10 +16,13 @@ from nextflow_ar.app.terminal import Model
 
 if TYPE_CHECKING:
     from nextflow_ar.app.serving.settings import ServerSettings
+    from nextflow_ar.generation.engines import Engines
     from nextflow_ar.generation.pipeline import NextFlowPipeline
 
 KEYS_VARIABLE = "NEXTFLOW_AR_API_KEYS"
 _MEGA = 1_000_000
+SMALL = 50_000_000
+"""Weights of a model whose steps one processor takes faster than several."""
 
 
 class ServeError(RuntimeError):
@@ -43,6 +46,15 @@ def serve(
     rows: Annotated[
         int, typer.Option("--rows", min=2, help="Sequences in work at once; a guided picture takes two.")
     ] = 64,
+    engines: Annotated[
+        int, typer.Option("--engines", min=1, help="Processes that compute, each with the model and --rows.")
+    ] = 1,
+    threads: Annotated[
+        int,
+        typer.Option(
+            "--threads", min=0, help="Processors of each on a CPU. 0: one for a small model, else all."
+        ),
+    ] = 0,
     queue: Annotated[
         int, typer.Option("--queue", min=1, help="Pictures and texts in work or waiting, at most.")
     ] = 128,
@@ -75,11 +87,21 @@ def serve(
         "max_body": round(body * _MEGA), "max_pixels": round(pixels * _MEGA), "timeout": timeout, "grace": grace,
         "fetch": fetch, "origins": tuple(origins or ()),
     }  # fmt: skip
-    _serve(lambda: load(model, device, rows, keep), host, port, given, page=page)
+
+    def loaded() -> tuple[NextFlowPipeline, Engines | None]:
+        pipeline = load(model, device, rows, keep)
+        return pipeline, several(pipeline, model, device, rows, keep, engines, threads)
+
+    _serve(loaded, host, port, given, page=page)
 
 
 def _serve(
-    loaded: Callable[[], NextFlowPipeline], host: str, port: int, given: dict[str, Any], *, page: bool
+    loaded: Callable[[], tuple[NextFlowPipeline, Engines | None]],
+    host: str,
+    port: int,
+    given: dict[str, Any],
+    *,
+    page: bool,
 ) -> None:
     """Listen first, so that an address in use is told before the model is loaded. ``given``: of ServerSettings."""
     try:
@@ -92,13 +114,16 @@ def _serve(
         ) from None
     settings = ServerSettings(**given)
     with listen(host, port) as listening:
-        pipeline = loaded()
+        pipeline, engines = loaded()
         start_logs()
-        app = create_app(pipeline, settings)
+        app = create_app(pipeline, settings, engines)
         if page:
             app = with_page(app, pipeline, settings)
         settle_in()
-        about = {"model": settings.name, "url": _url(host, listening), "keys": len(settings.keys)}
+        about = {
+            "model": settings.name, "url": _url(host, listening), "keys": len(settings.keys),
+            "engines": 1 if engines is None else engines.count,
+        }  # fmt: skip
         logging.getLogger("nextflow_ar.serving").info("serving", extra=about)
         make_server(app, host, listening.getsockname()[1]).run(sockets=[listening])
 
@@ -164,6 +189,30 @@ def load(model: str, device: str, rows: int, keep: int) -> NextFlowPipeline:
     except (RuntimeError, AssertionError) as error:
         raise ServeError(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     return NextFlowPipeline(load_bundle(folder, place, best_dtype(place)), rows, keep * _MEGA)
+
+
+def several(
+    pipeline: NextFlowPipeline, model: str, device: str, rows: int, keep: int, engines: int, threads: int
+) -> Engines | None:
+    """Processes that compute in place of a pipeline's own engine; None where one is enough, which it then is itself.
+
+    A step of a small model is many short pieces of work, which several threads share at a loss. Raises ServeError.
+    """
+    import torch
+
+    from nextflow_ar.generation.engines import Engines, EnginesError, Home
+    from nextflow_ar.generation.pipeline import resolve_model
+
+    small = sum(weight.numel() for weight in pipeline.bundle.model.parameters()) < SMALL
+    each = threads or (1 if small else max(1, torch.get_num_threads() // engines))
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(each)
+    if engines == 1:
+        return None
+    try:
+        return Engines(Home(resolve_model(model), device, rows, keep * _MEGA, each), engines)
+    except EnginesError as error:
+        raise ServeError(f"--engines {engines}: {error}") from None
 
 
 def with_page(app: Any, pipeline: NextFlowPipeline, settings: ServerSettings) -> Any:

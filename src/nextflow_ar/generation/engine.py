@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -37,6 +38,7 @@ from nextflow_ar.types import Event
 __all__ = [
     "ContextError",
     "Engine",
+    "Figures",
     "ImageRequest",
     "QueueFull",
     "Request",
@@ -44,6 +46,23 @@ __all__ = [
     "TextRequest",
     "WriteRequest",
 ]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an engine counts: parts of prefixes found kept, places of prefixes taken from there and computed, and bytes that
+    kept ones take.
+    """
+
+    hits: int = 0
+    reused: int = 0
+    fed: int = 0
+    used: int = 0
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(
+            self.hits + other.hits, self.reused + other.reused, self.fed + other.fed, self.used + other.used
+        )
 
 
 class Engine:
@@ -81,6 +100,11 @@ class Engine:
             rounds.submit(number, request)
         while rounds.busy:
             yield from rounds.step()
+
+    @property
+    def figures(self) -> Figures:
+        """What was counted so far."""
+        return Figures(self.kept.hits, self.reused, self.fed, self.kept.used)
 
     def job(self, number: int, request: Request) -> Job:
         """The state machine of a request. Raises ContextError, or SettingError where settings do not fit."""
@@ -241,6 +265,16 @@ class Rounds:
         self.round = self.began = 0
 
     @property
+    def max_rows(self) -> int:
+        """Sequences in work at once."""
+        return self.engine.max_rows
+
+    @property
+    def figures(self) -> Figures:
+        """What the engine counted."""
+        return self.engine.figures
+
+    @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.waiting or self.active)
@@ -261,6 +295,14 @@ class Rounds:
         self.waiting = deque(job for job in self.waiting if job.number != number)
         self.active = [job for job in self.active if job.number != number]
         return len(self.waiting) + len(self.active) < before
+
+    def clear(self) -> None:
+        """Drop all requests."""
+        self.waiting.clear()
+        self.active = []
+
+    def close(self) -> None:
+        """Nothing is to be ended here; see Engines."""
 
     def step(self) -> Iterator[Event]:
         """One step of every active request; yields what is new, request by request."""

@@ -340,7 +340,7 @@ class Job:
 
     def _end(self, reason: str) -> Iterator[Event]:
         self.done = True
-        yield Done(self.number, reason)
+        yield Done(self.number, reason, self.counted)
 
 
 def _whole(schedule: ScaleSchedule) -> int:

@@ -23,12 +23,17 @@ from nextflow_ar.app.serving.memory import trimming
 from nextflow_ar.app.serving.metrics import CONTENT_TYPE
 from nextflow_ar.app.serving.service import Service
 from nextflow_ar.app.serving.settings import ServerSettings
+from nextflow_ar.generation.engines import Engines
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 
 
-def create_app(pipeline: NextFlowPipeline, settings: ServerSettings) -> FastAPI:
-    """The application around a loaded pipeline; ``app.state.service`` is what its routes share."""
-    service = Service(pipeline, settings)
+def create_app(
+    pipeline: NextFlowPipeline, settings: ServerSettings, engines: Engines | None = None
+) -> FastAPI:
+    """The application around a loaded pipeline; ``app.state.service`` is what its routes share. ``engines``: processes that
+    work in place of the pipeline's engine; the application ends them.
+    """
+    service = Service(pipeline, settings, engines)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

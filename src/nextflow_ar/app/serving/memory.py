@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import time
 from collections.abc import Callable
 from functools import lru_cache
 
-EVERY = 2.0
-"""Seconds between two looks."""
+EVERY, PART = 2.0, 0.01
+"""Least seconds between two looks, and the most of the time that may be spent with them."""
 
 
 @lru_cache(maxsize=1)
@@ -42,10 +43,11 @@ def settle_in() -> None:
 
 async def trimming(done: Callable[[], float]) -> None:
     """For as long as the server runs: :func:`trim` from time to time, where ``done`` (what was answered) has grown."""
-    before = done()
+    before, pause = done(), EVERY
     while True:
-        await asyncio.sleep(EVERY)
+        await asyncio.sleep(pause)
         if (now := done()) != before:
-            before = now
+            before, began = now, time.perf_counter()
             if not await asyncio.to_thread(trim):
                 return
+            pause = max(EVERY, (time.perf_counter() - began) / PART)

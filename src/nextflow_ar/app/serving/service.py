@@ -19,6 +19,7 @@ from nextflow_ar.app.serving.metrics import Metrics
 from nextflow_ar.app.serving.orders import Order
 from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.app.serving.worker import Stream, Worker
+from nextflow_ar.generation.engines import Engines
 from nextflow_ar.generation.jobs import Job
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 
@@ -36,12 +37,14 @@ class Read:
 
 
 class Service:
-    """One loaded pipeline behind a server."""
+    """One loaded pipeline behind a server. ``engines``: processes that work in place of its engine."""
 
-    def __init__(self, pipeline: NextFlowPipeline, settings: ServerSettings) -> None:
+    def __init__(
+        self, pipeline: NextFlowPipeline, settings: ServerSettings, engines: Engines | None = None
+    ) -> None:
         self.pipeline, self.settings = pipeline, settings
         self.metrics = Metrics()
-        self.worker = Worker(pipeline.engine, settings.max_open, self.metrics)
+        self.worker = Worker(pipeline.engine, settings.max_open, self.metrics, engines)
         self.desk = Desk(pipeline, settings)
         self.pool = ThreadPoolExecutor(PICTURE_THREADS, "nextflow-ar-pictures")
         self.metrics.watch("orders_open", "Pictures and texts in work or waiting.", lambda: self.worker.open)
@@ -49,12 +52,12 @@ class Service:
         self._watch_kept(pipeline)
 
     def _watch_kept(self, pipeline: NextFlowPipeline) -> None:
-        engine, count = pipeline.engine, self.metrics.watch_count
-        count("prefix_hits", "Parts of prefixes that were found kept.", lambda: engine.kept.hits)
-        count("prefix_reused_tokens", "Tokens of prefixes taken from there.", lambda: engine.reused)
-        count("prefix_fed_tokens", "Tokens of prefixes that were computed.", lambda: engine.fed)
+        rounds, count = self.worker.rounds, self.metrics.watch_count
+        count("prefix_hits", "Parts of prefixes that were found kept.", lambda: rounds.figures.hits)
+        count("prefix_reused_tokens", "Tokens of prefixes taken from there.", lambda: rounds.figures.reused)
+        count("prefix_fed_tokens", "Tokens of prefixes that were computed.", lambda: rounds.figures.fed)
         count("pictures_known", "Given pictures whose codes were known.", lambda: pipeline.pictures.hits)
-        self.metrics.watch("prefix_bytes", "Memory of kept prefixes.", lambda: engine.kept.used)
+        self.metrics.watch("prefix_bytes", "Memory of kept prefixes.", lambda: rounds.figures.used)
 
     async def aside(self, work: Callable[..., T], *given: Any) -> T:
         """Run something slow in one of the threads."""

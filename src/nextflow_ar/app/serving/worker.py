@@ -22,6 +22,7 @@ from nextflow_ar.app.serving.errors import Broken, Draining
 from nextflow_ar.app.serving.metrics import Metrics
 from nextflow_ar.app.serving.orders import Failed, Finished, News, Order, Thought
 from nextflow_ar.generation.engine import ContextError, Engine, QueueFull, Rounds
+from nextflow_ar.generation.engines import Engines
 from nextflow_ar.generation.jobs import Job
 from nextflow_ar.types import Done, Event, ScaleReady, TextDelta
 
@@ -86,14 +87,17 @@ class _Row:
 class Worker:
     """Takes orders from event loops and works at them in a thread of its own.
 
-    ``most_open``: orders in work or waiting, at most.
+    ``most_open``: orders in work or waiting, at most. ``rounds``: what works at them; the engine itself, where None is
+    given, else processes of their own, while ``engine`` only checks what is asked.
     """
 
-    def __init__(self, engine: Engine, most_open: int, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, most_open: int, metrics: Metrics, rounds: Rounds | Engines | None = None
+    ) -> None:
         self.engine, self.most_open, self.metrics = engine, most_open, metrics
         self.draining = False
         self.steps = 0
-        self._rounds = Rounds(engine)
+        self.rounds = rounds or Rounds(engine)
         self._rooms: OrderedDict[str, deque[_Row]] = OrderedDict()
         self._rows: dict[int, _Row] = {}
         self._inbox: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
@@ -183,6 +187,7 @@ class Worker:
             self._inbox.put(("end", None))
         if self.alive:
             self._thread.join(timeout=30)
+        self.rounds.close()
 
     # The thread.
 
@@ -191,14 +196,14 @@ class Worker:
             if not self._obey():
                 return
             self._admit()
-            if self._rounds.busy:
+            if self.rounds.busy:
                 self._step()
 
     def _obey(self) -> bool:
         """Do what was asked since the last step; waits while there is nothing to do. False: the end."""
         while True:
             try:
-                what, given = self._inbox.get(block=not (self._rounds.busy or self._rooms))
+                what, given = self._inbox.get(block=not (self.rounds.busy or self._rooms))
             except queue.Empty:
                 return True
             if what == "rows":
@@ -219,7 +224,7 @@ class Worker:
         room = self._rooms.get(stream.client, deque())
         for row in stream.left_rows():
             if self._rows.pop(row.number, None) is not None:
-                self._rounds.cancel(row.number)
+                self.rounds.cancel(row.number)
             elif row in room:
                 room.remove(row)
             else:
@@ -234,7 +239,7 @@ class Worker:
         taken = sum(row.width for row in self._rows.values())
         while self._rooms:
             client, room = next(iter(self._rooms.items()))
-            if self._rows and taken + room[0].width > self.engine.max_rows:
+            if self._rows and taken + room[0].width > self.rounds.max_rows:
                 return
             row = room.popleft()
             self._rooms.pop(client)
@@ -242,17 +247,19 @@ class Worker:
                 self._rooms[client] = room  # behind the others
             self._rows[row.number] = row
             taken += row.width
-            self._rounds.take(row.job)
+            self.rounds.take(row.job)
 
     def _step(self) -> None:
         began = time.perf_counter()
         try:
-            events = list(self._rounds.step())
+            events = list(self.rounds.step())
         except Exception:
             log.exception("a step of the engine failed")
             self.metrics.failures.inc()
             self._fail_working(Broken("the engine failed"))
             return
+        if not events and isinstance(self.rounds, Engines):
+            return  # it only waited
         self.steps += 1
         told: dict[Stream, list[tuple[int, News]]] = {}
         for event in events:
@@ -270,7 +277,7 @@ class Worker:
             return self._heard(row, event)
         except Exception as error:
             log.exception("an order failed")
-            self._rounds.cancel(row.number)
+            self.rounds.cancel(row.number)
             if self._rows.pop(row.number, None) is not None:
                 row.stream.rows.remove(row)
                 self._closed(1)
@@ -281,24 +288,24 @@ class Worker:
         if row.thinking:
             if isinstance(event, TextDelta):
                 row.text.append(event.text)
-            return self._thought(row) if isinstance(event, Done) else None
+            return self._thought(row, event.written) if isinstance(event, Done) else None
         if isinstance(event, Done):
             self._finished(row)
-            return Finished(event.reason, row.job.counted)
+            return Finished(event.reason, event.written)
         if isinstance(event, ScaleReady) and event.scale not in row.order.previews:
             return None
         return event
 
-    def _thought(self, row: _Row) -> News:
-        """A thought is written: go on with what follows it."""
-        tokens, text = row.job.counted, "".join(row.text)
+    def _thought(self, row: _Row, tokens: int) -> News:
+        """A thought of so many tokens is written: go on with what follows it."""
+        text = "".join(row.text)
         row.thinking = False
         assert row.order.then is not None
         try:
             row.job = self.engine.job(row.number, row.order.then(text))
         except ContextError:  # so long a thought leaves no place for the picture
             row.job, text = self.engine.job(row.number, row.order.request), ""
-        self._rounds.take(row.job)
+        self.rounds.take(row.job)
         return Thought(text, tokens)
 
     def _finished(self, row: _Row) -> None:
@@ -311,7 +318,7 @@ class Worker:
 
     def _fail_working(self, error: BaseException) -> None:
         """All orders in work fail, and the engine starts from nothing."""
-        self._rounds = Rounds(self.engine)
+        self.rounds.clear()
         rows, self._rows = list(self._rows.values()), {}
         for row in rows:
             row.stream.tell([(row.index, Failed(error))])
