@@ -175,9 +175,8 @@ def main():
     engines = several(pipeline, given.model, "cpu", 64, given.keep, given.engines, given.threads)
     serving = Serving(pipeline, engines)
     serving.load(2, think, 4)
-    print(
-        f"{given.engines} engines, {torch.get_num_threads()} threads each, {pipeline.bundle.model.head.weight.dtype}, plan in words: {think}"
-    )
+    each = f"{given.engines} engines, {torch.get_num_threads()} threads each"
+    print(f"{each}, {pipeline.bundle.model.head.weight.dtype}, plan in words: {think}")
     head = (
         "clients",
         "pictures/s",

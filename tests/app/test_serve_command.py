@@ -50,10 +50,12 @@ def test_what_cannot_start_says_so_in_one_line(tmp_path: Path, capsys: pytest.Ca
     assert "--device abacus: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_sigterm_under_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engines", ["1", "2"])
+def test_sigterm_under_load(tmp_path: Path, engines: str) -> None:
     """Pictures under way are finished, newcomers are told; the exit status is 0 and every log line is JSON."""
     log = (tmp_path / "log").open("w+")
     command = [sys.executable, "-m", "nextflow_ar.app.cli", "serve", "--port", "0", "--grace", "60"]
+    command += ["--engines", engines]
     environment = os.environ | {"OMP_NUM_THREADS": "1", KEYS_VARIABLE: "secret"}
     process = subprocess.Popen(command, stderr=log, env=environment)
     try:

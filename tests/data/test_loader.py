@@ -14,7 +14,7 @@ import torch
 
 from nextflow_ar.data.extraction import as_document
 from nextflow_ar.data.loader import PackedRow, Packing, ShardFolder, ShardLoader, ShardSource
-from nextflow_ar.data.transforms import draws, drop_condition, invert, reads, task_of
+from nextflow_ar.data.transforms import draws, drop_condition, invert, plan, reads, task_of
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.flops import sample_flops
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
@@ -192,7 +192,12 @@ def test_inverting_and_dropping_by_hand() -> None:
     planned = [text("a dog"), text("a dog above", "assistant", True), picture("assistant", True)]
     reading = [picture("user", False), text("a dog", "assistant", True)]
     for others in (edit, planned, reading, [picture("assistant", True)], [text("a", "assistant", True)]):
-        assert invert(others) == others
+        assert invert(others) == others and plan(others) == others
+    assert told(plan(drawing)) == [
+        ("be brief", "system", False), ("a dog", "user", False), ("a dog", "assistant", True),
+        ("picture", "assistant", True),
+    ]  # fmt: skip
+    assert told(drop_condition(plan(drawing))) == [("picture", "assistant", True)]
     for parts in (drawing, edit, planned):
         assert told(drop_condition(parts)) == [("picture", "assistant", True)]
     assert drop_condition(reading) == reading

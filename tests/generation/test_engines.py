@@ -97,7 +97,7 @@ def test_what_fails_is_told_in_one_line(engines: Engines, loaded: NextFlowPipeli
     broken = loaded.engine.job(1, loaded.requests(["a dog"], [1])[0])
     object.__setattr__(broken.request, "schedule", None)
     engines.take(broken)
-    with pytest.raises(EnginesError, match="^TypeError: "):
+    with pytest.raises(EnginesError, match=r"^TypeError: "):
         events_of(engines)
     engines.clear()
     engines.take(job)

@@ -21,7 +21,7 @@ from pydantic import ConfigDict
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.data.extraction import CodeShards, as_document
 from nextflow_ar.data.packing import Packer
-from nextflow_ar.data.transforms import drop_condition, invert, task_of
+from nextflow_ar.data.transforms import drop_condition, invert, plan, task_of
 from nextflow_ar.model.flops import sample_flops
 from nextflow_ar.sequence.batch import pack
 from nextflow_ar.sequence.layout import LayoutOptions, Sample, build
@@ -43,8 +43,9 @@ class ShardFolder:
 
     ``invert``: probability that a text-to-image document becomes captioning, ``question``: what is asked about its picture
     then (the ``caption`` of generation.json, if the model is to say it when nobody asks anything else).
-    ``condition_dropout``: probability that what stands before a drawn picture is left out, for guidance. ``dialogue``: chat
-    marks around every turn.
+    ``planned``: probability that a text-to-image document says its prompt once more as the plan in words that stands before
+    a picture (for models with ``think`` in generation.json). ``condition_dropout``: probability that what stands before a
+    drawn picture is left out, for guidance. ``dialogue``: chat marks around every turn.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -54,11 +55,12 @@ class ShardFolder:
     condition_dropout: float = 0.0
     dialogue: bool = False
     question: str = ""
+    planned: float = 0.0
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"weight is above 0, got {self.weight}")
-        for name in ("invert", "condition_dropout"):
+        for name in ("invert", "condition_dropout", "planned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability from 0 to 1, got {getattr(self, name)}")
 
@@ -222,9 +224,11 @@ class ShardLoader:
     def _document(self, number: int, place: Place) -> Document:
         folder = self.folders[place.folder]
         settings, parts = folder.settings, folder.parts(place)
-        turned, without = np.random.default_rng([4, self.source.seed, number]).random(2)
+        turned, without, planned = np.random.default_rng([4, self.source.seed, number]).random(3)
         if turned < settings.invert:
             parts = invert(parts, settings.question)
+        elif planned < settings.planned:
+            parts = plan(parts)
         if without < settings.condition_dropout:
             parts = drop_condition(parts)
         return as_document(parts, dialogue=settings.dialogue)

@@ -23,15 +23,32 @@ def invert(parts: list[Part], question: str = "") -> list[Part]:
     Text-to-image: texts as context, then one picture to be drawn, nothing else. System texts stay in front. Every other
     record (edits, stories, plans before a picture) comes back as it is. What is fed of the picture stays the same.
     """
-    *before, last = parts
-    prompt = [part for part in before if part["role"] != "system"]
-    simple = _is_picture(last) and last["supervised"] and prompt
-    if not simple or any(_is_picture(part) or part["supervised"] for part in before):
+    prompt = _prompt(parts)
+    if not prompt:
         return parts
+    *before, last = parts
     told = [{**part, "role": "assistant", "supervised": True} for part in prompt]
     shown = {**last, "role": "user", "supervised": False}
     asked = [{**prompt[0], "role": "user", "supervised": False, "text": question}] if question else []
     return [*(part for part in before if part["role"] == "system"), shown, *asked, *told]
+
+
+def plan(parts: list[Part]) -> list[Part]:
+    """A text-to-image record (see :func:`invert`) whose prompt is said once more by the assistant, as the plan in
+    words that it writes before it draws; every other record as it is.
+    """
+    told = [{**part, "role": "assistant", "supervised": True} for part in _prompt(parts)]
+    return [*parts[:-1], *told, parts[-1]]
+
+
+def _prompt(parts: list[Part]) -> list[Part]:
+    """What is asked in a text-to-image record; nothing of any other."""
+    *before, last = parts
+    prompt = [part for part in before if part["role"] != "system"]
+    simple = _is_picture(last) and last["supervised"]
+    if not simple or any(_is_picture(part) or part["supervised"] for part in before):
+        return []
+    return prompt
 
 
 def drop_condition(parts: list[Part]) -> list[Part]:

@@ -238,7 +238,7 @@ class _Packer(pickle.Pickler):
     """Tensors as arrays: torch's own way is made for large ones."""
 
     def reducer_override(self, obj: Any) -> Any:
-        """pickle's."""
+        """Pickle's."""
         if isinstance(obj, torch.Tensor) and obj.device.type == "cpu" and obj.dtype != torch.bfloat16:
             return torch.from_numpy, (obj.detach().numpy(),)
         return NotImplemented

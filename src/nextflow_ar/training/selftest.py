@@ -201,7 +201,8 @@ def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -
             asked.append(place > 0 or not segments[place + 1].supervised)
     if generation.get("think") and planned and not any(planned):
         told.append(
-            "the model plans in words before it draws, no document of the shards does: generation: {think: false}"
+            "the model plans in words before it draws, no document of the shards does: set the folder's planned, or "
+            "generation: {think: false}"
         )
     if generation.get("caption") and asked and not any(asked):
         told.append(
