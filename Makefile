@@ -40,9 +40,11 @@ nano: .venv/.ready
 		--set guidance=2.0 --set think=true --set "caption=say in one sentence what this is" --set answer_guidance=1.25
 	set -e; for recipe in nano_tasks nano_more nano_copies nano_crowd nano_relations; do OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
 		--no-python $(BIN)/nextflow-ar train recipes/$$recipe.yaml; done
-	$(BIN)/nextflow-ar export runs/nano_relations/final -o runs/nano --average runs/nano_copies/final --set guidance=2.0 --set 'temperature=[1.0,0.0]' --set top_p=0.9 --set think=true --set think_edits=true \
+	$(BIN)/nextflow-ar export runs/nano_relations/final -o runs/nano_mean --average runs/nano_copies/final --set guidance=2.0 --set 'temperature=[1.0,0.0]' --set top_p=0.9 --set think=true --set think_edits=true \
 		--set thought_temperature=0.3 --set dialogue=true --set 'canvases=[64x64,72x56,56x72,80x48,48x80,96x96,128x128]' \
 		--set 'caption=what is in the picture?' --set 'video=a video in which {prompt}, {frames} frames' --set answer_guidance=1.25
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/nextflow-ar train recipes/nano_polish.yaml
+	$(BIN)/nextflow-ar export runs/nano_polish/final -o runs/nano
 
 bench: .venv/.ready
 	set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done

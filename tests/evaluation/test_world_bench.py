@@ -188,6 +188,29 @@ def test_a_killed_run_goes_on(settings, knowing, tmp_path: Path) -> None:
         WorldRun(replace(few, items=13), knowing, tmp_path / "part")
 
 
+def test_runs_of_several_lines_are_joined(settings, knowing, tmp_path: Path) -> None:
+    both = replace(settings, lines=("draw_scene", "edit"), ceiling=2)
+    whole = evaluate_world(oracle_of(both), both, tmp_path / "whole", judge=knowing)
+    parts = [tmp_path / name for name in both.lines]
+    for part in parts:
+        few = replace(both, lines=(part.name,))
+        evaluate_world(oracle_of(few), few, part, judge=knowing)
+    nobody = Dying(oracle_of(both), 0)
+    joined = evaluate_world(nobody, both, tmp_path / "joined", judge=knowing, join=parts)
+    assert joined.to_json() == whole.to_json() and nobody.asked == 0
+    kept = {path.name for path in (tmp_path / "whole" / "pictures").iterdir()}
+    assert kept and kept == {path.name for path in (tmp_path / "joined" / "pictures").iterdir()}
+    for other, why in ((replace(both, seed=1), "another seed"), (replace(both, items=13), "another items")):
+        with pytest.raises(BenchError, match=why):
+            evaluate_world(nobody, other, tmp_path / why, judge=knowing, join=parts)
+    with pytest.raises(BenchError, match="No such file"):
+        evaluate_world(nobody, both, tmp_path / "c", judge=knowing, join=[tmp_path / "nowhere"])
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "results.jsonl").write_text("[]\n")
+    with pytest.raises(BenchError, match="is not a journal"):
+        evaluate_world(nobody, both, tmp_path / "c", judge=knowing, join=[tmp_path / "d"])
+
+
 def test_a_run_of_another_model_is_refused(settings, knowing, tmp_path: Path) -> None:
     WorldRun(settings, knowing, tmp_path, about={"model": "a"})
     with pytest.raises(BenchError, match="another about"):

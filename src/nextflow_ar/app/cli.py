@@ -233,6 +233,10 @@ def evaluate(
     ] = None,
     items: Annotated[int | None, typer.Option("--items", min=2, help="world: items per line.")] = None,
     lines: Annotated[list[str] | None, typer.Option("--line", help="world: only these lines.")] = None,
+    join: Annotated[
+        list[Path] | None,
+        typer.Option("--join", help="world: folder of a run of other lines, whose results are taken over."),
+    ] = None,
     canvases: Annotated[
         list[str] | None, typer.Option("--canvas", help="world: WIDTHxHEIGHT, such as 96x96.")
     ] = None,
@@ -260,7 +264,7 @@ def evaluate(
         wide = world_settings(settings_file, items, lines or [], canvases or [])
         pipeline = _load(model)
         chosen = sampling(pipeline, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-        found = evaluate_world_with(pipeline, chosen, seed, out, wide, judge, model)
+        found = evaluate_world_with(pipeline, chosen, seed, out, wide, judge, model, join or [])
         typer.echo(found.to_json() if as_json else world_table(found))
         return
     from nextflow_ar.app.stages import evaluate_playground

@@ -40,8 +40,9 @@ def evaluate_world_with(
     settings: WorldBenchSettings,
     judge_folder: Path | None,
     model: str,
+    join: Sequence[Path] = (),
 ) -> WorldReport:
-    """The benchmark of the wide world for a pipeline; a stopped run goes on."""
+    """The benchmark of the wide world for a pipeline; a stopped run goes on. ``join``: see evaluate_world."""
     from nextflow_ar.evaluation.world.evaluate import evaluate_world
     from nextflow_ar.evaluation.world.judge import WorldJudge
     from nextflow_ar.evaluation.world.pipeline_model import PipelineAnswers
@@ -69,6 +70,7 @@ def evaluate_world_with(
             read=answers.read,
             about=about,
             progress=show,
+            join=join,
         )
 
 

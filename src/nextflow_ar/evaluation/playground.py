@@ -93,26 +93,22 @@ class Journal:
         whole = path.read_bytes() if path.exists() else b""
         whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may leave half a line
         if whole:
-            self._read(whole.decode(), settings)
+            self.rows = _journal_rows(path, whole, settings)
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         else:
             path.write_text(json.dumps({"settings": settings}) + "\n")
 
-    def _read(self, text: str, settings: Mapping[str, Any]) -> None:
+    def join(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Take over the rows of another journal that are missing here; ``settings``: those that it has to have. Raises
+        BenchError.
+        """
         try:
-            header, *rows = (json.loads(line) for line in text.splitlines())
-            before = header["settings"]
-            self.rows = {(row["part"], row["index"]): row for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise BenchError(f"{self.path} is not a journal of this benchmark") from error
-        changed = sorted(
-            k for k in {*before, *settings} if before.get(k) != json.loads(json.dumps(settings.get(k)))
-        )
-        if changed:
-            raise BenchError(
-                f"{self.path} holds a run with another {', '.join(changed)}: choose another folder"
-            )
+            whole = path.read_bytes()
+        except OSError as error:
+            raise BenchError(f"{path}: {error.strerror}") from None
+        rows = _journal_rows(path, whole[: whole.rfind(b"\n") + 1], settings)
+        self.add([row for key, row in rows.items() if key not in self.rows])
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows in one write."""
@@ -123,6 +119,22 @@ class Journal:
     def part(self, name: str) -> list[dict[str, Any]]:
         """All rows of one part, by index."""
         return [row for (part, _), row in sorted(self.rows.items()) if part == name]
+
+
+def _journal_rows(
+    path: Path, whole: bytes, settings: Mapping[str, Any]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    try:
+        header, *found = (json.loads(line) for line in whole.decode().splitlines())
+        before = header["settings"]
+        rows = {(row["part"], row["index"]): row for row in found}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{path} is not a journal of this benchmark") from error
+    wanted = json.loads(json.dumps(settings))
+    changed = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
+    if changed:
+        raise BenchError(f"{path} holds a run with another {', '.join(changed)}: choose another folder")
+    return rows
 
 
 def _checked(pictures: np.ndarray, count: int, canvas: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,19 @@ def evaluate_world(
     read: Reads | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    join: Sequence[Path] = (),
 ) -> WorldReport:
     """Run the benchmark, or go on with it, in the folder ``out``.
 
     ``model``: what is asked (None: ceilings alone). ``judge``: None for the bundled one. ``through``: pictures through the
-    model's image tokenizer. ``read``: its language. ``about``: stored with the results. Writes results.jsonl, report.json,
+    model's image tokenizer. ``read``: its language. ``about``: stored with the results. ``join``: folders of runs of
+    the same settings, but for their lines, whose results are taken over. Writes results.jsonl, report.json,
     report.txt, report.html, geneval-SPLIT.jsonl and pictures/. Raises BenchError (one line) for a journal of another run or
     answers of the wrong kind, JudgeError, SpritesMissing.
     """
     run = WorldRun(settings, judge or WorldJudge.load(), out, through=through, about=about, progress=progress)
+    for folder in join:
+        run.join(folder)
     run.run(model, read)
     report = summed(run)
     (out / "report.json").write_text(report.to_json() + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
@@ -116,6 +117,22 @@ class WorldRun:
         self.journal = Journal(out / "results.jsonl", self.record)
         (out / "pictures").mkdir(exist_ok=True)
         self._items: dict[tuple[str, str, int], Item] = {}
+
+    def join(self, folder: Path) -> None:
+        """Take over what another run, of the same settings but for its lines, has found, and its pictures. Raises
+        BenchError.
+        """
+        path = folder / "results.jsonl"
+        try:
+            lines = json.loads(path.open().readline())["settings"]["lines"]
+        except OSError as error:
+            raise BenchError(f"{path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise BenchError(f"{path} is not a journal of this benchmark") from None
+        self.journal.join(path, self.record | {"lines": lines})
+        for picture in (folder / "pictures").glob("*"):
+            if not (self.out / "pictures" / picture.name).exists():
+                shutil.copy(picture, self.out / "pictures")
 
     def item_of(self, key: tuple[str, str, int]) -> Item:
         """The item that an ask's key names."""
