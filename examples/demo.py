@@ -69,7 +69,7 @@ write_page(
         ),
         Section(
             "Described",
-            "Drawn by hand with Pillow. The last one is misread: what it calls a square is a circle.",
+            "Drawn by hand with Pillow, which the model has never seen.",
             read,
         ),
         Section("Through the tokenizer", "From one code to all 204, one scale at a time.", through),

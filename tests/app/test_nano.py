@@ -54,10 +54,7 @@ def hand_drawn() -> list[tuple[Image.Image, str]]:
     ]
 
 
-MISREAD = pytest.mark.xfail(reason="nano reads this circle as a square (docs/log.md)", strict=True)
-
-
-@pytest.mark.parametrize("number", [0, 1, 2, pytest.param(3, marks=MISREAD)])
+@pytest.mark.parametrize("number", range(4))
 def test_pictures_drawn_by_hand_are_described(nano: NextFlowPipeline, number: int) -> None:
     picture, words = hand_drawn()[number]
     assert nano.describe(picture) == [words]
