@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from nextflow_ar.app.serve_command import load, several
+from nextflow_ar.app.serve_command import loaded
 from nextflow_ar.app.serving.app import create_app, make_server
 from nextflow_ar.app.serving.memory import settle_in
 from nextflow_ar.app.serving.settings import ServerSettings
@@ -171,8 +171,7 @@ def main():
     if given.port:
         print(ask(given.port, given.clients[0], think, given.pictures, given.seconds))
         return
-    pipeline = load(given.model, "cpu", 64, given.keep)
-    engines = several(pipeline, given.model, "cpu", 64, given.keep, given.engines, given.threads)
+    pipeline, engines = loaded(given.model, "cpu", 64, given.keep, given.engines, given.threads)
     serving = Serving(pipeline, engines)
     serving.load(2, think, 4)
     each = f"{given.engines} engines, {torch.get_num_threads()} threads each"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +16,12 @@ import torch
 
 from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.generation.base import best_dtype
-from nextflow_ar.generation.engine import Engine
-from nextflow_ar.generation.engines import Engines, EnginesError, Home, packed
+from nextflow_ar.generation.engine import Engine, Figures
+from nextflow_ar.generation.engines import Engines, EnginesError, Home, _rounds
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.model.checkpoint import Bundle, load_bundle
 from nextflow_ar.types import Done, Event, ImageReady, TextDelta
+from nextflow_ar.wire import packed
 from tests.app.serving import running
 
 
@@ -97,8 +101,9 @@ def test_what_fails_is_told_in_one_line(engines: Engines, loaded: NextFlowPipeli
     broken = loaded.engine.job(1, loaded.requests(["a dog"], [1])[0])
     object.__setattr__(broken.request, "schedule", None)
     engines.take(broken)
-    with pytest.raises(EnginesError, match=r"^TypeError: "):
+    with pytest.raises(EnginesError, match=r"^TypeError: ") as caught:
         events_of(engines)
+    assert "Traceback" in caught.value.__notes__[0]  # for the log of the first process
     engines.clear()
     engines.take(job)
     assert any(isinstance(e, ImageReady) for e in events_of(engines))
@@ -130,17 +135,49 @@ def test_what_cannot_start(tmp_path: Path) -> None:
         Engines(Home(tmp_path / "nothing"), 1)
 
 
-def test_tensors_are_packed_as_they_are() -> None:
-    import pickle
+class Loud:
+    """Rounds that say a lot."""
 
-    for one in (
-        torch.arange(6).view(2, 3),
-        torch.randn(3),
-        torch.randn(4).bfloat16(),
-        torch.empty(0, dtype=torch.long),
-    ):
-        found = pickle.loads(packed(("x", one)))[1]
-        assert found.dtype == one.dtype and torch.equal(found, one)
+    figures, left = Figures(), 0
+
+    @property
+    def engine(self) -> Loud:
+        return self
+
+    @property
+    def busy(self) -> bool:
+        return self.left > 0
+
+    def job(self, number: int, request: str) -> str:
+        return request
+
+    def take(self, job: str) -> None:
+        self.left += 1
+
+    def step(self) -> list[Event]:
+        self.left -= 1
+        return [TextDelta(0, "x" * 2_000_000)]
+
+
+def test_neither_side_waits_for_the_other_to_read() -> None:
+    """More than a pipe holds is handed in while as much comes back."""
+    mine, theirs = multiprocessing.Pipe()
+    worker = threading.Thread(target=_rounds, args=(theirs, Loud()), daemon=True)
+    worker.start()
+    assert pickle.loads(mine.recv_bytes())[0] == "ready"
+
+    def hand_in() -> None:
+        for number in range(3):
+            mine.send_bytes(packed(("take", (number, "y" * 2_000_000))))
+
+    handing = threading.Thread(target=hand_in, daemon=True)
+    handing.start()
+    handing.join(20)
+    assert not handing.is_alive()
+    assert [pickle.loads(mine.recv_bytes())[0] for _ in range(3)] == ["events"] * 3
+    mine.send_bytes(packed(("end", None)))
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_a_server_of_two_engines(folder: Path, loaded: NextFlowPipeline) -> None:

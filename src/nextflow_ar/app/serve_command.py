@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KEYS_VARIABLE = "NEXTFLOW_AR_API_KEYS"
 _MEGA = 1_000_000
 SMALL = 50_000_000
-"""Weights of a model whose steps one processor takes faster than several."""
+"""Weights below which one processor is taken. Measured with 8M alone (docs/serving.md)."""
 
 
 class ServeError(RuntimeError):
@@ -88,15 +88,11 @@ def serve(
         "fetch": fetch, "origins": tuple(origins or ()),
     }  # fmt: skip
 
-    def loaded() -> tuple[NextFlowPipeline, Engines | None]:
-        pipeline = load(model, device, rows, keep)
-        return pipeline, several(pipeline, model, device, rows, keep, engines, threads)
-
-    _serve(loaded, host, port, given, page=page)
+    _serve(lambda: loaded(model, device, rows, keep, engines, threads), host, port, given, page=page)
 
 
 def _serve(
-    loaded: Callable[[], tuple[NextFlowPipeline, Engines | None]],
+    begin: Callable[[], tuple[NextFlowPipeline, Engines | None]],
     host: str,
     port: int,
     given: dict[str, Any],
@@ -114,7 +110,7 @@ def _serve(
         ) from None
     settings = ServerSettings(**given)
     with listen(host, port) as listening:
-        pipeline, engines = loaded()
+        pipeline, engines = begin()
         start_logs()
         app = create_app(pipeline, settings, engines)
         if page:
@@ -191,26 +187,28 @@ def load(model: str, device: str, rows: int, keep: int) -> NextFlowPipeline:
     return NextFlowPipeline(load_bundle(folder, place, best_dtype(place)), rows, keep * _MEGA)
 
 
-def several(
-    pipeline: NextFlowPipeline, model: str, device: str, rows: int, keep: int, engines: int, threads: int
-) -> Engines | None:
-    """Processes that compute in place of a pipeline's own engine; None where one is enough, which it then is itself.
+def loaded(
+    model: str, device: str, rows: int, keep: int, engines: int, threads: int
+) -> tuple[NextFlowPipeline, Engines | None]:
+    """The pipeline, and processes that compute in place of its own engine; None where one is enough.
 
-    A step of a small model is many short pieces of work, which several threads share at a loss. Raises ServeError.
+    A step of a small model is many short pieces of work, which several threads share at a loss. Raises ServeError, and as
+    :func:`load`.
     """
     import torch
 
     from nextflow_ar.generation.engines import Engines, EnginesError, Home
     from nextflow_ar.generation.pipeline import resolve_model
 
+    pipeline = load(model, device, rows, keep)
     small = sum(weight.numel() for weight in pipeline.bundle.model.parameters()) < SMALL
     each = threads or (1 if small else max(1, torch.get_num_threads() // engines))
     if torch.device(device).type == "cpu":
         torch.set_num_threads(each)
     if engines == 1:
-        return None
+        return pipeline, None
     try:
-        return Engines(Home(resolve_model(model), device, rows, keep * _MEGA, each), engines)
+        return pipeline, Engines(Home(resolve_model(model), device, rows, keep * _MEGA, each), engines)
     except EnginesError as error:
         raise ServeError(f"--engines {engines}: {error}") from None
 

@@ -7,11 +7,12 @@ one of them, the least busy when it comes, and its result is the same in any.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import multiprocessing
 import pickle
+import queue
 import signal
+import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -23,11 +24,10 @@ import torch
 from nextflow_ar.generation.base import best_dtype
 from nextflow_ar.generation.engine import Engine, Figures, Rounds
 from nextflow_ar.generation.jobs import Job
-from nextflow_ar.generation.requests import Request
 from nextflow_ar.model.checkpoint import load_bundle
 from nextflow_ar.types import Done, Event
+from nextflow_ar.wire import packed
 
-log = logging.getLogger("nextflow_ar.serving")
 PATIENCE, START, END = 0.005, 300.0, 5.0
 """Seconds that a step waits for news, that an engine may take to load, and to end."""
 
@@ -169,7 +169,10 @@ class _Lane:
             raise EnginesError(given)
         self.ready, self.figures = True, figures
         if what == "failed" and round_ == self.round:
-            raise EnginesError(given)
+            line, trace = given
+            error = EnginesError(line)
+            error.add_note(trace)  # for the first process's log: this one has none
+            raise error
         if what == "events" and round_ == self.round:
             yield from (event for event in given if event.row in self.widths)
 
@@ -199,53 +202,39 @@ def _work(pipe: Connection, home: Home) -> None:
 
 
 def _rounds(pipe: Connection, rounds: Rounds) -> None:
+    asked: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    # Read at once, whatever this process is at: else both could wait for the other to read.
+    threading.Thread(target=_read, args=(pipe, asked), daemon=True).start()
     number = 0
 
-    def tell(what: str, given: Any) -> None:
+    def tell(what: str, given: Any = None) -> None:
         pipe.send_bytes(packed((what, number, given, rounds.figures)))
 
-    tell("ready", None)
+    tell("ready")
     while True:
-        while not rounds.busy or pipe.poll():
-            what, given = pickle.loads(pipe.recv_bytes())
-            if what == "end":
-                return
-            if what == "clear":
-                number = given
-                rounds.clear()
-            elif what == "cancel":
-                rounds.cancel(given)
-            else:
-                _take(rounds, tell, *given)
         try:
+            while not rounds.busy or not asked.empty():
+                what, given = asked.get()
+                if what == "end":
+                    return
+                if what == "take":
+                    rounds.take(rounds.engine.job(*given))
+                elif what == "cancel":
+                    rounds.cancel(given)
+                else:
+                    number = given
+                    rounds.clear()
             events = list(rounds.step())
         except Exception as error:
-            log.exception("a step of an engine failed")
             rounds.clear()
-            tell("failed", f"{type(error).__name__}: {error}".partition("\n")[0][:300])
+            line = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+            tell("failed", (line, traceback.format_exc()))
         else:
             tell("events", events)
 
 
-def _take(rounds: Rounds, tell: Any, number: int, request: Request) -> None:
-    try:
-        rounds.take(rounds.engine.job(number, request))
-    except Exception as error:  # the first process has made the same job
-        tell("failed", f"{type(error).__name__}: {error}".partition("\n")[0][:300])
-
-
-class _Packer(pickle.Pickler):
-    """Tensors as arrays: torch's own way is made for large ones."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        """Pickle's."""
-        if isinstance(obj, torch.Tensor) and obj.device.type == "cpu" and obj.dtype != torch.bfloat16:
-            return torch.from_numpy, (obj.detach().numpy(),)
-        return NotImplemented
-
-
-def packed(told: Any) -> bytes:
-    """Bytes of anything that pickle can write."""
-    out = io.BytesIO()
-    _Packer(out, protocol=5).dump(told)
-    return out.getvalue()
+def _read(pipe: Connection, asked: queue.SimpleQueue[tuple[str, Any]]) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            asked.put(pickle.loads(pipe.recv_bytes()))
+    asked.put(("end", None))

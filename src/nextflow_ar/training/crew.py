@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import pickle
@@ -17,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from nextflow_ar.config import ConfigError
+from nextflow_ar.wire import packed
 
 T = TypeVar("T")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -94,21 +94,6 @@ class Crew(Generic[T]):
         self._processes, self._pipes, self._reader, self._next = [], [], None, -1
 
 
-class _Pickler(pickle.Pickler):
-    """Tensors travel as arrays: torch's own way takes a file for each."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor):
-            return torch.from_numpy, (obj.contiguous().numpy(),)
-        return NotImplemented
-
-
-def _packed(value: Any) -> memoryview:
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(value)
-    return buffer.getbuffer()
-
-
 def _read(
     pipes: list[Connection], units: int, found: queue.Queue[tuple[str, Any]], ended: threading.Event
 ) -> None:
@@ -132,7 +117,7 @@ def _work(begin: Callable[[], Callable[[int], Any]], numbers: range, told: Conne
     try:
         make = begin()
         for number in numbers:
-            told.send_bytes(_packed(("made", make(number))))
+            told.send_bytes(packed(("made", make(number))))
     except (BrokenPipeError, ConnectionError):
         return
     except Exception as error:  # one line in the first process instead of a traceback here
