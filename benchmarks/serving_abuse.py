@@ -1,6 +1,6 @@
 """Thousands of malformed and hostile requests against a running server: no 5xx but honest ones, memory flat, healthy after.
 
-    python benchmarks/serving_abuse.py --requests 10000
+    python benchmarks/serving_abuse.py --requests 10000 --engines 2
 
 starts ``nextflow-ar serve`` with the bundled model, sends all of them from some threads, and prints what was answered by
 kind of attack, and the server's memory on the way. Exit status 1 where anything is not as it should be.
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import zlib
+from pathlib import Path
 
 ANSWERS = {"400", "401", "404", "405", "408", "413", "429", "431", "503", "504"}
 """Besides 200 and a closed connection, what a hostile request may meet."""
@@ -301,9 +302,11 @@ def accepted(result):
 
 
 def memory(pid):
-    """MiB of a process in memory now."""
+    """MiB of a process and of those that it started, such as engines, in memory now."""
     with open(f"/proc/{pid}/status") as file:
-        return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) / 1024
+        own = int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) / 1024
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return own + sum(memory(int(child)) for several in lists for child in several)
 
 
 def asked(address, path):
@@ -338,8 +341,11 @@ def main():
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--engines", type=int, default=1)
     given = parser.parse_args()
-    process, address = start(given.model, "--timeout", "60", "--max-body", "5")
+    process, address = start(
+        given.model, "--timeout", "60", "--max-body", "5", "--engines", str(given.engines)
+    )
     numbers = iter(range(given.requests))
     lock, found = threading.Lock(), collections.Counter()
     told = [("start", memory(process.pid))]

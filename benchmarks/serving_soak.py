@@ -1,6 +1,6 @@
 """Many clients for minutes, each asking for one thing after the other: pictures, streams, talks, questions, edits.
 
-    python benchmarks/serving_soak.py --clients 64 --seconds 300
+    python benchmarks/serving_soak.py --clients 64 --seconds 300 --engines 2
 
 starts ``nextflow-ar serve`` with the bundled model, and prints what was answered by kind, the times of good answers, and
 the server's memory before, on the way and after. Exit status 1 where an answer is neither 200, 429 nor 503, where a good
@@ -167,8 +167,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--queue", type=int, default=128)
+    parser.add_argument("--engines", type=int, default=1)
     given = parser.parse_args()
-    process, address = start(given.model, "--queue", str(given.queue))
+    process, address = start(given.model, "--queue", str(given.queue), "--engines", str(given.engines))
     before, on_the_way = memory(process.pid), []
     found = load(address, given.clients, given.seconds, lambda: on_the_way.append(memory(process.pid)))
     health = json.loads(asked(address, "/health"))

@@ -69,7 +69,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image segment. ``supervised``: its codes carry loss.
+    """An image segment. ``supervised``: its codes carry loss. ``begun``: that it begins is learnt, if not its codes.
 
     ``scales``: lay out only the first so many scales (None: all). Such a prefix trains the coarse scales at a fraction
     of the cost; it must end its document, since nothing can follow an unfinished image.
@@ -78,6 +78,7 @@ class Image:
     codes: Codes
     supervised: bool = False
     scales: int | None = None
+    begun: bool = False
 
     def __post_init__(self) -> None:
         if self.scales is not None and not 1 <= self.scales <= len(self.codes.schedule):
@@ -132,6 +133,14 @@ class TextDelta:
     text: str
 
 
+@dataclass(frozen=True)
+class Planned:
+    """The plan in words of the picture that row ``row`` begins; it is not part of what the row says."""
+
+    row: int
+    text: str
+
+
 @dataclass(frozen=True, eq=False)
 class ScaleReady:
     """Scale ``scale`` (0-based) of ``num_scales`` is sampled for row ``row``.
@@ -165,4 +174,4 @@ class Done:
     written: int = field(default=0, compare=False)
 
 
-Event = TextDelta | ScaleReady | ImageReady | Done
+Event = TextDelta | Planned | ScaleReady | ImageReady | Done

@@ -38,6 +38,7 @@ from nextflow_ar.data.playground.episodes import Answer, Episode, Said, Shown
 from nextflow_ar.data.playground.knowledge import CLUES
 from nextflow_ar.data.playground.looks import render
 from nextflow_ar.data.playground.maker import Maker, Reject, world_level
+from nextflow_ar.data.playground.planning import with_plan
 from nextflow_ar.data.playground.reading import (
     read_choice,
     read_full,
@@ -51,7 +52,6 @@ from nextflow_ar.data.playground.reading import (
 from nextflow_ar.data.playground.saying import full_caption, short_caption
 from nextflow_ar.data.playground.scoring import READERS, is_right
 from nextflow_ar.data.playground.telling import MOTIONS, read_motion
-from nextflow_ar.data.playground.thinking import with_plan
 from nextflow_ar.data.playground.words import COLOURS
 from nextflow_ar.data.playground.world import ONE_OF, POPULAR
 from nextflow_ar.data.tasks import to_document
@@ -70,7 +70,7 @@ def episodes(task: str, count: int, **settings: object) -> list[Episode]:
 
 
 def test_the_names() -> None:
-    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 49
+    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 50
     assert set(UNSPLIT) < set(TASK_NAMES) and {f"edit_{kind}" for kind in EDITS} < set(TASK_NAMES)
     with pytest.raises(ValueError, match="unknown playground task 'dance': one of draw_scene"):
         episode("dance", 0, 0)

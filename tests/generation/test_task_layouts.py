@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from nextflow_ar.config import from_dict
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.playground.curriculum import episode
 from nextflow_ar.data.playground.episodes import Episode, Said, Shown
+from nextflow_ar.data.playground.planning import planned_throughout
 from nextflow_ar.data.tasks import to_document
 from nextflow_ar.generation.engine import ImageRequest, Request, TextRequest
 from nextflow_ar.generation.pipeline import NextFlowPipeline
@@ -83,8 +85,10 @@ def same_start(prefix: Sample, whole: Sample) -> None:
 class Lesson:
     """An episode with codes, and its sample as training lays it out."""
 
-    def __init__(self, pipeline: NextFlowPipeline, task: str, index: int = 0) -> None:
-        self.found: Episode = episode(task, index, seed=3)
+    def __init__(
+        self, pipeline: NextFlowPipeline, task: str, index: int = 0, found: Episode | None = None
+    ) -> None:
+        self.found: Episode = found or episode(task, index, seed=3)
         generator = torch.Generator().manual_seed(index)
         schedule = pipeline.schedule_for((64, 64))
         self.codes = [
@@ -212,6 +216,51 @@ def test_conversations_before_every_answer(
             content = part.text if isinstance(part, Said) else [next(codes)]
             messages.append({"role": part.role, "content": content})
     assert drawn > 0
+
+
+def test_planned_conversations_before_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of earlier turns are not shown again, and what was drawn there is seen as any other picture is."""
+    bundle = tiny_bundle(CLOSING)
+    bundle.generation |= {"dialogue": True, "canvases": ["64x64"], "think_told": True}
+    pipeline, vocab = NextFlowPipeline(bundle), bundle.vocab
+    earlier = drawn = 0
+    for index in range(12):
+        plain = episode("chat", index, seed=3)
+        found = planned_throughout(plain, random.Random(index))
+        lesson = Lesson(pipeline, "chat", index, found)
+        codes, messages = iter(lesson.codes), []
+        for part in found.parts:
+            plan = isinstance(part, Said) and part.text.startswith("plan: ")
+            if part.supervised and not isinstance(part, Shown):
+                asked = asked_for(pipeline, monkeypatch, "chat", messages, **SIZE)
+                prefix = laid(pipeline, asked)
+                same_start(prefix, lesson.sample)
+                assert int(lesson.sample.targets[len(prefix) - 1]) == vocab.encode(part.text)[0]
+                drawn += plan
+                earlier += plan and any(
+                    m["role"] == "assistant" and m["content"][0] is not None for m in messages
+                )
+            if isinstance(part, Shown) and part.supervised:
+                break  # behind it the answer has its scales, a later turn would only see it
+            if not plan:
+                content = part.text if isinstance(part, Said) else [next(codes)]
+                messages.append({"role": part.role, "content": content})
+    assert drawn > 4 and earlier > 1
+
+
+def test_a_picture_that_is_only_seen_is_begun(pipeline: NextFlowPipeline) -> None:
+    """Words of the assistant's end where the next picture begins, whether it is to be learnt or not."""
+    vocab = pipeline.bundle.vocab
+    some = 0
+    for task in ("story", "video_draw"):
+        for index in range(4):
+            found = planned_throughout(episode(task, index, seed=3), random.Random(index), drawn=0.0)
+            targets = Lesson(pipeline, task, index, found).sample.targets.tolist()
+            assert targets.count(vocab.boi) == len(found.pictures) > len(found.expected) == 1
+            learns_to_end = targets.count(vocab.end)
+            assert learns_to_end == 0  # the last thing is a picture
+            some += 1
+    assert some == 8
 
 
 def test_guidance_contrasts_with_what_condition_dropout_leaves(

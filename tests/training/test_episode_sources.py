@@ -282,7 +282,10 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
         ({"canvases": {}}, "at least one canvas"),
         ({"swap": 0.5}, "swap is for tasks that answer in words about a picture, not for edit_move"),
         ({"condition_dropout": 1.5}, "condition_dropout is a share from 0 to 1"),
-        ({"planned": 0.5, "tasks": {"chat": 1.0}}, "planned is for tasks that draw or edit, not for chat"),
+        (
+            {"planned": 0.5, "tasks": {"riddle": 1.0}},
+            "planned is for tasks that draw or edit, not for riddle",
+        ),
         ({"level": "hard"}, "level"),
         ({"colour": 1}, "colour"),
     ):

@@ -83,7 +83,8 @@ def to_document(
     """The document of an episode of the wide world, whose pictures' codes are given in order.
 
     ``dialogue``: with chat marks around every turn, as :func:`turns` lays them out. ``scales``: of a picture that ends the
-    document, lay out the first so many scales only (nothing follows it then, not even the mark that ends the turn).
+    document, lay out the first so many scales only (nothing follows it then, not even the mark that ends the turn); 0: the
+    episode ends with what stands before such a picture.
     Raises ValueError when there are not as many codes as pictures.
     """
     if len(codes) != len(episode.pictures):
@@ -97,7 +98,12 @@ def to_document(
             parts.append((part.role, Text(part.text, part.supervised)))
         else:
             laid = scales if number == len(episode.parts) else None
-            parts.append((part.role, Image(next(left), part.supervised, laid)))
+            said = parts[-1] if parts else None
+            # Behind words of the assistant's, it is the assistant that begins a picture, be it only seen.
+            begun = (
+                part.role == "assistant" and said is not None and said[0] == part.role and said[1].supervised
+            )
+            parts.append((part.role, Image(next(left), part.supervised, laid, begun)))
     segments = turns(parts) if dialogue else tuple(segment for _, segment in parts)
-    unfinished = scales is not None and isinstance(parts[-1][1], Image)
+    unfinished = scales == 0 or (scales is not None and isinstance(parts[-1][1], Image))
     return Document(segments[:-1] if dialogue and unfinished else segments)

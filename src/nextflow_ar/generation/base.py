@@ -1,10 +1,11 @@
 """A loaded checkpoint: which model a name means, sizes, pictures to codes and back, and the events of requests.
 
 ``generation.json`` may say, beside sampling settings: ``think`` (plan in words before drawing), ``think_edits`` (the same
-before a changed picture), ``thought_temperature`` (of such plans), ``dialogue`` (chat marks around every turn),
-``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``caption`` (what is asked about a
-picture when nobody asks), ``video`` (how frames are asked for, with {prompt} and {frames}) and ``next_frame`` (how one
-more is).
+before a changed picture), ``think_told`` (plans before every picture of a conversation, a story or a film, which the model
+writes by itself and which are no part of what it says), ``thought_temperature`` (of plans), ``dialogue`` (chat marks around
+every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``caption`` (what is asked
+about a picture when nobody asks), ``video`` (how frames are asked for, with {prompt} and {frames}) and ``next_frame`` (how
+one more is).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ Picture = PILImage.Image | np.ndarray | Codes
 OPTIONS = (
     "think",
     "think_edits",
+    "think_told",
     "thought_temperature",
     "dialogue",
     "canvases",
@@ -46,6 +48,7 @@ OPTIONS = (
 )
 """Keys of ``generation.json`` beside the sampling settings."""
 THOUGHT_TOKENS = 96
+"""Most tokens of a plan."""
 THOUGHT_SETTINGS = SamplingSettings(top_p=0.9)
 
 
@@ -97,9 +100,10 @@ class Loaded:
         self.image_tokenizer = bundle.image_tokenizer
         self.thinks = bool(bundle.generation.get("think", False))
         self.thinks_edits = bool(bundle.generation.get("think_edits", False))
+        self.told_thoughts = THOUGHT_TOKENS if bundle.generation.get("think_told", False) else 0
         warmth = float(bundle.generation.get("thought_temperature", THOUGHT_SETTINGS.temperature))
         self.thought_settings = THOUGHT_SETTINGS.changed(temperature=warmth)
-        self.manner = Manner(bool(bundle.generation.get("dialogue", False)))
+        self.manner = Manner(bool(bundle.generation.get("dialogue", False)), bool(self.told_thoughts))
         self.canvases = [self._canvas(name) for name in bundle.generation.get("canvases", ())]
         self.defaults = SamplingSettings(
             **{

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nextflow_ar.sequence.dialogue import opened
 from nextflow_ar.sequence.vocab import END_OF_TEXT, TURN_END
@@ -24,12 +24,20 @@ def part(role: str, what: str | Codes) -> Part:
 
 @dataclass(frozen=True)
 class Manner:
-    """How a checkpoint's documents are laid out. ``dialogue``: with chat marks around every turn."""
+    """How a checkpoint's documents are laid out. ``dialogue``: with chat marks around every turn. ``seen``: what the
+    assistant drew in earlier turns is shown as any other picture is, not scale by scale.
+    """
 
     dialogue: bool
+    seen: bool = False
 
     def document(self, parts: Sequence[Part]) -> Document:
         """The parts in order, up to where the answer begins."""
+        if self.seen:
+            parts = [
+                (role, replace(one, supervised=False) if isinstance(one, Image) else one)
+                for role, one in parts
+            ]
         return Document(opened(parts) if self.dialogue else tuple(segment for _, segment in parts))
 
     @property

@@ -37,6 +37,14 @@ class EnginesError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Lost:
+    """Request ``row`` is gone with what its engine was at; those of other engines go on."""
+
+    row: int
+    error: EnginesError
+
+
+@dataclass(frozen=True)
 class Home:
     """What an engine is made of. ``folder``: of the checkpoint. ``rows``, ``kept_bytes``: see :class:`Engine`.
     ``threads``: processors that it computes with.
@@ -106,8 +114,10 @@ class Engines:
             lane.round += 1
             lane.tell("clear", lane.round)
 
-    def step(self) -> Iterator[Event]:
-        """What is new, waiting a moment for it. Raises EnginesError when an engine failed; one that died begins anew."""
+    def step(self) -> Iterator[Event | Lost]:
+        """What is new, waiting a moment for it. What an engine worked at when it failed is lost; one that died begins
+        anew.
+        """
         pipes = {lane.pipe: lane for lane in self._lanes}
         for pipe in wait(list(pipes), timeout=PATIENCE):
             lane = pipes[pipe]  # type: ignore[index]
@@ -116,10 +126,20 @@ class Engines:
                     if isinstance(event, Done):
                         lane.widths.pop(event.row, None)
                     yield event
+            except EnginesError as error:
+                yield from self._lost(lane, error)
             except (EOFError, OSError):
                 lane.end()
                 self._lanes[self._lanes.index(lane)] = _Lane(self.home)
-                raise EnginesError("an engine's process died, another one begins") from None
+                yield from self._lost(lane, EnginesError("an engine's process died, another one begins"))
+
+    def _lost(self, lane: _Lane, error: EnginesError) -> Iterator[Lost]:
+        """All that an engine worked at, and what was passed on to it since."""
+        numbers = list(lane.widths)
+        lane.widths.clear()
+        lane.round += 1
+        lane.tell("clear", lane.round)
+        yield from (Lost(number, error) for number in numbers)
 
     def close(self) -> None:
         """End the processes."""

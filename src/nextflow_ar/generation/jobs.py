@@ -17,11 +17,12 @@ from nextflow_ar.generation.forcing import Forcing
 from nextflow_ar.generation.kept import part_key
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
 from nextflow_ar.generation.sampling import SamplingSettings, draw, guide, guide_words
+from nextflow_ar.generation.spoken import split
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.layout import LayoutOptions, Sample, build, image_prefix, next_clock, reference_of
 from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_END, TURN_START, Vocabulary
 from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer
-from nextflow_ar.types import Codes, Done, Event, ImageReady, ScaleReady, TextDelta
+from nextflow_ar.types import Codes, Done, Event, ImageReady, Planned, ScaleReady, TextDelta
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +175,10 @@ class Job:
         self.images = 0
         self.drawn: Tensor | None = None  # codes of the last image
         self.written: list[int] = []
-        self.counted = 0
+        self.counted = self.thought = 0  # tokens that were said, and those of plans
         self.shown = ""
+        self.plan: str | None = None
+        self.planned = 0  # tokens of the plan that grows
         self._closed: dict[frozenset[str], Tensor] = {}
         self.prefix = prefix = self._prefix()
         self._fits(prefix, limit)
@@ -205,7 +208,7 @@ class Job:
         else:
             need += request.max_tokens
         if isinstance(request, WriteRequest):
-            need += request.max_images * _whole(request.schedule)
+            need += request.max_images * (_whole(request.schedule) + request.thoughts)
         if need > limit:
             raise ContextError(f"the request takes {need} tokens, the model's context holds {limit}")
 
@@ -285,14 +288,13 @@ class Job:
                 yield from self._end("stop")
                 return
             assert isinstance(request, WriteRequest)
-            self.written, self.shown = [], ""
+            self.written, self.shown, self.plan, self.planned = [], "", None, 0
             self.images += 1
             self.track.go_on(Feed(token=token, image_scales=len(request.schedule)), "codes")
             self.drawing = self._drawing(request.image_settings)
             return
         self.written.append(token)
-        self.counted += 1
-        last = self.counted == request.max_tokens
+        last = self._count()
         yield from self._said(final=last)
         if last:
             yield from self._end("length")
@@ -303,14 +305,22 @@ class Job:
     def _next_token(self, scores: Tensor) -> int:
         request = self.request
         assert not isinstance(request, ImageRequest)
-        if not request.max_tokens:  # images alone
+        left = isinstance(request, WriteRequest) and self.images < request.max_images
+        if (not self._words and not self._thoughts) or (left and 0 < self._thoughts <= self.planned):
             return self.vocab.boi
         scores = scores.masked_fill(self._never().to(scores.device), float("-inf"))
-        guidance, temperature, top_k, top_p = request.settings.at(0, 1)
+        guidance, temperature, top_k, top_p = self._wording().at(0, 1)
         if self.other is not None:
             assert self.other.scores is not None
             scores = guide_words(scores, self.other.scores, guidance)
         return int(draw(scores, temperature, top_k, top_p, self.generator)[0])
+
+    def _wording(self) -> SamplingSettings:
+        """Settings of the next token of text."""
+        request = self.request
+        assert not isinstance(request, ImageRequest)
+        own = request.thought_settings if isinstance(request, WriteRequest) else None
+        return request.settings if self.plan is None or own is None else own
 
     def _never(self) -> Tensor:
         """(V,) of the text entries: True for those that cannot be chosen now."""
@@ -318,6 +328,8 @@ class Job:
         allowed = set() if isinstance(request, ImageRequest) else set(request.ends)
         if isinstance(request, TextRequest) and self.counted < request.min_tokens:
             allowed = set()
+        if isinstance(request, WriteRequest) and not request.max_tokens:
+            allowed = set()  # all images are wanted
         if isinstance(request, WriteRequest) and self.images < request.max_images:
             allowed.add(BOI)
         known = frozenset(allowed)
@@ -330,17 +342,57 @@ class Job:
         return self._closed[known]
 
     def _said(self, *, final: bool) -> Iterator[Event]:
-        """The new text, held back while a character is incomplete."""
+        """The new text, held back while a character is incomplete; plans are told apart."""
         text = self.vocab.decode(self.written)
         if not final and text.endswith("�"):
             return
+        if self._thoughts:
+            text = split(text, final=final)[0] if self._words else ""
+            if final and self.plan:
+                yield Planned(self.number, self.plan)
         new, self.shown = text[len(self.shown) :], text
         if new:
             yield TextDelta(self.number, new)
 
+    @property
+    def _thoughts(self) -> int:
+        """Most tokens of a plan; 0 where plans are not told apart."""
+        return self.request.thoughts if isinstance(self.request, WriteRequest) else 0
+
+    @property
+    def _words(self) -> bool:
+        """Whether anything but plans may be written."""
+        return not isinstance(self.request, ImageRequest) and self.request.max_tokens > 0
+
+    def _count(self) -> bool:
+        """Take note of a new token, of what is said or of a plan; whether it is the last that may be said."""
+        request = self.request
+        assert not isinstance(request, ImageRequest)
+        if self.plan is None:
+            self.counted += 1
+        else:
+            self.planned, self.thought = self.planned + 1, self.thought + 1
+        unsure = False
+        if self._thoughts:
+            text = self.vocab.decode(self.written)
+            said, plan = split(text, final=False) if self._words else ("", text.strip())
+            unsure = said != text
+            if plan is not None and self.plan is None:
+                self._recount(said)
+            self.plan = plan
+        return self._words and self.counted >= request.max_tokens and self.plan is None and not unsure
+
+    def _recount(self, said: str) -> None:
+        """A plan has begun behind what is ``said``: the tokens of its mark were counted as said."""
+        begun = len(self.written)
+        while begun and len(self.vocab.decode(self.written[:begun])) > len(said):
+            begun -= 1
+        self.planned = len(self.written) - begun
+        self.counted, self.thought = self.counted - self.planned, self.thought + self.planned
+
     def _end(self, reason: str) -> Iterator[Event]:
         self.done = True
-        yield Done(self.number, reason, self.counted)
+        yield Done(self.number, reason, self.counted + self.thought)
 
 
 def _whole(schedule: ScaleSchedule) -> int:

@@ -77,7 +77,10 @@ class WriteRequest:
 
     At most ``max_tokens`` text tokens (0: images alone, one behind the other, all ``max_images``) and ``max_images`` images
     of ``schedule``; where no image is left, none can begin. ``last_image_ends``: stop behind the last of them.
-    ``settings`` are the text's, ``image_settings`` the images'. Raises ValueError where nothing may be written.
+    ``thoughts``: most tokens of the plan before each image, which is not part of the text (see
+    :mod:`~nextflow_ar.generation.spoken`); behind so many its image begins. 0: a plan is text like any other.
+    ``settings`` are the text's, ``thought_settings`` the plans' (None: the text's), ``image_settings`` the images'. Raises
+    ValueError where nothing may be written.
     """
 
     document: Document
@@ -90,6 +93,8 @@ class WriteRequest:
     ends: tuple[str, ...] = (END_OF_TEXT, TURN_END)
     unconditional: Document = field(default_factory=lambda: Document(()))
     last_image_ends: bool = False
+    thoughts: int = 0
+    thought_settings: SamplingSettings | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 and self.max_images < 1:

@@ -94,6 +94,7 @@ class Telling(Loaded):
         return WriteRequest(
             self.manner.document(parts), max_tokens, max_pictures, schedule, seed, text_settings,
             settings or self.defaults, self.manner.ends, self.manner.unconditional, last_image_ends,
+            self.told_thoughts if max_pictures else 0, self.thought_settings,
         )  # fmt: skip
 
     def write(
@@ -216,7 +217,7 @@ class Telling(Loaded):
             request = self.request(
                 [*parts, part("user", asked)], codes[-1].schedule, fold_seed(seed, len(codes)), settings
             )
-            for event in self.stream([request], think=False):
+            for event in self.stream([request], think=bool(self.told_thoughts)):
                 if on_event is not None:
                     on_event(event)
                 if isinstance(event, ImageReady):

@@ -177,7 +177,7 @@ class _Builder:
 
     def image(self, image: Image, *, closed: bool) -> None:
         schedule, codes = image.codes.schedule, image.codes
-        if image.supervised:
+        if image.supervised or image.begun:
             self.predict(self.vocab.boi)
         boi, total = len(self.tokens), len(schedule)
         if closed and not image.supervised and self.options.context_images == "closing":
@@ -228,7 +228,8 @@ class _Builder:
                 if segment.supervised:
                     # What a response learns to end with is what follows in it: an image, or the mark that ends the turn.
                     after = document.segments[i + 1] if i < last else None
-                    goes_on = isinstance(after, Image | Mark) and after.supervised
+                    begun = isinstance(after, Image) and after.begun
+                    goes_on = begun or (isinstance(after, Image | Mark) and after.supervised)
                     self.supervised_text(ids, None if goes_on else self.vocab.end)
                 else:
                     self.text(ids)

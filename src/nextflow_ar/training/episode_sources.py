@@ -21,7 +21,7 @@ from nextflow_ar.data.episodes import EpisodeSource, canvas_size
 from nextflow_ar.data.packing import Packer
 from nextflow_ar.data.playground.curriculum import PLANNED, by_task, episode
 from nextflow_ar.data.playground.episodes import Episode, Shown
-from nextflow_ar.data.playground.thinking import with_plan
+from nextflow_ar.data.playground.planning import TOLD, planned_throughout, with_plan
 from nextflow_ar.data.playground.world import COLOUR_NAMES, MANY, NAMES
 from nextflow_ar.data.tasks import to_document
 from nextflow_ar.model.flops import batch_flops, sample_flops
@@ -135,6 +135,10 @@ class EpisodeBatches:
             raise ConfigError(str(error)) from None
         if source.planned and task in PLANNED and rng.random() < source.planned:
             found = with_plan(found)
+        elif source.planned and task in TOLD and rng.random() < source.planned:
+            found = planned_throughout(found, rng, source.drawn)
+        if source.scales == 0:  # neither rendered nor encoded
+            return replace(found, parts=found.parts[:-1])
         if rng.random() < source.condition_dropout:
             drawn = [i for i, p in enumerate(found.parts) if isinstance(p, Shown) and p.supervised]
             found = replace(found, parts=found.parts[drawn[0] if drawn else 0 :])

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nextflow_ar.data.playground.canvases import PLACES, Canvas, Kind, place_words, stands
+from nextflow_ar.data.playground.canvases import PLACES, Canvas, Kind, combinations, place_words, stands
 from nextflow_ar.data.playground.drawing import mood_shows
 from nextflow_ar.data.playground.edits import singles
-from nextflow_ar.data.playground.episodes import Answer, AnswerKind, Draft, Episode, Said, Truth, shows, tells
+from nextflow_ar.data.playground.episodes import (
+    Answer,
+    AnswerKind,
+    Draft,
+    Episode,
+    Said,
+    Shown,
+    Truth,
+    shows,
+    tells,
+)
 from nextflow_ar.data.playground.maker import Reject
 from nextflow_ar.data.playground.reading import number_words
 from nextflow_ar.data.playground.saying import full_caption, phrase, short_caption, the
@@ -415,6 +425,22 @@ def examine(draft: Draft) -> Episode:
     caption comes last, since it would give the answers away.
     """
     canvas = _seen(draft)
+    several = [*_questions(draft, canvas), _told_about(draft, canvas)]
+    return _examined(draft, shows(canvas), several, "examine")
+
+
+def exercise(draft: Draft) -> Episode:
+    """The same four questions about a picture that is described in full, not shown: what a question means, and how a letter
+    stands for an option, without having to see. For training only.
+    """
+    canvas = _seen(draft)
+    told = Said(full_caption(canvas), "user", False)
+    found = _examined(draft, told, _questions(draft, canvas), "exercise")
+    return replace(found, truth=replace(found.truth, combinations=tuple(sorted(combinations(canvas)))))
+
+
+def _questions(draft: Draft, canvas: Canvas) -> list[tuple[str, Answer]]:
+    """Some questions about a picture with their answers, none of which gives another one away."""
     if canvas.second is not None:
         raise Reject
     found: dict[tuple[str, str], tuple[str, Answer]] = {}
@@ -431,6 +457,9 @@ def examine(draft: Draft) -> Episode:
         found.setdefault((answer.kind, same), (question, answer))
     if len(found) < _ASKED_OF_ONE:
         raise Reject
-    several = [*found.values(), _told_about(draft, canvas)]
+    return list(found.values())
+
+
+def _examined(draft: Draft, before: Said | Shown, several: list[tuple[str, Answer]], kind: str) -> Episode:
     parts = [part for question, answer in several for part in (draft.person(question), tells(answer.text))]
-    return Episode("", (shows(canvas), *parts), Truth("examine", tuple(answer for _, answer in several)))
+    return Episode("", (before, *parts), Truth(kind, tuple(answer for _, answer in several)))

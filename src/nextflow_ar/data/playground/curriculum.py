@@ -34,6 +34,7 @@ GROUPED: dict[str, dict[str, Builder]] = {
         "ask_choice": asking.ask_choice,
     },
     "examine": {"examine": asking.examine},
+    "exercise": {"exercise": asking.exercise},
     "edit": {f"edit_{kind}": editing.edit_task(kind) for kind in EDITS},
     "subject": {
         "subject_extract": editing.subject_extract,
@@ -67,7 +68,10 @@ READ_ALONE: tuple[str, ...] = (*GROUPED["caption"], *GROUPED["ask"], *GROUPED["e
 PLANNED: tuple[str, ...] = tuple(
     task for group in ("draw", "practice", "edit", "subject", "in_context") for task in GROUPED[group]
 )
-"""Tasks that end in a drawn picture without a plan, which :func:`~nextflow_ar.data.playground.thinking.with_plan` adds."""
+"""Tasks that end in a drawn picture without a plan, which :func:`~nextflow_ar.data.playground.planning.with_plan` adds."""
+
+THOUGHT: tuple[str, ...] = tuple(GROUPED["think"])
+"""Tasks that end in a drawn picture behind a plan of their own."""
 
 UNSPLIT: tuple[str, ...] = ("wish", "plain")
 """Tasks in which a test episode cannot always show a held-out combination."""

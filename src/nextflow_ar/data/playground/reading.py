@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nextflow_ar.data.playground.canvases import PLACES, Canvas, place_words, size_word
-from nextflow_ar.data.playground.saying import looks_words
+from nextflow_ar.data.playground.saying import TURNED, looks_words
 from nextflow_ar.data.playground.words import NUMBERS
 from nextflow_ar.data.playground.world import (
     COLOUR_NAMES,
@@ -48,6 +48,7 @@ _WORD = re.compile(r'^the word "(?P<word>[^"]+)"(?: (?P<place>[a-z ]+))?$')
 _COLOUR = "|".join(COLOUR_NAMES)
 _GROUND = re.compile(rf"^(?P<ground>(?:{_COLOUR})(?: to (?:{_COLOUR}))?) background$")
 _SHORT = re.compile(r"^(?P<things>.*) on an? (?P<ground>[a-z ]+ background)$")
+_TURNS = re.compile(rf" (?:{'|'.join(TURNED.values())})(?=,|$)")
 _LOOKS = (*MOOD_WORDS.values(), *LIGHT_WORDS.values())
 
 
@@ -198,9 +199,9 @@ def read_full(text: str) -> Placed | None:
 
 
 def read_plan(text: str) -> Placed | None:
-    """The plan that ends a thought: what follows the last "plan: "."""
+    """The plan that ends a thought: what follows the last "plan: ", however its things are turned."""
     _, found, plan = text.rpartition("plan: ")
-    return read_full(plan) if found else None
+    return read_full(_TURNS.sub("", plan)) if found else None
 
 
 def _ground_of(canvas: Canvas) -> str | None:

@@ -88,8 +88,18 @@ def _merged(canvas: Canvas) -> list[str]:
     return [phrase((name, None), count, size) for (name, size), count in tally.items()]
 
 
-def full_caption(canvas: Canvas) -> str:
-    """Every single thing with its place, in reading order, then what :func:`short_caption` adds.
+TURNED: dict[int, str] = {1: "turned left", 2: "upside down", 3: "turned right"}
+"""Quarter turns counterclockwise -> words of a plan."""
+
+
+def turned_words(item: Item) -> str:
+    """How a thing is turned, behind a space; nothing where it is upright."""
+    return f" {TURNED[item.turn]}" if item.turn else ""
+
+
+def full_caption(canvas: Canvas, *, turns: bool = False) -> str:
+    """Every single thing with its place, in reading order, then what :func:`short_caption` adds. ``turns``: and how it is
+    turned.
 
     'a dog above left, a large red car right, the word "HI" below, blue background'.
     """
@@ -97,6 +107,7 @@ def full_caption(canvas: Canvas) -> str:
     ordered = sorted(canvas.items, key=lambda item: (item.y, item.x, item.name))
     parts = [
         f"{phrase(i.kind, 1, size_word(i, canvas.base), colour=colours)} {place_words(i.box, canvas.size)}"
+        + (turned_words(i) if turns else "")
         for i in ordered
     ]
     if canvas.word is not None:

@@ -7,11 +7,10 @@ A thought names what every clue means and ends with "plan: " and the canvas in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from nextflow_ar.data.playground.canvases import Canvas, Kind, stands
 from nextflow_ar.data.playground.drawing import scene_asked
-from nextflow_ar.data.playground.episodes import Answer, Draft, Episode, Shown, Truth, draws, tells
+from nextflow_ar.data.playground.episodes import Answer, Draft, Episode, Truth, draws, tells
 from nextflow_ar.data.playground.knowledge import CLUES, COLOUR_CLUES, WISHES
 from nextflow_ar.data.playground.maker import Reject
 from nextflow_ar.data.playground.reading import number_words
@@ -19,15 +18,6 @@ from nextflow_ar.data.playground.saying import asked_to_draw, full_caption, phra
 from nextflow_ar.data.playground.scenes import RELATIONS
 from nextflow_ar.data.playground.words import NUMBERS
 from nextflow_ar.data.playground.world import MANY, NATIVE, SHAPES, colours_of
-
-
-def with_plan(found: Episode) -> Episode:
-    """An episode whose last part is the one picture that is drawn, laid out in words first."""
-    *before, drawn = found.parts
-    assert isinstance(drawn, Shown)
-    plan = full_caption(drawn.canvas)
-    truth = replace(found.truth, answers=(*found.truth.answers, Answer(f"plan: {plan}", "plan")))
-    return replace(found, parts=(*before, tells(f"plan: {plan}"), drawn), truth=truth)
 
 
 def _is(clue: str, kind: Kind) -> str:

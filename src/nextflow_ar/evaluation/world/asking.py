@@ -19,7 +19,8 @@ class Ask:
 
     ``want``: "picture", one; "pictures", exactly so many; "text", words alone; "turn", whatever the model will, at most so
     many pictures. ``size``: (height, width) of pictures. ``think``: words before a picture (None: as the model does by
-    itself). ``words``: most text tokens. ``number``: of the item, which seeds the answer; ``key`` names it for an oracle.
+    itself). ``next_frame``: the picture continues a film. ``words``: most text tokens. ``number``: of the item, which seeds
+    the answer; ``key`` names it for an oracle.
     """
 
     parts: tuple[Part, ...]
@@ -30,6 +31,7 @@ class Ask:
     pictures: int = 1
     think: bool | None = None
     words: int = 64
+    next_frame: bool = False
 
 
 Reply = tuple[str | np.ndarray, ...]

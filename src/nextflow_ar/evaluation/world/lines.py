@@ -80,7 +80,7 @@ def _lines() -> tuple[Line, ...]:
         Line("story_free", "tell", _made_up, "turn", "tale"),
         Line("recipe", "tell", _of("recipe"), "turn", "story"),
         Line("video_draw", "video", _of("video_draw"), "pictures", "video"),
-        Line("video_next", "video", _of("video_next"), "picture", "frame", think=False),
+        Line("video_next", "video", _of("video_next"), "picture", "frame"),
         Line("video_caption", "video", _of("video_caption"), "text", "answer"),
         Line("think", "think", _among(_THINK), "picture", "thought", think=True),
         Line("think_without", "think", _among(_THINK), "picture", "thought", think=False),
@@ -145,6 +145,7 @@ class Item:
             pictures=5 if told and self.line.group == "tell" else count,
             think=self.line.think,
             words=48 * 5 if self.line.group == "tell" else 64,
+            next_frame=self.line.kind == "frame",
         )
 
 

@@ -52,6 +52,8 @@ class PipelineAnswers:
         """As the pipeline itself does by default."""
         if ask.think is not None:
             return ask.think
+        if ask.next_frame:
+            return bool(self.pipeline.told_thoughts)
         edited = any(not isinstance(one, str) for _, one in ask.parts)
         return self.pipeline.thinks_edits if edited else self.pipeline.thinks
 
@@ -107,6 +109,8 @@ class PipelineAnswers:
             manner.ends,
             manner.unconditional,
             last_image_ends=True,
+            thoughts=pipeline.told_thoughts if ask.pictures else 0,
+            thought_settings=pipeline.thought_settings,
         )
 
     def _fits(self, request: Request) -> bool:
