@@ -238,7 +238,7 @@ def test_planned_conversations_before_every_answer(monkeypatch: pytest.MonkeyPat
                 assert int(lesson.sample.targets[len(prefix) - 1]) == vocab.encode(part.text)[0]
                 drawn += plan
                 earlier += plan and any(
-                    m["role"] == "assistant" and m["content"][0] is not None for m in messages
+                    m["role"] == "assistant" and not isinstance(m["content"], str) for m in messages
                 )
             if isinstance(part, Shown) and part.supervised:
                 break  # behind it the answer has its scales, a later turn would only see it

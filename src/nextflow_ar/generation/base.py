@@ -47,8 +47,8 @@ OPTIONS = (
     "next_frame",
 )
 """Keys of ``generation.json`` beside the sampling settings."""
-THOUGHT_TOKENS = 96
-"""Most tokens of a plan."""
+THOUGHT_TOKENS, TOLD_TOKENS = 96, 64
+"""Most tokens of a thought before one picture, and of the plan before each of several."""
 THOUGHT_SETTINGS = SamplingSettings(top_p=0.9)
 
 
@@ -100,7 +100,7 @@ class Loaded:
         self.image_tokenizer = bundle.image_tokenizer
         self.thinks = bool(bundle.generation.get("think", False))
         self.thinks_edits = bool(bundle.generation.get("think_edits", False))
-        self.told_thoughts = THOUGHT_TOKENS if bundle.generation.get("think_told", False) else 0
+        self.told_thoughts = TOLD_TOKENS if bundle.generation.get("think_told", False) else 0
         warmth = float(bundle.generation.get("thought_temperature", THOUGHT_SETTINGS.temperature))
         self.thought_settings = THOUGHT_SETTINGS.changed(temperature=warmth)
         self.manner = Manner(bool(bundle.generation.get("dialogue", False)), bool(self.told_thoughts))

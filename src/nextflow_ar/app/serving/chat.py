@@ -1,7 +1,8 @@
 """``POST /v1/chat/completions``: texts and pictures in, texts and pictures out.
 
 An answer's words are ``message.content``; its pictures are ``message.images``, each with the ``offset`` in characters at
-which it stands between the words. Streamed, words come as ``delta.content`` and pictures as ``delta.images``.
+which it stands between the words. Streamed, words come as ``delta.content`` and pictures as ``delta.images``. What the
+model planned before a picture is ``reasoning_content`` in both, as other servers call it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nextflow_ar.app.serving.orders import Finished
 from nextflow_ar.app.serving.schemas import ChatBody
 from nextflow_ar.app.serving.service import EventStream, Read, Service, client_of, too_slow
 from nextflow_ar.app.serving.worker import Stream
-from nextflow_ar.types import Codes, ImageReady, TextDelta
+from nextflow_ar.types import Codes, ImageReady, Planned, TextDelta
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Answer:
     stops: tuple[str, ...]
     said: str = ""
     held: str = ""
+    plans: list[str] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None
     tokens: int = 0
@@ -131,6 +133,9 @@ class Told:
                 if answer.reason is not None and all(a.reason is not None for a in self.answers):
                     self.stream.cancel()  # nothing more is wanted
                     return
+            elif isinstance(news, Planned):
+                answer.plans.append(news.text)
+                yield index, {"reasoning_content": news.text + "\n"}
             elif isinstance(news, ImageReady):
                 url = await self.service.aside(self._url, news.codes)
                 rest, answer.held = answer.held, ""
@@ -155,6 +160,7 @@ class Told:
                     "role": "assistant",
                     "content": answer.said,
                     "refusal": None,
+                    **({"reasoning_content": "\n".join(answer.plans)} if answer.plans else {}),
                     **({"images": answer.images} if answer.images else {}),
                 },
                 "logprobs": None,

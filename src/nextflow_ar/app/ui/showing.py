@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from PIL import PngImagePlugin
 from torch import Tensor
 
-from nextflow_ar.types import Event, ImageReady, ScaleReady, TextDelta
+from nextflow_ar.types import Event, ImageReady, Planned, ScaleReady, TextDelta
 
 LONGEST_STEP = 512
 """Pixels of the longer side of a step's picture; only the finished one is shown as it is."""
@@ -106,6 +106,7 @@ class Telling:
     def __init__(self, title: str, preview: Preview | None) -> None:
         self.title, self.preview = title, preview
         self.parts: list[str | Figure] = []
+        self.plan = ""
 
     def take(self, events: Iterable[Event]) -> None:
         """Take events on."""
@@ -115,6 +116,8 @@ class Telling:
                     self.parts[-1] = last + event.text
                 else:
                     self.parts.append(event.text)
+            elif isinstance(event, Planned):
+                self.plan = event.text
             elif isinstance(event, ScaleReady):
                 figure = self._open()
                 figure.total = event.num_scales
@@ -125,11 +128,14 @@ class Telling:
                 self._open().finish(event.image)
 
     def _open(self) -> Figure:
-        """The figure that is being drawn; a new one behind a text or a finished one. Named by the sentence before it."""
+        """The figure that is being drawn; a new one behind a text or a finished one. Named by the sentence before it, with
+        the plan that was made for it.
+        """
         last = self.parts[-1] if self.parts else None
         if isinstance(last, Figure) and last.picture is None:
             return last
-        figure = Figure(last.strip() if isinstance(last, str) and last.strip() else self.title)
+        figure = Figure(last.strip() if isinstance(last, str) and last.strip() else self.title, self.plan)
+        self.plan = ""
         self.parts.append(figure)
         return figure
 
