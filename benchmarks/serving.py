@@ -26,9 +26,9 @@ import torch
 
 from nextflow_ar.app.serve_command import loaded
 from nextflow_ar.app.serving.app import create_app, make_server
-from nextflow_ar.app.serving.memory import settle_in
 from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.generation.engine import Rounds
+from nextflow_ar.generation.tidying import settle_in
 from nextflow_ar.types import Done, ImageReady, TextDelta
 
 COLOURS = ("red", "blue", "green", "orange", "purple", "yellow")

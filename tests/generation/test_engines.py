@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nextflow_ar.app.serving.settings import ServerSettings
+from nextflow_ar.generation import tidying
 from nextflow_ar.generation.base import best_dtype
 from nextflow_ar.generation.engine import Engine, Figures
 from nextflow_ar.generation.engines import Engines, EnginesError, Home, Lost, _rounds
@@ -159,6 +160,23 @@ class Loud:
     def step(self) -> list[Event]:
         self.left -= 1
         return [TextDelta(0, "x" * 2_000_000)]
+
+
+def test_freed_memory_goes_back_for_a_hundredth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, trims = [100.0], []
+
+    def trim() -> bool:
+        trims.append(now[0])
+        now[0] += 0.5
+        return True
+
+    monkeypatch.setattr(tidying, "trim", trim)
+    monkeypatch.setattr(tidying.time, "monotonic", lambda: now[0])
+    tidy = tidying.Tidy()
+    for _ in range(200):
+        tidy()
+        now[0] += 1.0
+    assert trims == [100.0, 150.5, 201.0, 251.5]
 
 
 def test_neither_side_waits_for_the_other_to_read() -> None:

@@ -54,8 +54,8 @@ def deployment(given: dict[str, str] | None = None) -> Any:
 def replica_app(told: dict[str, str]) -> Any:
     """The app of one replica, its model loaded."""
     from nextflow_ar.app.serving.app import create_app
-    from nextflow_ar.app.serving.memory import settle_in
     from nextflow_ar.app.serving.settings import ServerSettings
+    from nextflow_ar.generation.tidying import settle_in
 
     settings = ServerSettings(
         name=told["model"].rstrip("/").rsplit("/", 1)[-1], keys=read_keys(None), max_open=int(told["queue"])

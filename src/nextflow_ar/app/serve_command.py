@@ -102,8 +102,8 @@ def _serve(
     """Listen first, so that an address in use is told before the model is loaded. ``given``: of ServerSettings."""
     try:
         from nextflow_ar.app.serving.app import create_app, make_server
-        from nextflow_ar.app.serving.memory import settle_in
         from nextflow_ar.app.serving.settings import ServerSettings
+        from nextflow_ar.generation.tidying import settle_in
     except ImportError as error:
         raise ServeError(
             f"more packages are needed ({error.name}): pip install 'nextflow-ar[serve]'"

@@ -50,6 +50,7 @@ def evaluate_world_with(
 
     answers = PipelineAnswers(pipeline, sampling, seed)
     thinks = {"think": pipeline.thinks, "think_edits": pipeline.thinks_edits}
+    thinks |= {"think_told": bool(pipeline.told_thoughts)}
     thinks |= {"thought_temperature": pipeline.thought_settings.temperature}
     about: dict[str, Any] = (
         {"model": model, "seed": seed}

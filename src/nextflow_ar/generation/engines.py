@@ -24,6 +24,7 @@ import torch
 from nextflow_ar.generation.base import best_dtype
 from nextflow_ar.generation.engine import Engine, Figures, Rounds
 from nextflow_ar.generation.jobs import Job
+from nextflow_ar.generation.tidying import Tidy, settle_in
 from nextflow_ar.model.checkpoint import load_bundle
 from nextflow_ar.types import Done, Event
 from nextflow_ar.wire import packed
@@ -214,6 +215,7 @@ def _work(pipe: Connection, home: Home) -> None:
         place = torch.device(home.device)
         bundle = load_bundle(home.folder, place, best_dtype(place))
         rounds = Rounds(Engine(bundle, home.rows, home.kept_bytes))
+        settle_in()
     except Exception as error:
         pipe.send_bytes(packed(("broken", 0, str(error).partition("\n")[0][:300], Figures())))
         return
@@ -225,7 +227,7 @@ def _rounds(pipe: Connection, rounds: Rounds) -> None:
     asked: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     # Read at once, whatever this process is at: else both could wait for the other to read.
     threading.Thread(target=_read, args=(pipe, asked), daemon=True).start()
-    number = 0
+    number, tidy = 0, Tidy()
 
     def tell(what: str, given: Any = None) -> None:
         pipe.send_bytes(packed((what, number, given, rounds.figures)))
@@ -251,6 +253,8 @@ def _rounds(pipe: Connection, rounds: Rounds) -> None:
             tell("failed", (line, traceback.format_exc()))
         else:
             tell("events", events)
+            if any(isinstance(event, Done) for event in events):
+                tidy()
 
 
 def _read(pipe: Connection, asked: queue.SimpleQueue[tuple[str, Any]]) -> None:

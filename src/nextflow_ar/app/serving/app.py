@@ -19,12 +19,12 @@ from nextflow_ar.app.serving.description import described
 from nextflow_ar.app.serving.errors import ApiError, bad, dumps, install
 from nextflow_ar.app.serving.gate import Gate
 from nextflow_ar.app.serving.images import image_routes
-from nextflow_ar.app.serving.memory import trimming
 from nextflow_ar.app.serving.metrics import CONTENT_TYPE
 from nextflow_ar.app.serving.service import Service
 from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.generation.engines import Engines
 from nextflow_ar.generation.pipeline import NextFlowPipeline
+from nextflow_ar.generation.tidying import trimming
 
 
 def create_app(

@@ -41,6 +41,21 @@ def settle_in() -> None:
     gc.freeze()
 
 
+class Tidy:
+    """:func:`trim` from time to time, for a loop that says when something is done."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self) -> None:
+        """Something is done: freed memory goes back, unless that took its share of the time already."""
+        began = time.monotonic()
+        if began >= self._next:
+            trim()
+            ended = time.monotonic()
+            self._next = ended + max(EVERY, (ended - began) / PART)
+
+
 async def trimming(done: Callable[[], float]) -> None:
     """For as long as the server runs: :func:`trim` from time to time, where ``done`` (what was answered) has grown."""
     before, pause = done(), EVERY
