@@ -175,6 +175,8 @@ def test_a_pipeline_whose_model_plans_what_it_tells(monkeypatch: pytest.MonkeyPa
     assert len(pipeline.video("a dog moves left", frames=2)) == 2 and not left
     first = pipeline.encode(pipeline.decode(pipeline.encode(found[1])))  # type: ignore[arg-type]
     left += [*vocab.encode("plan: a dog 3"), vocab.boi, *codes]
-    assert len(pipeline.video(first=first, frames=2)) == 2 and not left
+    events: list[Event] = []
+    assert len(pipeline.video(first=first, frames=2, on_event=events.append)) == 2 and not left
+    assert Planned(0, "plan: a dog 3") in events and not any(isinstance(e, TextDelta) for e in events)
     left += [*vocab.encode("a dog"), vocab.end]
     assert pipeline.chat([{"role": "user", "content": "hello"}], max_pictures=0) == ["a dog"]

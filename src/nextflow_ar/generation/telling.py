@@ -12,7 +12,7 @@ from nextflow_ar.generation.documents import Part, part
 from nextflow_ar.generation.engine import WriteRequest
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.types import Codes, Event, Image, ImageReady, TextDelta
+from nextflow_ar.types import Codes, Event, Image, ImageReady, Planned, TextDelta
 
 GREEDY = SamplingSettings(temperature=0.0)
 STORY_TOKENS = 48
@@ -218,6 +218,8 @@ class Telling(Loaded):
                 [*parts, part("user", asked)], codes[-1].schedule, fold_seed(seed, len(codes)), settings
             )
             for event in self.stream([request], think=bool(self.told_thoughts)):
+                if isinstance(event, TextDelta):  # a frame's plan is nothing that is said
+                    event = Planned(event.row, event.text)
                 if on_event is not None:
                     on_event(event)
                 if isinstance(event, ImageReady):
