@@ -121,6 +121,25 @@ def test_behind_too_long_a_plan_the_picture_begins(bundle: Bundle, monkeypatch: 
     assert told.text == vocab.decode(plan[:8]).strip() and sum(isinstance(e, ImageReady) for e in events) == 1
 
 
+def test_a_plan_is_followed_by_its_picture(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a plan nothing ends before its picture, however likely the model finds that."""
+    vocab, closed = bundle.vocab, []
+    said, plan = vocab.encode("a dog."), vocab.encode(" plan: a")
+    left = [*said, *plan, vocab.boi, *CODES, vocab.end]
+
+    def chosen(scores: torch.Tensor, *_: object) -> torch.Tensor:
+        if len(scores) == 1 and scores.shape[1] == vocab.text_size:
+            closed.append((bool(torch.isinf(scores[0, vocab.end])), bool(torch.isinf(scores[0, vocab.boi]))))
+        return torch.tensor([left.pop(0) for _ in range(len(scores))])
+
+    monkeypatch.setattr(jobs, "draw", chosen)
+    request = WriteRequest(Document((Text("two dogs"),)), 30, 1, SQUARE, 1, PLAIN, PLAIN, thoughts=9)
+    list(Engine(bundle).run([request]))
+    mark = len(vocab.encode(" plan:"))
+    before, within = len(said) + mark, len(plan) - mark + 1
+    assert closed == [(False, False)] * before + [(True, False)] * within + [(False, True)]
+
+
 def test_plans_have_settings_of_their_own(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     vocab = bundle.vocab
     said, mark, plan = vocab.encode("a dog."), vocab.encode(" plan:"), vocab.encode(" a dog")

@@ -14,7 +14,7 @@ from nextflow_ar.config import from_dict
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.playground.curriculum import episode
 from nextflow_ar.data.playground.episodes import Episode, Said, Shown
-from nextflow_ar.data.playground.planning import planned_throughout
+from nextflow_ar.data.playground.planning import planned_throughout, with_plan
 from nextflow_ar.data.tasks import to_document
 from nextflow_ar.generation.engine import ImageRequest, Request, TextRequest
 from nextflow_ar.generation.pipeline import NextFlowPipeline
@@ -246,6 +246,18 @@ def test_planned_conversations_before_every_answer(monkeypatch: pytest.MonkeyPat
                 content = part.text if isinstance(part, Said) else [next(codes)]
                 messages.append({"role": part.role, "content": content})
     assert drawn > 4 and earlier > 1
+
+
+def test_a_plan_alone_learns_to_begin_the_picture(pipeline: NextFlowPipeline) -> None:
+    vocab, layout = pipeline.bundle.vocab, pipeline.bundle.layout
+    for task in ("edit_colour", "draw_scene"):
+        lesson = Lesson(pipeline, task, found=with_plan(episode(task, 0, seed=3)))
+        left = replace(lesson.found, parts=lesson.found.parts[:-1])
+        document = to_document(left, lesson.codes[:-1], dialogue=pipeline.manner.dialogue, scales=0)
+        sample = build(document, vocab, layout)
+        assert torch.equal(sample.tokens, lesson.sample.tokens[: len(sample)])
+        assert torch.equal(sample.targets[:-1], lesson.sample.targets[: len(sample) - 1])
+        assert sample.tokens[-1] == vocab.boi == sample.targets[-2] and sample.targets[-1] == IGNORED
 
 
 def test_a_picture_that_is_only_seen_is_begun(pipeline: NextFlowPipeline) -> None:

@@ -14,7 +14,8 @@ from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.data.playground.scenes import Scene, is_held_out
 from nextflow_ar.data.playground.words import COLOURS, NOUNS, SHAPES, plural
 from nextflow_ar.sequence.dialogue import turns
-from nextflow_ar.types import Codes, Document, Image, Text
+from nextflow_ar.sequence.vocab import BOI
+from nextflow_ar.types import Codes, Document, Image, Mark, Text
 
 TaskName = Literal["text_to_image", "think_to_image", "image_to_text", "image_and_text", "plan"]
 """Drawing from words; the same with a plan written first; describing a picture; both at once: an image without
@@ -84,7 +85,7 @@ def to_document(
 
     ``dialogue``: with chat marks around every turn, as :func:`turns` lays them out. ``scales``: of a picture that ends the
     document, lay out the first so many scales only (nothing follows it then, not even the mark that ends the turn); 0: the
-    episode ends with what stands before such a picture.
+    episode ends with what stands before such a picture, and the mark that begins it.
     Raises ValueError when there are not as many codes as pictures.
     """
     if len(codes) != len(episode.pictures):
@@ -106,4 +107,5 @@ def to_document(
             parts.append((part.role, Image(next(left), part.supervised, laid, begun)))
     segments = turns(parts) if dialogue else tuple(segment for _, segment in parts)
     unfinished = scales == 0 or (scales is not None and isinstance(parts[-1][1], Image))
-    return Document(segments[:-1] if dialogue and unfinished else segments)
+    left_open = segments[:-1] if dialogue and unfinished else segments
+    return Document((*left_open, Mark(BOI, supervised=True)) if scales == 0 else left_open)

@@ -328,9 +328,9 @@ class Job:
         allowed = set() if isinstance(request, ImageRequest) else set(request.ends)
         if isinstance(request, TextRequest) and self.counted < request.min_tokens:
             allowed = set()
-        if isinstance(request, WriteRequest) and not request.max_tokens:
-            allowed = set()  # all images are wanted
         if isinstance(request, WriteRequest) and self.images < request.max_images:
+            if not request.max_tokens or self.plan is not None:
+                allowed = set()  # all images are wanted; and a plan is followed by its picture
             allowed.add(BOI)
         known = frozenset(allowed)
         if known not in self._closed:
