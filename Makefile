@@ -44,7 +44,9 @@ nano: .venv/.ready
 		--set thought_temperature=0.3 --set dialogue=true --set 'canvases=[64x64,72x56,56x72,80x48,48x80,96x96,128x128]' \
 		--set 'caption=what is in the picture?' --set 'video=a video in which {prompt}, {frames} frames' --set answer_guidance=1.25
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/nextflow-ar train recipes/nano_polish.yaml
-	$(BIN)/nextflow-ar export runs/nano_polish/final -o runs/nano --average runs/nano_mean
+	$(BIN)/nextflow-ar export runs/nano_polish/final -o runs/nano_polished --average runs/nano_mean
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/nextflow-ar train recipes/nano_plans.yaml
+	$(BIN)/nextflow-ar export runs/nano_plans/final -o runs/nano --set think_told=true
 
 bench: .venv/.ready
 	set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done

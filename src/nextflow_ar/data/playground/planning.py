@@ -20,12 +20,26 @@ TALKS: tuple[str, ...] = ("chat", "plain")
 TOLD: tuple[str, ...] = ("story", "recipe", *FILMS, *TALKS)
 """Tasks whose pictures :func:`planned_throughout` lays out."""
 
+SIDES: dict[str, tuple[str, str]] = {
+    "left of": ("left", "right"), "right of": ("right", "left"), "above": ("above", "below"), "below": ("below", "above"),
+}  # fmt: skip
+"""Relation -> on which side the first thing is, and the second."""
 _GRID = 4  # pixels of a base of 64 to a number of a film's plan
 
 
 def plan_of(canvas: Canvas) -> str:
-    """The plan of a canvas: "plan: a dog above left, a red car right turned left, blue background"."""
-    return f"plan: {full_caption(canvas, turns=True)}"
+    """The plan of a canvas: "plan: a dog above left, a red car right turned left, blue background".
+
+    Where the point is how two things stand to each other, it first says on which side each is, in the order in which they
+    were named: "plan: a car left, a dog right: a dog above right, a car below left, blue background". What follows is in
+    reading order, where the first thing may be either.
+    """
+    sides = ""
+    if canvas.relation is not None:
+        first, second = canvas.items[:2]
+        one, other = SIDES[canvas.relation]
+        sides = f"{phrase(first.kind)} {one}, {phrase(second.kind)} {other}: "
+    return f"plan: {sides}{full_caption(canvas, turns=True)}"
 
 
 def frame_plan(canvas: Canvas) -> str:

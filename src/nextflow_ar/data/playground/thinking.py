@@ -1,7 +1,7 @@
 """Tasks that think before they draw: riddles, sums, implicit wishes and plain requests become reasoning and a plan, then a
 picture.
 
-A thought names what every clue means and ends with "plan: " and the canvas in the form of ``full_caption``.
+A thought names what every clue means and ends with a plan (:func:`~nextflow_ar.data.playground.planning.plan_of`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from nextflow_ar.data.playground.drawing import scene_asked
 from nextflow_ar.data.playground.episodes import Answer, Draft, Episode, Truth, draws, tells
 from nextflow_ar.data.playground.knowledge import CLUES, COLOUR_CLUES, WISHES
 from nextflow_ar.data.playground.maker import Reject
+from nextflow_ar.data.playground.planning import plan_of
 from nextflow_ar.data.playground.reading import number_words
-from nextflow_ar.data.playground.saying import asked_to_draw, full_caption, phrase
+from nextflow_ar.data.playground.saying import asked_to_draw, phrase
 from nextflow_ar.data.playground.scenes import RELATIONS
 from nextflow_ar.data.playground.words import NUMBERS
 from nextflow_ar.data.playground.world import MANY, NATIVE, SHAPES, colours_of
@@ -33,8 +34,7 @@ def _thought(
     kind: str,
     pairs: Sequence[tuple[str, str]] = (),
 ) -> Episode:
-    plan = full_caption(canvas)
-    thought = ". ".join([*steps, f"plan: {plan}"])
+    thought = ". ".join([*steps, plan_of(canvas)])
     truth = Truth(kind, (Answer(thought, "plan"),), combinations=tuple(pairs))
     return Episode("", (draft.person(request), tells(thought), draws(canvas)), truth)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from nextflow_ar.data.playground.canvases import Canvas, place_words, stands
 from nextflow_ar.data.playground.canvases import Item as Thing
 from nextflow_ar.data.playground.episodes import Said
-from nextflow_ar.data.playground.reading import read_full, read_plan
+from nextflow_ar.data.playground.reading import read_plan
 from nextflow_ar.data.playground.scenes import RELATIONS
 from nextflow_ar.data.playground.scoring import is_right
 from nextflow_ar.evaluation.world.geneval import geneval, geneval_metadata
@@ -253,7 +253,7 @@ def _thought(item: Item, observed: Observed) -> Score:
     if item.line.think:
         plan, right = (
             read_plan(" ".join(observed.said)),
-            read_full(item.truths[0].text.rpartition("plan: ")[2]),
+            read_plan(item.truths[0].text),
         )
         assert right is not None
         kinds = [
