@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from PIL import Image as PILImage
 
 from nextflow_ar.app import ui_command
@@ -25,13 +26,13 @@ from nextflow_ar.app.ui.draw import draw_steps
 from nextflow_ar.app.ui.edit import BY_WORDS, VARY, edit_steps, original, painted
 from nextflow_ar.app.ui.history import MOST_KEPT, History, Kept
 from nextflow_ar.app.ui.settings import THINKING, as_size, chosen, next_seed, sizes
-from nextflow_ar.app.ui.showing import Figure, data_uri, enlarged, file_name, stage, status
+from nextflow_ar.app.ui.showing import Figure, Telling, data_uri, enlarged, file_name, planned, stage, status
 from nextflow_ar.app.ui.telling import film_steps, frames_that_fit, story_steps
 from nextflow_ar.app.ui.work import Stopped, Work, line_for
 from nextflow_ar.generation.pipeline import NextFlowPipeline, RequestError, fold_seed
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import Bundle
-from nextflow_ar.types import Done, ScaleReady
+from nextflow_ar.types import Done, Planned, ScaleReady, TextDelta
 
 HOT = (2.0, 8.0, 0, 0.95)
 SETTINGS = SamplingSettings(guidance=2.0, temperature=8.0, top_p=0.95)
@@ -96,6 +97,18 @@ def test_a_plan_is_shown(pipeline: NextFlowPipeline, history: History) -> None:
                       on_event=lambda e: thought.append(e.text) if hasattr(e, "text") else None)  # fmt: skip
     plan = "".join(thought).strip()
     assert ("Plan: " in last[0]) == bool(plan)
+
+
+def test_a_telling_has_its_plans_below_the_pictures() -> None:
+    telling = Telling("a story", None)
+    scale = ScaleReady(0, 0, 2, torch.zeros(1, dtype=torch.long))
+    telling.take([TextDelta(0, "a dog."), Planned(0, "plan: a dog left"), scale])
+    shown = telling.html()
+    assert shown.count("a dog left") == 1 and "Plan: a dog left" in shown and "plan: " not in shown
+    assert (
+        planned(" ") == ""
+        and planned("four minus one is three. plan: b") == "Plan: four minus one is three. plan: b"
+    )
 
 
 @pytest.mark.parametrize(

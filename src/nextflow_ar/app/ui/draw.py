@@ -21,7 +21,7 @@ from nextflow_ar.app.ui.settings import (
     size_input,
     think_input,
 )
-from nextflow_ar.app.ui.showing import Growing, status
+from nextflow_ar.app.ui.showing import Growing, planned, status
 from nextflow_ar.app.ui.style import stage_html, status_html
 from nextflow_ar.app.ui.wiring import wire
 from nextflow_ar.app.ui.work import Follow, line_for, watched
@@ -96,7 +96,7 @@ def draw_steps(
         yield [EMPTY, status(line_for(error), failed=True), skip, *nothing]
         return
     for figure, thought in zip(growing.figures, growing.thoughts, strict=True):
-        figure.note = f"Plan: {thought.strip()}" if thought.strip() else ""
+        figure.note = planned(thought)
         figure.finish(figure.picture or pictures[0], {"Description": prompt, "Comment": f"seed {used}"})
     seconds = time.perf_counter() - began
     told = f"Done: {count} picture{'s' * (count > 1)} in {seconds:.1f} s, seed {used}."

@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from PIL import PngImagePlugin
 from torch import Tensor
 
+from nextflow_ar.generation.spoken import MARK
 from nextflow_ar.types import Event, ImageReady, Planned, ScaleReady, TextDelta
 
 LONGEST_STEP = 512
@@ -41,6 +42,12 @@ def status(text: str, *, failed: bool = False) -> str:
     """A line of status; nothing for no text."""
     kind = "nf-failed" if failed else "nf-said"
     return f'<p class="nf-status {kind}">{html.escape(text)}</p>' if text else ""
+
+
+def planned(thought: str) -> str:
+    """A line with what the model wrote before a picture; nothing where it wrote nothing."""
+    said = thought.strip()
+    return f"Plan: {said.removeprefix(MARK).strip()}" if said else ""
 
 
 @dataclass
@@ -117,7 +124,7 @@ class Telling:
                 else:
                     self.parts.append(event.text)
             elif isinstance(event, Planned):
-                self.plan = event.text
+                self.plan = planned(event.text)
             elif isinstance(event, ScaleReady):
                 figure = self._open()
                 figure.total = event.num_scales

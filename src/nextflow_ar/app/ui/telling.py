@@ -41,7 +41,8 @@ def gif_uri(frames: Sequence[PILImage.Image], speed: float) -> str:
 def frames_that_fit(pipeline: NextFlowPipeline) -> int:
     """Frames, five at most, that the model's context holds behind a short request."""
     schedule, room = pipeline.schedule_for(), pipeline.bundle.model.config.max_positions - 64
-    return max(2, min(5, room // (schedule.num_tokens + schedule.sizes[-1] + 2)))
+    each = schedule.num_tokens + schedule.sizes[-1] + 2 + pipeline.told_thoughts
+    return max(2, min(5, room // each))
 
 
 def story_steps(
