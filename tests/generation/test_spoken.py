@@ -140,6 +140,17 @@ def test_a_plan_is_followed_by_its_picture(bundle: Bundle, monkeypatch: pytest.M
     assert closed == [(False, False)] * before + [(True, False)] * within + [(False, True)]
 
 
+def test_a_plan_for_which_no_picture_is_left_ends_the_answer(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab = bundle.vocab
+    more = vocab.encode(" nice. plan: a frog, a frog, a frog")
+    ids = [*vocab.encode("plan: a dog"), vocab.boi, *CODES, *more]
+    events, _, left = written(bundle, monkeypatch, ids, max_images=1)
+    assert left and events[-1] == Done(0, "length") and sum(isinstance(e, ImageReady) for e in events) == 1
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == " nice."
+
+
 def test_plans_have_settings_of_their_own(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     vocab = bundle.vocab
     said, mark, plan = vocab.encode("a dog."), vocab.encode(" plan:"), vocab.encode(" a dog")

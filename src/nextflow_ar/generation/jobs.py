@@ -365,7 +365,9 @@ class Job:
         return not isinstance(self.request, ImageRequest) and self.request.max_tokens > 0
 
     def _count(self) -> bool:
-        """Take note of a new token, of what is said or of a plan; whether it is the last that may be said."""
+        """Take note of a new token, of what is said or of a plan; whether it is the last: no more may be said, or a plan
+        begins for which no image is left.
+        """
         request = self.request
         assert not isinstance(request, ImageRequest)
         if self.plan is None:
@@ -380,7 +382,9 @@ class Job:
             if plan is not None and self.plan is None:
                 self._recount(said)
             self.plan = plan
-        return self._words and self.counted >= request.max_tokens and self.plan is None and not unsure
+        if self.plan is not None:
+            return isinstance(request, WriteRequest) and self.images == request.max_images
+        return self._words and self.counted >= request.max_tokens and not unsure
 
     def _recount(self, said: str) -> None:
         """A plan has begun behind what is ``said``: the tokens of its mark were counted as said."""
