@@ -137,7 +137,32 @@ def test_a_plan_is_followed_by_its_picture(bundle: Bundle, monkeypatch: pytest.M
     list(Engine(bundle).run([request]))
     mark = len(vocab.encode(" plan:"))
     before, within = len(said) + mark, len(plan) - mark + 1
-    assert closed == [(False, False)] * before + [(True, False)] * within + [(False, True)]
+    assert [end for end, _ in closed] == [False] * before + [True] * within + [False]
+    assert [boi for _, boi in closed[before:]] == [False] * within + [True]
+
+
+def test_by_chance_no_picture_begins_without_a_plan(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab, open_ = bundle.vocab, []
+
+    def scored(boi: float) -> torch.Tensor:
+        scores = torch.zeros(1, vocab.text_size)
+        scores[0, vocab.boi] = boi
+        return scores
+
+    def chosen(scores: torch.Tensor, *_: object) -> torch.Tensor:
+        open_.append(bool(torch.isfinite(scores[0, vocab.boi])))
+        return torch.tensor([0])
+
+    monkeypatch.setattr(jobs, "draw", chosen)
+    request = WriteRequest(Document((Text("two dogs"),)), 30, 1, SQUARE, 1, PLAIN, PLAIN, thoughts=9)
+    engine = Engine(bundle)
+    for boi in (1.0, -1.0):
+        for plan in (None, "plan: a"):
+            job = engine.job(0, request)
+            job.plan = plan
+            job._next_token(scored(boi))
+    engine.job(0, replace(request, thoughts=0))._next_token(scored(-1.0))
+    assert open_ == [True, True, False, True, True]
 
 
 def test_a_plan_for_which_no_picture_is_left_ends_the_answer(

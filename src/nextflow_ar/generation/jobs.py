@@ -309,6 +309,8 @@ class Job:
         if (not self._words and not self._thoughts) or (left and 0 < self._thoughts <= self.planned):
             return self.vocab.boi
         scores = scores.masked_fill(self._never().to(scores.device), float("-inf"))
+        if self._thoughts and self.plan is None and int(scores.argmax()) != self.vocab.boi:
+            scores[..., self.vocab.boi] = float("-inf")  # by chance alone no picture begins without its plan
         guidance, temperature, top_k, top_p = self._wording().at(0, 1)
         if self.other is not None:
             assert self.other.scores is not None
