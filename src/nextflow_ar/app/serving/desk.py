@@ -119,7 +119,9 @@ class Desk:
 
     def chat(self, body: ChatBody, turns: Sequence[Turn]) -> list[Order]:
         """Orders of ``POST /v1/chat/completions``; ``turns``: the messages with their pictures."""
-        words = SamplingSettings().changed(**body.values("temperature", "top_k", "top_p"))
+        # As the library's own chat: the likeliest words, unless something else or several different answers are wanted.
+        usual = SamplingSettings(temperature=1.0 if (body.n or 1) > 1 else 0.0)
+        words = usual.changed(**body.values("temperature", "top_k", "top_p"))
         pictures = self.pipeline.defaults.changed(**body.values("guidance_scale"))
         messages = [{"role": role, "content": content} for role, content in turns]
         first, *others = self.seeds(body)
