@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from nextflow_ar.data.playground.canvases import Canvas, Item
 from nextflow_ar.data.playground.episodes import Answer, Episode, Part, Said, Shown, tells
-from nextflow_ar.data.playground.saying import full_caption, phrase, turned_words
+from nextflow_ar.data.playground.saying import MIRRORED, SIDES, full_caption, phrase, turned_words
 
 FILMS: tuple[str, ...] = ("video_draw", "video_next")
 """Tasks whose plans are in numbers."""
@@ -20,10 +20,6 @@ TALKS: tuple[str, ...] = ("chat", "plain")
 TOLD: tuple[str, ...] = ("story", "recipe", *FILMS, *TALKS)
 """Tasks whose pictures :func:`planned_throughout` lays out."""
 
-SIDES: dict[str, tuple[str, str]] = {
-    "left of": ("left", "right"), "right of": ("right", "left"), "above": ("above", "below"), "below": ("below", "above"),
-}  # fmt: skip
-"""Relation -> on which side the first thing is, and the second."""
 _GRID = 4  # pixels of a base of 64 to a number of a film's plan
 
 
@@ -37,7 +33,7 @@ def plan_of(canvas: Canvas) -> str:
     sides = ""
     if canvas.relation is not None:
         first, second = canvas.items[:2]
-        one, other = SIDES[canvas.relation]
+        one, other = SIDES[canvas.relation], SIDES[MIRRORED[canvas.relation]]
         sides = f"{phrase(first.kind)} {one}, {phrase(second.kind)} {other}: "
     return f"plan: {sides}{full_caption(canvas, turns=True)}"
 

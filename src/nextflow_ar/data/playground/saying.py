@@ -140,7 +140,10 @@ _RELATIONS = {
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "beneath"),
 }
-_MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+"""The relation of the second thing to the first."""
+SIDES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
+"""Relation -> the side on which its first thing is."""
 _QUOTED = re.compile(r'("[^"]*"|\n[A-D]\. [^\n]*)')
 _SIDE_WORDS = {
     "above left": ("in the top left corner", "at the top left", "in the upper left"),
@@ -217,7 +220,7 @@ def things_asked(rng: random.Random, canvas: Canvas, *, bare: bool = False) -> s
         first, second = (loosely(rng, item.kind) for item in canvas.items[:2])
         relation = canvas.relation
         if rng.random() < 0.25:
-            first, second, relation = second, first, _MIRRORED[relation]
+            first, second, relation = second, first, MIRRORED[relation]
         return f"{first} {rng.choice(_RELATIONS[relation])} {second}"
     found = groups(canvas)
     rng.shuffle(found)
