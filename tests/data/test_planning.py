@@ -10,7 +10,7 @@ import pytest
 
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import Packing
-from nextflow_ar.data.playground.canvases import Canvas, Item
+from nextflow_ar.data.playground.canvases import Canvas, Item, stands
 from nextflow_ar.data.playground.curriculum import episode
 from nextflow_ar.data.playground.episodes import Episode, Said, Shown
 from nextflow_ar.data.playground.planning import (
@@ -22,6 +22,7 @@ from nextflow_ar.data.playground.planning import (
     planned_throughout,
 )
 from nextflow_ar.data.playground.reading import read_plan, truth_full
+from nextflow_ar.data.playground.saying import phrase
 
 SEED = 8_960_000
 
@@ -100,6 +101,26 @@ def test_plans_say_how_things_are_turned_and_a_film_where_they_stand() -> None:
     twice = tuple(replace(i, x=2 * i.x, y=2 * i.y, size=2 * i.size) for i in (dog, car))
     larger = Canvas(128, 128, "blue", twice)
     assert frame_plan(larger) == frame_plan(canvas)
+
+
+@pytest.mark.parametrize("task", ["relation", "riddle", "planned"])
+def test_related_things_are_planned_in_the_order_in_which_they_are_named(task: str) -> None:
+    some = 0
+    for number in range(120):
+        found = episode(task, number, SEED)
+        canvas = found.expected[0]
+        if canvas.relation is None:
+            continue
+        some += 1
+        first, second = canvas.items
+        assert stands(canvas.relation, first, second)
+        plan = plan_of(canvas)
+        assert plan.index(phrase(first.kind)) < plan.index(phrase(second.kind))
+        asked = found.texts[0].text.lower()
+        there = [asked.find(item.name) for item in canvas.items]
+        if min(there) >= 0 and first.name not in second.name and second.name not in first.name:
+            assert there[0] < there[1], asked
+    assert some > 5
 
 
 def test_frames_of_a_film_differ_in_their_plans() -> None:

@@ -20,7 +20,7 @@ from nextflow_ar.data.playground.episodes import (
 )
 from nextflow_ar.data.playground.maker import Reject
 from nextflow_ar.data.playground.reading import number_words
-from nextflow_ar.data.playground.saying import SIDES, full_caption, phrase, short_caption, the
+from nextflow_ar.data.playground.saying import full_caption, phrase, short_caption, the
 from nextflow_ar.data.playground.scenes import TASKS
 from nextflow_ar.data.playground.world import (
     COLOUR_NAMES,
@@ -185,6 +185,7 @@ _WHERE = (
     "in which part of the picture is {the}?",
     "{the}: where?",
 )
+_SIDES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 
 
 def side_asked(draft: Draft, a: str, b: str, side: str) -> str:
@@ -201,7 +202,7 @@ def ask_place(draft: Draft) -> Episode:
     if draft.index % 2:
         _, canvas = maker.scene("position")
         assert canvas.relation is not None
-        answer = SIDES[canvas.relation]
+        answer = _SIDES[canvas.relation]
         a, b = (the(item, canvas) for item in canvas.items)
         question = side_asked(draft, a, b, answer)
         return _answered(draft, replace(canvas, relation=None), question, answer, "place", "relation")
@@ -367,11 +368,11 @@ def _place_about(draft: Draft, canvas: Canvas) -> tuple[str, Answer]:
     item = draft.rng.choice(found)
     if len(found) > 1 and draft.rng.random() < 0.5:
         other = draft.rng.choice([i for i in found if i is not item])
-        holding = [word for word, side in SIDES.items() if stands(word, item, other)]
+        holding = [word for word, side in _SIDES.items() if stands(word, item, other)]
         if len(holding) != 1:
             raise Reject
-        question = side_asked(draft, the(item, canvas), the(other, canvas), SIDES[holding[0]])
-        return question, Answer(SIDES[holding[0]], "place")
+        question = side_asked(draft, the(item, canvas), the(other, canvas), _SIDES[holding[0]])
+        return question, Answer(_SIDES[holding[0]], "place")
     asked = draft.pick(_WHERE).format(the=the(item, canvas))
     return asked, Answer(place_words(item.box, canvas.size), "place")
 

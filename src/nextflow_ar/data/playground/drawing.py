@@ -27,7 +27,7 @@ def _episode(draft: Draft, words: str, canvas: Canvas, kind: str) -> Episode:
 def scene_asked(draft: Draft, task: Task | None = None) -> tuple[str, Canvas, str]:
     """(words, canvas, type) of one of GenEval's six types, in turn or ``task``; three in four name the background."""
     task, canvas = draft.maker.scene(task or TASKS[draft.index % len(TASKS)])
-    words = things_asked(draft.rng, canvas, bare=task == "single_object")
+    words, canvas = things_asked(draft.rng, canvas, bare=task == "single_object")
     if draft.rng.random() < 0.75:
         words = grounded(draft.rng, canvas, words)
     return words, canvas, task
@@ -51,7 +51,8 @@ def draw_sizes(draft: Draft) -> Episode:
     if rng.random() < 0.4:
         sizes = sizes[:1]
     canvas = maker.canvas(maker.items(maker.distinct(len(sizes)), sizes))
-    return _episode(draft, grounded(rng, canvas, things_asked(rng, canvas)), canvas, "size")
+    words, _ = things_asked(rng, canvas)
+    return _episode(draft, grounded(rng, canvas, words), canvas, "size")
 
 
 def draw_places(draft: Draft) -> Episode:
@@ -113,7 +114,8 @@ def draw_word(draft: Draft) -> Episode:
     place = somewhere(rng, place_words(word.box, canvas.size))
     said = rng.choice(_WRITTEN).format(word=word.text, colour=word.colour, place=place)
     if items:
-        said = f"{things_asked(rng, canvas)} {rng.choice(('and', 'with', 'next to'))} {said}"
+        things, _ = things_asked(rng, canvas)
+        said = f"{things} {rng.choice(('and', 'with', 'next to'))} {said}"
     return _episode(draft, grounded(rng, canvas, said), canvas, "word")
 
 
@@ -166,7 +168,7 @@ def draw_mood(draft: Draft) -> Episode:
         canvas, how, kind = replace(canvas, light=light), rng.choice(LIGHT_ASKED[light]), light
     if not mood_shows(canvas):
         raise Reject
-    words = things_asked(rng, canvas, bare=canvas.mood == "gray")
+    words, canvas = things_asked(rng, canvas, bare=canvas.mood == "gray")
     words = words if canvas.mood == "gray" else grounded(rng, canvas, words)
     return _episode(draft, f"{words}, {how}", canvas, kind)
 

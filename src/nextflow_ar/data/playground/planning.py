@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from nextflow_ar.data.playground.canvases import Canvas, Item
 from nextflow_ar.data.playground.episodes import Answer, Episode, Part, Said, Shown, tells
-from nextflow_ar.data.playground.saying import MIRRORED, SIDES, full_caption, phrase, turned_words
+from nextflow_ar.data.playground.saying import full_caption, phrase, turned_words
 
 FILMS: tuple[str, ...] = ("video_draw", "video_next")
 """Tasks whose plans are in numbers."""
@@ -24,18 +24,8 @@ _GRID = 4  # pixels of a base of 64 to a number of a film's plan
 
 
 def plan_of(canvas: Canvas) -> str:
-    """The plan of a canvas: "plan: a dog above left, a red car right turned left, blue background".
-
-    Where the point is how two things stand to each other, it first says on which side each is, in the order in which they
-    were named: "plan: a car left, a dog right: a dog above right, a car below left, blue background". What follows is in
-    reading order, where the first thing may be either.
-    """
-    sides = ""
-    if canvas.relation is not None:
-        first, second = canvas.items[:2]
-        one, other = SIDES[canvas.relation], SIDES[MIRRORED[canvas.relation]]
-        sides = f"{phrase(first.kind)} {one}, {phrase(second.kind)} {other}: "
-    return f"plan: {sides}{full_caption(canvas, turns=True)}"
+    """The plan of a canvas: "plan: a dog above left, a red car right turned left, blue background"."""
+    return f"plan: {full_caption(canvas, plan=True)}"
 
 
 def frame_plan(canvas: Canvas) -> str:

@@ -199,11 +199,8 @@ def read_full(text: str) -> Placed | None:
 
 
 def read_plan(text: str) -> Placed | None:
-    """The plan that ends a thought: what follows the last "plan: ", however its things are turned and whatever it says of
-    sides first.
-    """
+    """The plan that ends a thought: what follows the last "plan: ", however its things are turned."""
     _, found, plan = text.rpartition("plan: ")
-    plan = plan.rpartition(": ")[2]
     return read_full(_TURNS.sub("", plan)) if found else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 from nextflow_ar.data.playground.canvases import Canvas, Item, Kind, place_words, size_word
@@ -97,17 +98,20 @@ def turned_words(item: Item) -> str:
     return f" {TURNED[item.turn]}" if item.turn else ""
 
 
-def full_caption(canvas: Canvas, *, turns: bool = False) -> str:
-    """Every single thing with its place, in reading order, then what :func:`short_caption` adds. ``turns``: and how it is
-    turned.
+def full_caption(canvas: Canvas, *, plan: bool = False) -> str:
+    """Every single thing with its place, in reading order, then what :func:`short_caption` adds. ``plan``: and how it is
+    turned; two things whose relation is the point come in the order in which they were named, so that their places follow
+    from the relation alone.
 
     'a dog above left, a large red car right, the word "HI" below, blue background'.
     """
     colours = canvas.shows_colours
     ordered = sorted(canvas.items, key=lambda item: (item.y, item.x, item.name))
+    if plan and canvas.relation is not None:
+        ordered = list(canvas.items)
     parts = [
         f"{phrase(i.kind, 1, size_word(i, canvas.base), colour=colours)} {place_words(i.box, canvas.size)}"
-        + (turned_words(i) if turns else "")
+        + (turned_words(i) if plan else "")
         for i in ordered
     ]
     if canvas.word is not None:
@@ -140,10 +144,7 @@ _RELATIONS = {
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "beneath"),
 }
-MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-"""The relation of the second thing to the first."""
-SIDES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
-"""Relation -> the side on which its first thing is."""
+_MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _QUOTED = re.compile(r'("[^"]*"|\n[A-D]\. [^\n]*)')
 _SIDE_WORDS = {
     "above left": ("in the top left corner", "at the top left", "in the upper left"),
@@ -214,18 +215,22 @@ def listed(rng: random.Random, parts: list[str]) -> str:
     )
 
 
-def things_asked(rng: random.Random, canvas: Canvas, *, bare: bool = False) -> str:
-    """What people would ask to see on this canvas: its things, or the relation between two of them."""
+def things_asked(rng: random.Random, canvas: Canvas, *, bare: bool = False) -> tuple[str, Canvas]:
+    """What people would ask to see on this canvas: its things, or the relation between two of them. And the canvas, two
+    related things in the order in which they are named.
+    """
     if canvas.relation is not None:
         first, second = (loosely(rng, item.kind) for item in canvas.items[:2])
         relation = canvas.relation
         if rng.random() < 0.25:
-            first, second, relation = second, first, MIRRORED[relation]
-        return f"{first} {rng.choice(_RELATIONS[relation])} {second}"
+            first, second, relation = second, first, _MIRRORED[relation]
+            a, b, *others = canvas.items
+            canvas = replace(canvas, items=(b, a, *others), relation=relation)
+        return f"{first} {rng.choice(_RELATIONS[relation])} {second}", canvas
     found = groups(canvas)
     rng.shuffle(found)
     parts = [loosely(rng, kind, count, size, colour=not bare) for kind, count, size in found]
-    return listed(rng, parts)
+    return listed(rng, parts), canvas
 
 
 def grounded(rng: random.Random, canvas: Canvas, things: str) -> str:

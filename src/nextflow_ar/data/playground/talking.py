@@ -140,13 +140,13 @@ def _drawn(draft: Draft) -> tuple[list[Part], Canvas]:
     rng = draft.rng
     if rng.random() < 0.5:
         task, canvas = draft.maker.scene(plain=True)
-        words = things_asked(rng, canvas, bare=task == "single_object")
+        words, asked = things_asked(rng, canvas, bare=task == "single_object")
     else:
         canvas = draft.maker.party(1, 3)
-        words = things_asked(rng, canvas)
+        words, asked = things_asked(rng, canvas)
     if rng.random() < 0.75:
         words = grounded(rng, canvas, words)
-    return [draft.person(asked_to_draw(rng, words)), draws(canvas)], canvas
+    return [draft.person(asked_to_draw(rng, words)), draws(asked)], canvas
 
 
 def plain(draft: Draft) -> Episode:
