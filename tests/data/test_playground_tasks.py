@@ -70,7 +70,7 @@ def episodes(task: str, count: int, **settings: object) -> list[Episode]:
 
 
 def test_the_names() -> None:
-    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 50
+    assert sum(len(tasks) for tasks in GROUPED.values()) == len(TASK_NAMES) == len(set(TASK_NAMES)) == 51
     assert set(UNSPLIT) < set(TASK_NAMES) and {f"edit_{kind}" for kind in EDITS} < set(TASK_NAMES)
     with pytest.raises(ValueError, match="unknown playground task 'dance': one of draw_scene"):
         episode("dance", 0, 0)
@@ -125,7 +125,7 @@ def test_splits_never_leak(task: str) -> None:
         "draw_style",
         "draw_places",
     )
-    assert shows == 1 or (bare and shows > 0.1) or shows > 0.7, shows
+    assert shows == 1 or (bare and shows > 0.1) or shows > 0.7 or task == "clue", shows  # has no pair at all
 
 
 def test_crowds_show_many_things_of_all_sizes() -> None:

@@ -49,6 +49,7 @@ GROUPED: dict[str, dict[str, Builder]] = {
     },
     "think": {
         "riddle": thinking.riddle,
+        "clue": thinking.clue,
         "wish": thinking.wish,
         "sum_drawn": thinking.sum_drawn,
         "odd_one": thinking.odd_one,
@@ -73,7 +74,7 @@ PLANNED: tuple[str, ...] = tuple(
 THOUGHT: tuple[str, ...] = tuple(GROUPED["think"])
 """Tasks that end in a drawn picture behind a plan of their own."""
 
-UNSPLIT: tuple[str, ...] = ("wish", "plain")
+UNSPLIT: tuple[str, ...] = ("wish", "clue", "plain")
 """Tasks in which a test episode cannot always show a held-out combination."""
 
 _TRIES = 4000

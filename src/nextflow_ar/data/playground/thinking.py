@@ -72,6 +72,15 @@ def riddle(draft: Draft) -> Episode:
     return _thought(draft, request, steps, canvas, "riddle", [(clues[0], clues[1])])
 
 
+def clue(draft: Draft) -> Episode:
+    """One thing by one clue, the shortest riddle: for training only, since no split can hold a clue by itself out."""
+    maker, rng = draft.maker, draft.rng
+    kind = _own(maker.kind("sprite"))
+    said = rng.choice(CLUES[kind[0]])
+    canvas = maker.canvas(maker.items([kind]), plain=True)
+    return _thought(draft, asked_to_draw(rng, said), [_is(said, kind)], canvas, "riddle")
+
+
 def _coloured_riddle(draft: Draft) -> Episode:
     """A shape or a thing in a colour, both paraphrased: "the shape without a corner in the colour of grass"."""
     maker, rng = draft.maker, draft.rng
