@@ -142,7 +142,7 @@ def test_chunked_distances_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) 
     q, schedule = quantizer(), ScaleSchedule.square(5)
     x = features(schedule, rows=3)
     whole = q.quantize(x, schedule)
-    monkeypatch.setattr(module, "_DISTANCE_BUDGET", 7 * 40)
+    monkeypatch.setitem(module._DISTANCE_BUDGET, "cpu", 7 * 40)
     assert torch.equal(q.quantize(x, schedule).target, whole.target)
 
 
@@ -296,7 +296,7 @@ def test_memory_stays_flat_in_the_number_of_codes(size: int) -> None:
     with Watch():
         q.nearest(cells)
         q.sample_nearest(cells, SelfCorrection(1.0, 4, 1.0), torch.Generator().manual_seed(0))
-    assert largest <= max(module._DISTANCE_BUDGET, size * 16)
+    assert largest <= max(module._DISTANCE_BUDGET["cpu"], size * 16)
     assert largest < 4096 * size
 
 

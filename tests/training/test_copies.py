@@ -233,6 +233,26 @@ def placed(group: ImageGroup) -> dict[tuple[int, int], torch.Tensor]:
     return dict(zip(places, group.reference, strict=True))
 
 
+def test_the_feed_finds_what_would_copy(folder: Path, tmp_path: Path) -> None:
+    """What a batch brings along is what the model would find itself, at every number of scales that is laid out."""
+    packing = {"mode": "length", "budget": 1600, "open_rows": 2}
+    sources = [
+        source(seed=6, tasks={"edit_move": 1.0}, rows=4, packing=packing, scales=5),
+        source(seed=7, tasks={"edit_colour": 1.0, "story": 1.0}, rows=4, packing=packing),
+    ]
+    found = trainer(tmp_path / "one", folder, sources, model=to_dict(COPYING))
+    drafts = [one.drafts(0, Place())[0] for one in found.episodes.sources.values()]
+    (batch,) = found.episodes.filler.filled([merged(drafts)], None, None)
+    bare = replace(batch, images=tuple(replace(group, copied=None) for group in batch.images))
+    known = [group.copied for group in batch.images if group.reference is not None]
+    assert {group.scales for group in batch.images if group.reference is not None} >= {5, 8}
+    assert all(codes is not None and (codes >= 0).all() for codes in known)
+    with torch.no_grad():
+        told, asked = found.model.copies(batch), found.model.copies(bare)
+    assert torch.equal(told.places, asked.places)  # type: ignore[arg-type]
+    assert (told.codes == asked.codes).float().mean() > 0.99  # sums are rounded by the size of the batch
+
+
 def test_training_feeds_and_learns_them(folder: Path, tmp_path: Path) -> None:
     """Joined drafts are those alone, references included; the connector of copies learns; a start without is kept."""
     packing = {"mode": "length", "budget": 1600, "open_rows": 2}

@@ -13,13 +13,14 @@ import yaml
 from nextflow_ar.config import ConfigError, from_dict, to_dict
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.playground.curriculum import GROUPED, TASK_NAMES, by_task
+from nextflow_ar.data.playground.episodes import Episode
 from nextflow_ar.sequence.batch import Batch, ImageGroup, collate, joined, pack
 from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, build
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.episode_feed import EpisodeFeed
-from nextflow_ar.training.episode_sources import Draft, Place
+from nextflow_ar.training.episode_sources import Draft, EpisodeBatches, Place
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.prefetch import Ahead
 from nextflow_ar.types import Codes
@@ -329,6 +330,30 @@ STAGES = [
     for p in sorted([*RECIPES.glob("world_*.yaml"), *RECIPES.glob("gpu_*.yaml")])
     if yaml.safe_load(p.read_text()).get("kind") == "model"
 ]
+
+
+def test_with_many_rows_for_each_open_one_a_step_is_packed_by_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that make steps in turn would pack the steps of a block again and again."""
+    packing = {"mode": "length", "budget": 900, "open_rows": 1}
+    asked: list[int] = []
+    whole = EpisodeBatches.episode
+
+    def counted(self: EpisodeBatches, number: int) -> Episode:
+        asked.append(number)
+        return whole(self, number)
+
+    monkeypatch.setattr(EpisodeBatches, "episode", counted)
+    for rows, alone in ((4, True), (3, False)):
+        values = [source(tasks={"caption": 1.0}, rows=rows, packing=packing)]
+        (one,) = trainer(tmp_path / str(rows), folder, values).episodes.sources.values()
+        counts = []
+        for step in (0, 15):
+            asked.clear()
+            one.drafts(step, Place())
+            counts.append(len(asked))
+        assert (counts[1] < 2 * counts[0]) == alone
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)

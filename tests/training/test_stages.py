@@ -129,6 +129,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
+def test_on_a_gpu_a_broken_loss_is_seen_a_step_later_but_never_saved(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    training = trainer(tmp_path / "run", tokenizer_folder)
+    training.looks_late = True
+    training.advance()
+    training.save()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with torch.no_grad():
+        training.model.head.weight.fill_(float("nan"))
+    training.advance(told=False)
+    message = "the loss is not finite at step 1: the last checkpoint is kept"
+    with pytest.raises(FloatingPointError, match=message):
+        training.save()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    training.advance(told=False)
+    with pytest.raises(FloatingPointError, match="not finite at step 2"):
+        training.advance(told=False)
+
+
 def test_a_batch_holds_what_its_source_says(tokenizer_folder: Path, tmp_path: Path) -> None:
     training = trainer(tmp_path / "run", tokenizer_folder)
     batches = [training.batch(i) for i in range(3)]

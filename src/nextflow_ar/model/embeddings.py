@@ -110,15 +110,15 @@ class ScaleInputs(nn.Module):
         found = torch.cat([quantizer.copied(r, c, schedule, first, end) for r, c in rows])
         return torch.where(reference[:, :1] >= 0, found, -1)
 
-    def told(self, copied: Int[Tensor, "n v"]) -> Float[Tensor, "n v d"]:
+    def told(self, copied: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:
         """What the places are fed beside their own inputs that predict where ``copied`` would copy."""
         assert self.copy_connector is not None
         vectors = self.code_embed(copied.clamp_min(0)) * self.code_scale
         return self.copy_connector(vectors) * (copied >= 0)[..., None]
 
     def pointed(
-        self, hidden: Float[Tensor, "n v d"], copied: Int[Tensor, "n v"], head: Float[Tensor, "k d"]
-    ) -> Float[Tensor, "n v d"]:
+        self, hidden: Float[Tensor, "*n d"], copied: Int[Tensor, "*n"], head: Float[Tensor, "k d"]
+    ) -> Float[Tensor, "*n d"]:
         """What is added to hidden states, so that their score of the code that would copy rises by what the gate says.
         ``head``: the head's rows of the codes, which learn nothing by this.
         """
@@ -161,18 +161,23 @@ class ScaleInputs(nn.Module):
         """Inputs of the blocks of the first ``scales`` scales after ``<boi>``, without scale embeddings; the closing
         block too if ``closed``, or that block alone (``scales`` 0).
         """
+        return self.connector(self.vectors(codes, schedule, scales, closed))
+
+    def vectors(
+        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, scales: int, closed: bool
+    ) -> Float[Tensor, "n m c"]:
+        """What :meth:`forward` brings to the hidden size."""
         blocks = [*range(scales - 1), *([len(schedule) - 1] if closed else [])]
         if not blocks:
-            return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.scale_embed.embedding_dim)
+            return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.code_embed.embedding_dim)
         if schedule.num_tokens <= _LINEAR and codes.shape[1] == schedule.num_tokens:
             last = len(schedule) - 1
             summed = tuple(self.whole if k == last else self.accumulated for k in blocks)
             weight = self.code_embed.weight
             rows = self.code_embed(codes) * self.code_scale
             matrix = enlarging(schedule, tuple(blocks), summed, weight.device, rows.dtype)
-            return self.connector(matrix @ rows)
-        vectors = [self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks]
-        return self.connector(torch.cat(vectors, dim=1))
+            return matrix @ rows
+        return torch.cat([self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks], dim=1)
 
     def tags(self, scales: Int[Tensor, "b l"], lengths: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         """Scale and scale-length embeddings of every place of an image; zero elsewhere."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,16 @@ class LossReport:
     scales: Tensor
     right: Tensor
     weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """``codes``: (V,) that would copy, -1 for none; ``places``: (V,) of a batch whose rows are laid end to end, or None
+    where nothing is copied.
+    """
+
+    codes: Tensor
+    places: Tensor | None
 
 
 class NextFlowModel(nn.Module):
@@ -91,34 +101,40 @@ class NextFlowModel(nn.Module):
         """Embeddings of text places; zero where codes are fed (token -1)."""
         return self.backbone.embed_tokens(tokens.clamp_min(0)) * (tokens >= 0)[..., None]
 
-    def embed(self, batch: Batch, copied: Sequence[Tensor | None] | None = None) -> Float[Tensor, "b l d"]:
-        """Inputs of a whole batch. ``copied``: what :meth:`copied` says, if it is known."""
+    def embed(self, batch: Batch, copied: Copies | None = None) -> Float[Tensor, "b l d"]:
+        """Inputs of a whole batch. ``copied``: what :meth:`copies` says, if it is known."""
         x = self.embed_text(batch.tokens)
         rows, length = batch.shape
         flat = x.reshape(rows * length, -1)
-        copied = self.copied(batch) if copied is None else copied
-        for group, told in zip(batch.images, copied, strict=True):
-            inputs = self.scale_inputs(group.codes, group.schedule, group.scales, group.closed)
-            places = group.places(length, inputs.shape[1]).flatten()
-            flat = flat.index_add(0, places, inputs.flatten(0, 1).to(flat.dtype))
-            if told is not None:
-                more = self.scale_inputs.told(told).flatten(0, 1)
-                flat = flat.index_add(0, group.places(length, told.shape[1]).flatten(), more.to(flat.dtype))
+        if batch.images:  # all of them at once: a GPU waits for the number of operations
+            each = [self.scale_inputs.vectors(g.codes, g.schedule, g.scales, g.closed) for g in batch.images]
+            spans = zip(batch.images, each, strict=True)
+            places = torch.cat([g.places(length, found.shape[1]).flatten() for g, found in spans])
+            inputs = self.scale_inputs.connector(torch.cat([found.flatten(0, 1) for found in each]))
             if self.scale_inputs.place_embed is not None:
-                flat = flat.index_add(0, places, self._places(group))
+                inputs = inputs + torch.cat([self._places(group) for group in batch.images])
+            flat = flat.index_add(0, places, inputs.to(flat.dtype))
+        copied = self.copies(batch) if copied is None else copied
+        if copied.places is not None:
+            flat = flat.index_add(0, copied.places, self.scale_inputs.told(copied.codes).to(flat.dtype))
         x = flat.view(rows, length, -1)
         return x + self.scale_inputs.tags(batch.scales, batch.lengths).to(x.dtype)
 
-    def copied(self, batch: Batch) -> list[Tensor | None]:
-        """For every group of images, which codes would copy at the places behind ``<boi>``; None where nothing would."""
-        return [
-            self.scale_inputs.copied(
-                g.reference, g.codes, g.schedule, 1, g.scales, alone=not torch.is_grad_enabled()
-            )
-            if g.reference is not None and g.scales > 1
-            else None
-            for g in batch.images
-        ]
+    def copies(self, batch: Batch) -> Copies:
+        """Which codes would copy, and at which places of the batch, laid end to end."""
+        found, places = [], []
+        for group in batch.images:
+            if group.reference is None or group.scales <= 1:
+                continue
+            codes = group.copied
+            if codes is None:
+                asked = group.reference, group.codes, group.schedule, 1, group.scales
+                codes = self.scale_inputs.copied(*asked, alone=not torch.is_grad_enabled())
+            found.append(codes.flatten())
+            places.append(group.places(batch.shape[1], codes.shape[1]).flatten())
+        if not found:
+            return Copies(batch.tokens.new_zeros(0), None)
+        return Copies(torch.cat(found), torch.cat(places))
 
     def embed_scale(
         self,
@@ -159,7 +175,7 @@ class NextFlowModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
         """Hidden states of a whole batch (teacher forcing)."""
-        copied = self.copied(batch)
+        copied = self.copies(batch)
         embeddings = self.embed(batch, copied)
         if self.sparse and torch.is_grad_enabled():
             mask = sparse_mask(batch.blocks, batch.documents)
@@ -168,16 +184,12 @@ class NextFlowModel(nn.Module):
             if self.config.heads == self.config.kv_heads:
                 mask = mask_of_rows(mask, embeddings)
         hidden = self.runner(embeddings, batch.positions, mask)
-        if all(told is None for told in copied):
+        if copied.places is None:
             return hidden
         flat = hidden.flatten(0, 1)
         head = self.head.weight[self.config.text_vocab :]
-        for group, told in zip(batch.images, copied, strict=True):
-            if told is not None:
-                places = group.places(batch.shape[1], told.shape[1])
-                more = self.scale_inputs.pointed(hidden.flatten(0, 1)[places], told, head)
-                flat = flat.index_add(0, places.flatten(), more.flatten(0, 1))
-        return flat.view_as(hidden)
+        more = self.scale_inputs.pointed(flat[copied.places], copied.codes, head)
+        return flat.index_add(0, copied.places, more).view_as(hidden)
 
     def step(
         self,

@@ -20,6 +20,7 @@ class ImageGroup:
 
     ``codes``: (N, T) input codes. ``rows``, ``starts``: (N,) the batch row and the position of the first fed place.
     ``reference``: (N, T) input codes of the picture that each would copy, -1 where there is none; None: of no image.
+    ``copied``: (N, V) the codes that would do so at the fed places, where whoever made the batch has found them already.
     """
 
     schedule: ScaleSchedule
@@ -29,6 +30,7 @@ class ImageGroup:
     rows: Tensor
     starts: Tensor
     reference: Tensor | None = None
+    copied: Tensor | None = None
 
     def places(self, length: int, count: int) -> Tensor:
         """(N, count) of the first fed places of every image, in rows of ``length`` places that are laid end to end."""
@@ -37,7 +39,8 @@ class ImageGroup:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> ImageGroup:
         """The group with every column changed."""
-        names = ("codes", "rows", "starts", *(() if self.reference is None else ("reference",)))
+        known = (name for name in ("reference", "copied") if getattr(self, name) is not None)
+        names = ("codes", "rows", "starts", *known)
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 

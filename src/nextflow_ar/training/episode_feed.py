@@ -25,9 +25,9 @@ from nextflow_ar.training.crew import Crew
 from nextflow_ar.training.episode_sources import Draft, EpisodeBatches, Pictures, Place
 from nextflow_ar.training.prefetch import Ahead
 
-_TOGETHER = 8
+_TOGETHER = 16
 """Steps whose pictures are encoded at once on a GPU."""
-_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
+_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 20}
 """Pixels of pictures that are encoded at once (64 pictures of 64 px on a CPU)."""
 _FILLED = (2, 4, 8, 16)
 """Pictures encoded at once are filled up to one of these or a multiple of the last: convolutions are compiled anew for
@@ -100,43 +100,47 @@ class Filler:
         """The batches with the codes of their pictures, those of a kind encoded together; only pictures to be drawn are
         self-corrected.
         """
-        tables: list[dict[ScaleSchedule, tuple[Tensor, Tensor]]] = [{} for _ in drafts]
+        tables: list[dict[ScaleSchedule, tuple[Tensor, ...]]] = [{} for _ in drafts]
+        groups = [group for draft in drafts for group in draft.batch.images]
         schedules = dict.fromkeys(p.schedule for draft in drafts for p in draft.pictures)
         for schedule in schedules:
             have = [
                 (i, p) for i, draft in enumerate(drafts) for p in draft.pictures if p.schedule == schedule
             ]
             together = gathered([p for _, p in have])
-            target, fed = self._encoded(together, correction, generator)
+            found = self._encoded(together, correction, generator)
+            copying = (g.scales for g in groups if g.schedule == schedule and g.reference is not None)
+            if scales := max(copying, default=0):
+                found = *found, self._copied(together, found[1], scales)
             shown, drawn = 0, together.given
             for i, p in have:
                 more = len(p.pixels) - p.given
-                mine = [
-                    torch.cat([x[shown : shown + p.given], x[drawn : drawn + more]]) for x in (target, fed)
-                ]
-                tables[i][schedule] = mine[0], mine[1]
+                tables[i][schedule] = tuple(
+                    torch.cat([x[shown : shown + p.given], x[drawn : drawn + more]]) for x in found
+                )
                 shown, drawn = shown + p.given, drawn + more
         return [self._with(draft.batch, table) for draft, table in zip(drafts, tables, strict=True)]
 
-    def _with(self, batch: Batch, codes: dict[ScaleSchedule, tuple[Tensor, Tensor]]) -> Batch:
-        """A draft's batch with (N, T) target and input codes of the pictures of every schedule."""
+    def _with(self, batch: Batch, codes: dict[ScaleSchedule, tuple[Tensor, ...]]) -> Batch:
+        """A draft's batch with (N, T) target and input codes of the pictures of every schedule, and those that copy."""
         device = self.tokenizer.device
         batch = batch.to(device)
         targets, width, groups = batch.targets.flatten(), batch.shape[1], []
         for group in batch.images:
             numbers = group.codes[:, 0]
-            target, fed = (found[numbers] for found in codes[group.schedule])
+            target, fed = (found[numbers] for found in codes[group.schedule][:2])
             count = group.schedule.offsets[group.scales]
             if count:  # <boi> and the places behind it predict the codes of the scales that are laid out
                 places = (group.rows * width + group.starts - 1)[:, None]
                 places = places + torch.arange(count, device=device)
                 learnt = targets[places]
                 targets[places] = torch.where(learnt == IGNORED, learnt, target[:, :count] + self.text_size)
-            reference = group.reference
+            reference, copied = group.reference, None
             if reference is not None:
                 known = codes[group.schedule][1][reference[:, 0].clamp_min(0)]
                 reference = torch.where(reference < 0, reference, known)
-            groups.append(replace(group, codes=fed, reference=reference))
+                copied = codes[group.schedule][2][numbers, : max(0, count - 1)]
+            groups.append(replace(group, codes=fed, reference=reference, copied=copied))
         return replace(batch, targets=targets.view_as(batch.targets), images=tuple(groups))
 
     def _encoded(
@@ -162,6 +166,18 @@ class Filler:
             target[wave], fed[wave] = codes.target, codes.input
         return target, fed
 
+    def _copied(self, found: Pictures, fed: Tensor, scales: int) -> Tensor:
+        """(N, V) codes behind the first one of ``scales`` scales that would copy what each picture could copy; -1 where
+        there is nothing.
+        """
+        quantizer, schedule = self.tokenizer.quantizer, found.schedule
+        mine = torch.from_numpy((found.references >= 0).nonzero()[0]).to(fed.device)
+        copied = torch.full((len(fed), schedule.offsets[scales] - 1), -1, device=fed.device)
+        if scales > 1 and len(mine):
+            theirs = torch.from_numpy(found.references).to(fed.device)[mine]
+            copied[mine] = quantizer.copied(fed[theirs], fed[mine], schedule, 1, scales)
+        return copied
+
     def _features(self, pixels: np.ndarray) -> Tensor:
         """(N, C, h, w) fp32 features of pictures, some at a time."""
         device, out = self.tokenizer.device, []
@@ -169,9 +185,11 @@ class Filler:
         for first in range(0, len(pixels), step):
             shown = torch.from_numpy(pixels[first : first + step])
             count = filled = len(shown)
-            if device.type == "cpu":
+            if device.type == "cuda":
+                filled = step
+            else:
                 filled = next((n for n in _FILLED if n >= count), -(-count // _FILLED[-1]) * _FILLED[-1])
-                shown = torch.cat([shown, shown[-1:].expand(filled - count, -1, -1, -1)])
+            shown = torch.cat([shown, shown[-1:].expand(filled - count, -1, -1, -1)])
             seen = to_unit(shown.to(device)).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16):
                 out.append(self.tokenizer.embed(seen)[:count].float())

@@ -38,8 +38,10 @@ CLASSES: tuple[tuple[str, ...], ...] = (COLOUR_NAMES, NAMES, tuple(MANY.values()
 _BLOCK = 16
 """Steps whose rows are packed in one go, where a step has few; what is left open at the end is not used."""
 _ROWS = 12
-"""From so many rows a step on, every step is packed by itself, so that any process may make any step: within a block,
-whoever makes a step has to pack those before it too. What is left open is little beside so many rows."""
+_OPEN = 4
+"""From so many rows a step on, or so many for every one that is held open, a step is packed by itself, so that any process
+may make any step: within a block, whoever makes a step has to pack those before it too. What is left open is little beside
+so many rows."""
 _SPAN = 1 << 24
 """Numbers that a block of steps may use for its episodes."""
 _IN_VAIN = 2000
@@ -116,7 +118,8 @@ class EpisodeBatches:
                     f"canvas {name} has {len(self.schedules[size])} scales, not {source.scales}"
                 )
         self._blank = {s: _numbered(s, 0) for s in self.schedules.values()}
-        self._block = _BLOCK if source.rows < _ROWS else 1
+        alone = source.rows >= min(_ROWS, _OPEN * source.packing.open_rows)
+        self._block = 1 if alone else _BLOCK
         self._budget = source.packing.budget * (1e12 if source.packing.mode == "compute" else 1)
         self._rows: Iterator[list[int]] = iter(())
         self._at = (-1, 0)  # block of steps, and the step in it that comes next

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
+from nextflow_ar.config import ConfigError, ModelConfig, to_dict
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.data.playground.mixture import SceneMixture
@@ -46,7 +46,7 @@ from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
-from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source
+from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source, with_defaults
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
 from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, check_manner, self_test
@@ -87,7 +87,7 @@ class ModelTrainer:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         spread = recipe.sharding
-        self.run = RunFolder(recipe.out, values, MAY_CHANGE, _with_defaults, spread is not None)
+        self.run = RunFolder(recipe.out, values, MAY_CHANGE, with_defaults, spread is not None)
         self.shards = None if spread is None else Shards(spread, self.world, recipe.out)
         self.image_tokenizer = ImageTokenizer.from_pretrained(recipe.image_tokenizer, self.device)
         self.schedule = ScaleSchedule.square(self.image_tokenizer.config.num_scales)
@@ -134,6 +134,8 @@ class ModelTrainer:
         )
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
+        self._unseen: tuple[int, Tensor] | None = None  # a step whose loss nobody has looked at yet
+        self.looks_late = cuda and self.world.size == 1  # waits for no step before the next one is under way
         self._resume()
         if self.world.rank == 0:
             self.run.rewind(self.step)
@@ -235,6 +237,7 @@ class ModelTrainer:
 
         Of a sharded run, all processes call this together; ``background`` lets its training go on meanwhile.
         """
+        self._stop_if_broken()
         facts = {
             "step": self.step,
             "seen": (self.documents, self.tokens),
@@ -305,10 +308,9 @@ class ModelTrainer:
         return Part(batch, tasks, float(batch.weights.sum()), seen, batch_flops(batch, self.config))
 
     def advance(self, *, told: bool = True) -> dict[str, float]:
-        """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm.
-
-        All of it, and what is counted, is of all processes' rows. Without ``told``, the norm alone: on a GPU the rest takes
-        as long as a small model's step.
+        """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm, of all
+        processes' rows. Without ``told``, nothing: on a GPU that takes as long as a small model's step. Raises
+        FloatingPointError where the loss is not finite; on one GPU, in the step after it.
         """
         if not self.compiled:  # what comes before the first step has shapes of its own
             self.model.compile_backbone(flex=self.recipe.flex)
@@ -330,21 +332,28 @@ class ModelTrainer:
             batch = part.batch.to(self.device)
             with self._precision():
                 report = self.model.losses(batch)
+            self._stop_if_broken()  # before more is queued: the device has just been waited for
             total = report.total / weight
             finite = finite & torch.isfinite(total.detach())
             total.backward()
             if told:
                 meter.add(batch, part.tasks, report)
-        if self.world.any(not finite):  # one for all: the others would wait for ever
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.step}: the last checkpoint is kept"
-            )
+        self._unseen = self.step, finite
+        if not self.looks_late:
+            self._stop_if_broken()
         norm = self._update()
         self.step += 1
         self.documents += documents
         self.tokens += seen
         self.speed.add(time.perf_counter() - begun, flops, seen / size, documents / size)
-        return (meter.values(self.world.gather) if told else {}) | {"norm": norm}
+        return meter.values(self.world.gather) | {"norm": float(norm)} if told else {}
+
+    def _stop_if_broken(self) -> None:
+        unseen, self._unseen = self._unseen, None
+        if unseen is not None and self.world.any(not unseen[1]):  # for all: the others would wait for ever
+            raise FloatingPointError(
+                f"the loss is not finite at step {unseen[0]}: the last checkpoint is kept"
+            )
 
     def _precision(self) -> torch.autocast:
         """bf16 where the recipe's sharding says nothing else; shards are gathered in the dtype that they compute in."""
@@ -352,7 +361,7 @@ class ModelTrainer:
         on = sharding is None or (sharding.params == "bfloat16" and not self.spread)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
-    def _update(self) -> float:
+    def _update(self) -> Tensor | float:
         recipe = self.recipe
         if self.shards is None:
             self.world.average_gradients(self.model.parameters())
@@ -476,11 +485,6 @@ class ModelTrainer:
         if board:
             board.log(self.step, counts | speed | found)
         return f"loss {found['loss']:.3f} text {found.get('text', 0.0):.3f} {speed['tokens_per_s']:.0f} tok/s"
-
-
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe of an earlier version with the keys that came later."""
-    return to_dict(from_dict(ModelRecipe, values))
 
 
 def train_model(

@@ -147,8 +147,9 @@ class StageOptimizer:
         """Names of all that trains."""
         return list(self._named)
 
-    def step(self, factor: float, idle: Container[str] = ()) -> float:
-        """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping.
+    def step(self, factor: float, idle: Container[str] = ()) -> Tensor:
+        """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping, a
+        scalar that nothing here waits for.
 
         Parameters named in ``idle`` are left alone, moments and decay included.
         """
@@ -160,7 +161,7 @@ class StageOptimizer:
         for name, parameter in self._named.items():
             if name in idle:
                 parameter.grad = None
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         for parameter, matrix in self._matrices:
             matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
             parameter.grad = None

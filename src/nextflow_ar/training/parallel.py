@@ -56,6 +56,10 @@ class World:
 
     def any(self, said: bool) -> bool:
         """Whether any process says so; the same answer for all, who may then act together."""
+        if (
+            self.size == 1
+        ):  # without a tensor, whose way to a GPU and back would wait for all that is queued there
+            return bool(said)
         return bool(self.add(torch.tensor(int(said), device=self.device)))
 
     def gather(self, said: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
-from nextflow_ar.config import ConfigError, ModelConfig
+from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
@@ -203,3 +203,8 @@ class ModelRecipe:
                     f"{source.rows} rows do not divide into {self.accumulate} parts of {processes} processes: "
                     "the rows of every source have to"
                 )
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A model's resolved recipe of an earlier version with the keys that came later. Raises ConfigError."""
+    return to_dict(from_dict(ModelRecipe, values))

@@ -384,7 +384,7 @@ class TokenizerTrainer:
         self.world.average_gradients(self.optimizer.parameters)
         norm = self.optimizer.step(factor)
         told = torch.stack([value.detach() for value in terms.values()]).tolist()
-        found = dict(zip(terms, told, strict=True)) | {"norm": norm}
+        found = dict(zip(terms, told, strict=True)) | {"norm": float(norm)}
         if self.discriminator is not None and self.step >= recipe.loss.adversarial_start:
             found["critic"] = self._criticise(pixels, out, factor)
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
