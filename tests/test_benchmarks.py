@@ -15,6 +15,9 @@ from nextflow_ar.model.costs import ImageShape, TextShape, count
 from nextflow_ar.model.flops import sample_flops
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import Vocabulary
+from nextflow_ar.training.model_stage import ModelTrainer
+from tests.training.test_episode_sources import folder as folder  # a fixture
+from tests.training.test_episode_sources import source, trainer
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the checkout")
@@ -37,6 +40,17 @@ def test_training_steps_of_both_shapes(benchmark, tmp_path: Path) -> None:
     assert [(row["shape"], row["way"]) for row in rows] == [("small", "eager"), ("7b", "eager")]
     assert all(row["seconds"] > 0 and 256 < row["places"] <= 512 for row in rows)
     assert json.loads(told.read_text())["results"] == rows
+
+
+def test_where_a_step_of_a_recipe_goes(benchmark, folder: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "one", folder, [source()])  # leaves its recipe in its folder
+    recipe = ["--recipe", str(tmp_path / "one" / "recipe.yaml"), "--steps", "1"]
+    found = benchmark("gpu_step").main(recipe)
+    assert 100 < found["places"] <= 2700
+    parts = ("pictures to codes", "forward and loss", "backward", "update")
+    assert all(found[part] > 0 for part in parts) and found["of it, the encoder"] < found["pictures to codes"]
+    assert sum(found[part] for part in parts) < found["whole"] and found["the data, waited for"] == 0
+    assert ModelTrainer._update.__name__ == "_update"  # what was timed is as it was
 
 
 def test_loops_of_equal_size_side_by_side(benchmark, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import yaml
 
 from nextflow_ar.config import ConfigError, from_dict, to_dict
 from nextflow_ar.data.episodes import EpisodeSource
-from nextflow_ar.data.playground.curriculum import GROUPED, TASK_NAMES, by_task
+from nextflow_ar.data.playground.canvases import two_ways
+from nextflow_ar.data.playground.curriculum import GROUPED, TASK_NAMES, by_task, episode
 from nextflow_ar.data.playground.episodes import Episode
 from nextflow_ar.sequence.batch import Batch, ImageGroup, collate, joined, pack
 from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, build
@@ -330,6 +331,16 @@ STAGES = [
     for p in sorted([*RECIPES.glob("world_*.yaml"), *RECIPES.glob("gpu_*.yaml")])
     if yaml.safe_load(p.read_text()).get("kind") == "model"
 ]
+
+
+def test_a_plan_says_which_relation_was_asked_for(folder: Path, tmp_path: Path) -> None:
+    """The playground shows relations that hold diagonally, too; what is taught to be drawn is told by the plan's places."""
+    values = [source(tasks={"relation": 1.0}, planned=1.0)]
+    (one,) = trainer(tmp_path / "run", folder, values).episodes.sources.values()
+    canvases = [one.episode(number).pictures[0].canvas for number in range(60)]
+    assert sum(two_ways(canvas) for canvas in canvases) <= 2
+    assert sum(two_ways(episode("relation", n, 4).pictures[0].canvas) for n in range(60)) > 20
+    assert {canvas.relation for canvas in canvases} == {"left of", "right of", "above", "below"}
 
 
 def test_with_many_rows_for_each_open_one_a_step_is_packed_by_itself(

@@ -25,7 +25,7 @@ from nextflow_ar.training.crew import Crew
 from nextflow_ar.training.episode_sources import Draft, EpisodeBatches, Pictures, Place
 from nextflow_ar.training.prefetch import Ahead
 
-_TOGETHER = 16
+TOGETHER = 16
 """Steps whose pictures are encoded at once on a GPU."""
 _PIXELS = {"cpu": 1 << 18, "cuda": 1 << 20}
 """Pixels of pictures that are encoded at once (64 pictures of 64 px on a CPU)."""
@@ -288,9 +288,9 @@ class EpisodeFeed:
         """Of all sources at a step, what has one width in one batch, for a GPU that small batches leave idle. The pictures
         of several steps are encoded at once: it is the number of operations that takes time.
         """
-        group, place = divmod(step, _TOGETHER)
+        group, place = divmod(step, TOGETHER)
         if self._group[0] != group:
-            steps = range(group * _TOGETHER, min((group + 1) * _TOGETHER, self._steps))
+            steps = range(group * TOGETHER, min((group + 1) * TOGETHER, self._steps))
             each = [self._joined(at) for at in steps]
             drafts = [draft for several in each for draft in several]
             batches = iter(self.filler.filled(drafts, self.correction(steps[0]), self._random(0, steps[0])))

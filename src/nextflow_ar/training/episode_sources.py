@@ -19,6 +19,7 @@ import torch
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig, ModelConfig
 from nextflow_ar.data.episodes import EpisodeSource, canvas_size
 from nextflow_ar.data.packing import Packer
+from nextflow_ar.data.playground.canvases import two_ways
 from nextflow_ar.data.playground.curriculum import PLANNED, by_task, episode
 from nextflow_ar.data.playground.episodes import Episode, Shown
 from nextflow_ar.data.playground.planning import TOLD, planned_throughout, with_plan
@@ -44,6 +45,9 @@ may make any step: within a block, whoever makes a step has to pack those before
 so many rows."""
 _SPAN = 1 << 24
 """Numbers that a block of steps may use for its episodes."""
+_AGAIN, _FAR = 8, 1 << 40
+"""An episode whose drawn things are related in two ways is drawn anew up to so many times, from numbers this far on: its
+plan does not say which of the two was asked for."""
 _IN_VAIN = 2000
 """Episodes in a row that fit no row, until the recipe is held to be wrong."""
 
@@ -134,6 +138,10 @@ class EpisodeBatches:
         canvas = canvas_size(rng.choices(tuple(source.canvases), tuple(source.canvases.values()))[0])
         try:
             found = episode(task, number, source.seed, source.split, canvas, source.level)
+            for again in range(1, _AGAIN):
+                if not any(part.supervised and two_ways(part.canvas) for part in found.pictures):
+                    break
+                found = episode(task, number + again * _FAR, source.seed, source.split, canvas, source.level)
         except RuntimeError as error:
             raise ConfigError(str(error)) from None
         if source.planned and task in PLANNED and rng.random() < source.planned:

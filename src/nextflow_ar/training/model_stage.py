@@ -46,7 +46,7 @@ from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
-from nextflow_ar.training.recipe import CorrectionConfig, ModelRecipe, ShardSource, Source, with_defaults
+from nextflow_ar.training.recipe import ModelRecipe, ShardSource, Source, with_defaults
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
 from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, check_manner, self_test
@@ -494,7 +494,4 @@ def train_model(
     return ModelTrainer(recipe, values, seconds).fit(preview)
 
 
-__all__ = [
-    "CorrectionConfig", "ModelRecipe", "ModelTrainer", "Part", "Preview", "Source", "swap_words", "train_model",
-    "word_classes",
-]  # fmt: skip
+__all__ = ["ModelRecipe", "ModelTrainer", "Part", "Preview", "Source", "swap_words", "train_model"]

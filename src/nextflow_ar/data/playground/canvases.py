@@ -191,6 +191,16 @@ def stands(relation: str, a: Item, b: Item) -> bool:
     return along > 0 and along >= 0.4 * (a.size + b.size) and abs(across) <= 0.75 * along
 
 
+def two_ways(canvas: Canvas) -> bool:
+    """Whether the words for the places of two related things say two relations at once: one "above left" and one "below
+    right" are left of each other as much as above.
+    """
+    if canvas.relation is None:
+        return False
+    (row, column), (other_row, other_column) = (thirds(item.box, canvas.size) for item in canvas.items[:2])
+    return row != other_row and column != other_column
+
+
 def combinations(canvas: Canvas) -> frozenset[tuple[str, str]]:
     """What the splits are about: (object, colour) where the colour is not the object's own, (object, object), and
     ("word", the written word).
