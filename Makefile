@@ -52,7 +52,7 @@ nano: .venv/.ready
 nano-gpu: .venv/.ready
 	$(BIN)/nextflow-ar train recipes/gpu_nano.yaml --minutes 11
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/nextflow-ar train recipes/nano_settle.yaml
-	$(BIN)/nextflow-ar export runs/nano_settle/final -o runs/nano --set think_told=true
+	$(BIN)/nextflow-ar export runs/nano_settle/final -o runs/nano --average runs/gpu_nano/final --average runs/gpu_nano/final --set think_told=true
 
 bench: .venv/.ready
 	set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done
