@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_step.py --set start=nano         # recipes/gpu_nano.yaml, a minute or two on an H200
 python benchmarks/gpu_step.py --set start=nano --set workers=8 --set flex=false
-python benchmarks/gpu_step.py --recipe recipes/world_ct.yaml --steps 4 --set compile=false     # on a CPU too
+python benchmarks/gpu_step.py --set start=nano --steps 1 --set compile=false --set workers=1     # on a CPU, minutes
 """
 
 import argparse

@@ -78,6 +78,8 @@ _LOOK = 64
 class ModelTrainer:
     """Everything a stage holds: model, averages, frozen tokenizers, optimiser, data, run folder."""
 
+    _unseen: tuple[int, Tensor] | None = None  # a step whose loss nobody has looked at yet
+
     def __init__(self, recipe: ModelRecipe, values: dict[str, Any], seconds: float | None = None) -> None:
         keep_freed_memory()
         self.world = World.join()
@@ -134,7 +136,6 @@ class ModelTrainer:
         )
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
-        self._unseen: tuple[int, Tensor] | None = None  # a step whose loss nobody has looked at yet
         self.looks_late = cuda and self.world.size == 1  # waits for no step before the next one is under way
         self._resume()
         if self.world.rank == 0:

@@ -56,9 +56,7 @@ class World:
 
     def any(self, said: bool) -> bool:
         """Whether any process says so; the same answer for all, who may then act together."""
-        if (
-            self.size == 1
-        ):  # without a tensor, whose way to a GPU and back would wait for all that is queued there
+        if self.size == 1:  # no tensor: its way to a GPU and back waits for all that is queued there
             return bool(said)
         return bool(self.add(torch.tensor(int(said), device=self.device)))
 
