@@ -155,18 +155,12 @@ class ScaleInputs(nn.Module):
         part = codes[:, schedule.offsets[k] : schedule.offsets[k + 1]]
         return self.code_embed(part).transpose(1, 2).unflatten(2, schedule.grids[k]) * self.code_scale
 
-    def forward(
-        self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, scales: int, closed: bool
-    ) -> Float[Tensor, "n m d"]:
-        """Inputs of the blocks of the first ``scales`` scales after ``<boi>``, without scale embeddings; the closing
-        block too if ``closed``, or that block alone (``scales`` 0).
-        """
-        return self.connector(self.vectors(codes, schedule, scales, closed))
-
     def vectors(
         self, codes: Int[Tensor, "n t"], schedule: ScaleSchedule, scales: int, closed: bool
     ) -> Float[Tensor, "n m c"]:
-        """What :meth:`forward` brings to the hidden size."""
+        """What the blocks of the first ``scales`` scales after ``<boi>`` are fed, before the connector; the closing block
+        too if ``closed``, or that block alone (``scales`` 0).
+        """
         blocks = [*range(scales - 1), *([len(schedule) - 1] if closed else [])]
         if not blocks:
             return self.code_embed.weight.new_zeros(codes.shape[0], 0, self.code_embed.embedding_dim)
