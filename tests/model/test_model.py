@@ -169,8 +169,8 @@ def test_the_closing_block_may_hold_the_whole_picture() -> None:
             inputs.block(image.target[None], SQUARE, k), plain.block(image.target[None], SQUARE, k)
         )
     one = image.target[None]
-    alone = inputs(one, SQUARE, 0, True)  # the closing block without the scales
-    assert torch.equal(alone, inputs(one, SQUARE, 4, True)[:, -SQUARE.sizes[-1] :])
+    alone = inputs.vectors(one, SQUARE, 0, True)  # the closing block without the scales
+    assert torch.equal(alone, inputs.vectors(one, SQUARE, 4, True)[:, -SQUARE.sizes[-1] :])
 
 
 @pytest.mark.parametrize("scale_input", ["residual", "accumulated"])
@@ -182,9 +182,9 @@ def test_one_matrix_makes_all_blocks_that_are_made_one_by_one(
     inputs, several = tiny_model(config).scale_inputs, torch.stack([codes(3).target, codes(4).target])
     for scales, closed in ((0, True), (1, False), (3, False), (4, False), (4, True)):
         monkeypatch.setattr(embeddings, "_LINEAR", 1024)
-        at_once = inputs(several, SQUARE, scales, closed)
+        at_once = inputs.vectors(several, SQUARE, scales, closed)
         monkeypatch.setattr(embeddings, "_LINEAR", 0)
-        one_by_one = inputs(several, SQUARE, scales, closed)
+        one_by_one = inputs.vectors(several, SQUARE, scales, closed)
         torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-5)
 
 
