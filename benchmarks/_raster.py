@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from nextflow_ar.generation.cache import RowCache
+from nextflow_ar.generation.cache import Caches, RowCache
 from nextflow_ar.generation.sampling import draw, guide
 from nextflow_ar.model.backbone import Cache
 from nextflow_ar.model.steady import steady_scores
@@ -26,8 +26,8 @@ def raster(engine, schedule, prompt, tokens, guidance=3.0):
     samples = [image_prefix(d, schedule, engine.vocab, engine.layout) for d in documents]
     batch = collate(samples, -(-max(map(len, samples)) // 16) * 16).to(device)
     rows, generator = len(samples), torch.Generator().manual_seed(0)
-    cache = RowCache(rows, rows)
-    mask = cache.mask(batch.shape[1], block_mask(batch.blocks, batch.documents))
+    cache = Caches([RowCache(rows)])
+    mask = cache.mask(batch.shape[1], block_mask(batch.blocks, batch.documents), device)
     hidden = model.step(model.embed(batch), batch.positions, mask, cast(Cache, cache))
     cache.advance([len(s) for s in samples])
     hidden = hidden[torch.arange(rows), torch.tensor([len(s) - 1 for s in samples])]
@@ -41,7 +41,7 @@ def raster(engine, schedule, prompt, tokens, guidance=3.0):
         x = model.scale_inputs.code_embed(codes[-1]) * model.scale_inputs.code_scale
         places = (clocks + step).expand(3, rows)[..., None]
         x = model.scale_inputs.connector(x).expand(rows, 1, -1)
-        hidden = model.step(x, places, cache.mask(1, None).to(device), cast(Cache, cache))[:, -1]
+        hidden = model.step(x, places, cache.mask(1, None, device), cast(Cache, cache))[:, -1]
         cache.advance([1] * rows)
     return torch.cat(codes)
 

@@ -49,6 +49,21 @@ def test_flex_attention_sees_what_the_mask_rule_lets_through() -> None:
     torch.testing.assert_close(sparse, want.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
+def test_rows_in_groups_see_their_own_keys_as_if_they_were_alone() -> None:
+    torch.manual_seed(6)
+    query = torch.randn(5, 4, 3, 16)  # two rows, then one, and two that belong to nobody
+    keys, values = (tuple(torch.randn(rows, 2, k, 16) for rows, k in ((2, 8), (1, 40))) for _ in range(2))
+    masks = tuple(torch.rand(rows, 1, 3, k) < 0.7 for rows, k in ((2, 8), (1, 40)))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # pyright: ignore[reportArgumentType]
+    found, _ = attention.attend(module, query, keys, values, attention.RowGroups(masks), scaling=0.25)
+    assert found.shape == (5, 3, 4, 16) and not found[3:].any()
+    for rows, key, value, mask in zip((slice(0, 2), slice(2, 3)), keys, values, masks, strict=True):
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        want = scaled_dot_product_attention(query[rows], key, value, mask, scale=0.25)
+        torch.testing.assert_close(found[rows], want.transpose(1, 2), atol=1e-6, rtol=1e-6)
+
+
 def test_used_in_training_for_short_rows_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     full = attention._in_full

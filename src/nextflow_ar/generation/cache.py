@@ -1,17 +1,20 @@
 """Keys and values of many rows, each at its own length: rows join, advance together where their shapes agree, and leave.
 
-A row's real places are the first ``lengths[row]`` columns; new ones are written behind them in place. What a step sees is
-cut at multiples of :data:`SPAN` columns, so a row meets the same shapes whatever other rows are beside it.
+A row's real places are the first ``lengths[row]`` columns; new ones are written behind them in place. What a row sees is
+cut at multiples of :data:`SPAN` columns, so it meets the same shapes whatever other rows are beside it; rows of one span
+are held together (:class:`RowCache`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from nextflow_ar.model.attention import RowGroups
 
 BUCKET = 16
 """Prefixes are padded to multiples of this."""
@@ -30,55 +33,39 @@ def spanned(length: int) -> int:
 
 
 class RowCache:
-    """The cache that one forward pass fills, as transformers' attention layers call it (:meth:`update`).
+    """Keys and values of ``rows`` rows that see equally many columns (:meth:`span`)."""
 
-    ``rows``: rows of the batch; the first ``live`` belong to someone, the rest repeat the first.
-    """
-
-    def __init__(self, rows: int, live: int) -> None:
-        self.live = live
+    def __init__(self, rows: int) -> None:
         self.lengths = [0] * rows
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._span = 0
 
     @classmethod
-    def gather(cls, parts: Sequence[tuple[RowCache, int]], rows: int) -> RowCache:
-        """The given (cache, row) pairs as one cache of ``rows`` rows, the first repeated behind them; what is not among
-        them is let go. When they are one cache's live rows in order, that cache itself.
+    def gather(cls, parts: Sequence[tuple[RowCache, int]], columns: int) -> RowCache:
+        """The given (cache, row) pairs as one cache with room for ``columns``; what is not among them is let go. When they
+        are all of one cache's rows in order, that cache itself.
         """
         first = parts[0][0]
         same = all(cache is first and row == i for i, (cache, row) in enumerate(parts))
-        if same and first.live == len(parts) and len(first.lengths) >= rows:
-            first._narrow(rows)
+        if same and len(first.lengths) == len(parts):
             return first
-        chosen = [*parts, *([parts[0]] * (rows - len(parts)))]
-        out = cls(len(chosen), len(parts))
-        out.lengths = [cache.lengths[row] for cache, row in chosen]
-        longest = max(out.lengths)
-        if longest:
-            out.keys = [_stack([c.keys[i][r] for c, r in chosen], longest) for i in range(len(first.keys))]
-            out.values = [
-                _stack([c.values[i][r] for c, r in chosen], longest) for i in range(len(first.values))
-            ]
+        out = cls(len(parts))
+        out.lengths = [cache.lengths[row] for cache, row in parts]
+        for layer in range(len(first.keys)):
+            out.keys.append(_stack([c.keys[layer][r] for c, r in parts], out.lengths, columns))
+            out.values.append(_stack([c.values[layer][r] for c, r in parts], out.lengths, columns))
         return out
 
     @classmethod
     def of(cls, keys: list[Tensor], values: list[Tensor]) -> RowCache:
         """A cache of the one row whose keys and values of every layer, (1, H, n, D), are given."""
-        out = cls(1, 1)
+        out = cls(1)
         out.keys, out.values, out.lengths = keys, values, [keys[0].shape[2]]
         return out
 
     def cut(self, row: int, start: int, end: int) -> Float[Tensor, "m h n d"]:
         """A copy of a row's places: keys of all layers, then values."""
         return torch.stack([x[row, :, start:end] for x in (*self.keys, *self.values)])
-
-    def _narrow(self, rows: int) -> None:
-        if len(self.lengths) > rows:
-            self.lengths = self.lengths[:rows]
-            self.keys = [x[:rows] for x in self.keys]
-            self.values = [x[:rows] for x in self.values]
 
     def span(self, new: int) -> int:
         """Columns that a step of ``new`` places sees."""
@@ -100,17 +87,17 @@ class RowCache:
         return among | (offset < 0)[:, None, None]
 
     def update(
-        self, keys: Float[Tensor, "r h n d"], values: Float[Tensor, "r h n d"], layer: int, *_: Any, **__: Any
+        self, keys: Float[Tensor, "r h n d"], values: Float[Tensor, "r h n d"], layer: int
     ) -> tuple[Float[Tensor, "r h k d"], Float[Tensor, "r h k d"]]:
         """Write a layer's new keys and values behind what the rows have; returns what the step sees of that layer."""
         new = keys.shape[2]
         span = self.span(new)
         if layer == len(self.keys):
-            self.keys.append(keys.new_zeros(*keys.shape[:2], _capacity(span), keys.shape[3]))
-            self.values.append(keys.new_zeros(*keys.shape[:2], _capacity(span), keys.shape[3]))
+            self.keys.append(keys.new_zeros(*keys.shape[:2], span, keys.shape[3]))
+            self.values.append(keys.new_zeros(*keys.shape[:2], span, keys.shape[3]))
         elif self.keys[layer].shape[2] < span:
-            self.keys[layer] = _widened(self.keys[layer], _capacity(span))
-            self.values[layer] = _widened(self.values[layer], _capacity(span))
+            self.keys[layer] = _widened(self.keys[layer], span)
+            self.values[layer] = _widened(self.values[layer], span)
         runs = self._runs()
         for store, given in ((self.keys[layer], keys), (self.values[layer], values)):
             for start, end, length in runs:
@@ -131,21 +118,66 @@ class RowCache:
         """Keep the first ``real[row]`` of each row's new places; padding behind them is written over later."""
         self.lengths = [length + more for length, more in zip(self.lengths, real, strict=True)]
 
+
+class Caches:
+    """The caches of all rows of one forward pass, as transformers' attention layers call it (:meth:`update`).
+
+    Rows of different spans share all of a step but their attention. Rows behind those of ``parts`` belong to nobody and
+    leave nothing.
+    """
+
+    def __init__(self, parts: Sequence[RowCache]) -> None:
+        self.parts = tuple(parts)
+
+    def mask(self, new: int, inner: Bool[Tensor, "r 1 n n"] | None, device: torch.device) -> RowGroups:
+        """What the next ``new`` places of every row see; ``inner`` as in :meth:`RowCache.mask`."""
+        rows = [slice(start, end) for start, end in self._spread()]
+        masks = [
+            part.mask(new, None if inner is None else inner[some]).to(device)
+            for part, some in zip(self.parts, rows, strict=True)
+        ]
+        return RowGroups(tuple(masks))
+
+    def update(
+        self, keys: Float[Tensor, "r h n d"], values: Float[Tensor, "r h n d"], layer: int, *_: Any, **__: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Write a layer's new keys and values behind what the rows have; returns what each part's rows see there."""
+        seen = [
+            part.update(keys[start:end], values[start:end], layer)
+            for part, (start, end) in zip(self.parts, self._spread(), strict=True)
+        ]
+        return tuple(k for k, _ in seen), tuple(v for _, v in seen)
+
+    def advance(self, real: Sequence[int]) -> None:
+        """Keep the first ``real[row]`` of each row's new places."""
+        for part, (start, end) in zip(self.parts, self._spread(), strict=True):
+            part.advance(real[start:end])
+
+    def places(self) -> Iterator[tuple[RowCache, int]]:
+        """Where every row is: its part, and its number there."""
+        for part in self.parts:
+            for row in range(len(part.lengths)):
+                yield part, row
+
     def get_seq_length(self, *_: Any) -> int:
         """Longest row: part of transformers' cache interface."""
-        return max(self.lengths)
+        return max(max(part.lengths) for part in self.parts)
+
+    def _spread(self) -> Iterator[tuple[int, int]]:
+        start = 0
+        for part in self.parts:
+            end = start + len(part.lengths)
+            yield start, end
+            start = end
 
 
-def _stack(parts: list[Tensor], length: int) -> Tensor:
-    """(R, H, length, D) of rows (H, n, D), zeros where one is shorter."""
-    return torch.stack(
-        [p[:, :length] if p.shape[1] >= length else _widened(p[None], length)[0] for p in parts]
-    )
-
-
-def _capacity(span: int) -> int:
-    """Columns to reserve: some to spare, so that rows that grow by single tokens are seldom copied."""
-    return spanned(span)
+def _stack(parts: Sequence[Tensor], lengths: Sequence[int], columns: int) -> Tensor:
+    """(R, H, columns, D): what rows (H, n, D) hold up to their lengths, zeros behind it."""
+    out = parts[0].new_empty(len(parts), parts[0].shape[0], columns, parts[0].shape[2])
+    for row, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        out[row, :, :length] = part[:, :length]
+        out[row, :, length:] = 0
+    return out
 
 
 def _widened(x: Tensor, columns: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Requests of any kind and at any place share the work: in every round each of them takes one step, and those that meet the
 same shapes take it in one batch. A row's result depends on its own document, settings and seed only: spans of the cache
-are rounded up (cache.py), and very small matrix products, for which libraries switch kernels, are padded up.
+are rounded up, rows of one span attend together (cache.py), and very small matrix products, for which libraries switch
+kernels, are padded up.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nextflow_ar.generation.cache import RowCache
+from nextflow_ar.generation.cache import Caches, RowCache, spanned
 from nextflow_ar.generation.jobs import Job, Track, settle
 from nextflow_ar.generation.kept import KeptPart, Store, restored
 from nextflow_ar.generation.requests import (
@@ -168,11 +170,10 @@ class Engine:
         assert isinstance(new, int)
         rows = max(len(tracks), -(-LEAST_ROWS // new))
         fed = [*tracks, *([tracks[0]] * (rows - len(tracks)))]
-        old = [(t.cache, t.row) for t in tracks if t.cache is not None]
-        cache = RowCache.gather(old, rows) if old else RowCache(rows, len(tracks))
+        cache = self._caches(tracks, new)
         feed = tracks[0].feed
         assert feed is not None
-        real, inner, copied = [new] * rows, None, None
+        real, inner, copied = [new] * len(tracks), None, None
         if feed.sample is not None:
             samples = [t.feed.sample for t in fed if t.feed is not None and t.feed.sample is not None]
             batch = collate(samples, new).to(self.device)
@@ -182,17 +183,19 @@ class Engine:
             x, positions, copied = self._scale_inputs(fed)
         else:
             x, positions = self._token_inputs(fed)
-        hidden = self.model.step(x, positions, cache.mask(new, inner).to(self.device), cast(Cache, cache))
+        hidden = self.model.step(x, positions, cache.mask(new, inner, self.device), cast(Cache, cache))
         cache.advance(real)
         if copied is not None:
             hidden = self.model.point(hidden, copied)
+        hidden = hidden[: len(tracks)]
         if feed.sample is not None:  # only what stands behind the prefix is asked for
             last = torch.tensor(real, device=self.device) - 1
-            hidden = hidden[torch.arange(rows, device=self.device), last][:, None]
+            hidden = hidden[torch.arange(len(tracks), device=self.device), last][:, None]
+        for track, (part, row) in zip(tracks, cache.places(), strict=True):
+            track.cache, track.row = part, row
         if feed.sample is not None:
-            self._keep(tracks, cache, real, hidden)
-        for row, track in enumerate(tracks):
-            track.cache, track.row = cache, row
+            self._keep(tracks, real, hidden)
+        for track in tracks:
             settle(track)
             if feed.sample is not None:
                 track.next_part()
@@ -202,12 +205,21 @@ class Engine:
         elif whole:
             self._score([tracks[row] for row in whole], hidden[whole])
 
-    def _keep(self, tracks: Sequence[Track], cache: RowCache, real: Sequence[int], hidden: Tensor) -> None:
+    @staticmethod
+    def _caches(tracks: Sequence[Track], new: int) -> Caches:
+        """The caches of tracks that are sorted by length, those of one span together."""
+        parts = []
+        for (_, span), some in groupby(tracks, key=lambda t: (t.cache is None, spanned(t.length + new))):
+            group = list(some)
+            old = [(t.cache, t.row) for t in group if t.cache is not None]
+            parts.append(RowCache.gather(old, span) if old else RowCache(len(group)))
+        return Caches(parts)
+
+    def _keep(self, tracks: Sequence[Track], real: Sequence[int], hidden: Tensor) -> None:
         for row, track in enumerate(tracks):
             self.fed += real[row]
-            if self.kept.budget:
-                end = cache.lengths[row]
-                rows = cache.cut(row, end - real[row], end)
+            if self.kept.budget and track.cache is not None:
+                rows = track.cache.cut(track.row, track.length - real[row], track.length)
                 self.kept.put(track.named(), KeptPart(rows, hidden[row, -1].clone()))
 
     def _scale_inputs(self, tracks: Sequence[Track]) -> tuple[Tensor, Tensor, Tensor | None]:

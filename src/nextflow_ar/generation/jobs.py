@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nextflow_ar.generation.cache import RowCache, rounded, spanned
+from nextflow_ar.generation.cache import RowCache, rounded
 from nextflow_ar.generation.forcing import Forcing
 from nextflow_ar.generation.kept import part_key
 from nextflow_ar.generation.requests import ContextError, ImageRequest, Request, TextRequest, WriteRequest
@@ -104,7 +104,7 @@ class Track:
             if self.feed.codes is not None
             else (kind, self.feed.image_scales)
         )
-        return self.feed.new, spanned(self.length + self.feed.new), at, self.cache is None
+        return self.feed.new, at
 
     def go_on(self, feed: Feed, wants: str) -> None:
         """What to feed next."""

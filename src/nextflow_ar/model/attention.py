@@ -4,6 +4,7 @@ Behind prefixes of several lengths the fused kernel runs without a mask (:class:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,21 +30,39 @@ class PrefixMask:
     prefix: Bool[Tensor, "b 1 1 p"]
 
 
+@dataclass(frozen=True, eq=False)
+class RowGroups:
+    """What new places see where the rows of a batch are held in groups, each with keys of its own: a mask for every group,
+    in the order of the rows. Rows behind the last group belong to nobody.
+    """
+
+    masks: tuple[Bool[Tensor, "r 1 l k"], ...]
+
+
 def attend(
     module: torch.nn.Module,
     query: Float[Tensor, "b h l d"],
-    key: Float[Tensor, "b g k d"],
-    value: Float[Tensor, "b g k d"],
-    attention_mask: Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"] | PrefixMask | BlockMask | None,
+    key: Float[Tensor, "b g k d"] | tuple[Tensor, ...],
+    value: Float[Tensor, "b g k d"] | tuple[Tensor, ...],
+    attention_mask: Bool[Tensor, "b 1 l k"]
+    | Float[Tensor, "b 1 l k"]
+    | PrefixMask
+    | RowGroups
+    | BlockMask
+    | None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "b l h d"], None]:
     """Attention behind transformers' interface. ``attention_mask``: True where a query sees a key, None where it sees all;
-    or what :func:`mask_of_rows` or :func:`sparse_mask` made of that.
+    or what :func:`mask_of_rows` or :func:`sparse_mask` made of that. With :class:`RowGroups`, keys and values are tuples.
 
     In bf16 on a CPU the backward pass of torch's fused kernel is the slowest part of a training step. There, for rows of
     up to 640 places, scores are held in full, which takes two thirds of the time (benchmarks/attention.py). Everything
     else, generation first of all, goes through the fused kernel.
     """
+    if isinstance(attention_mask, RowGroups):
+        assert isinstance(key, tuple) and isinstance(value, tuple)
+        return _by_group(module, query, key, value, attention_mask.masks, **kwargs), None
+    assert isinstance(key, Tensor) and isinstance(value, Tensor)
     if isinstance(attention_mask, PrefixMask):
         return _behind_prefix(query, key, value, attention_mask.prefix, kwargs["scaling"]), None
     if isinstance(attention_mask, BlockMask):
@@ -52,8 +71,8 @@ def attend(
         attention_mask = mask_of_rows(attention_mask, query)
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    query, key, value = (t.to(torch.bfloat16) for t in (query * kwargs["scaling"], key, value))
-    return _in_full(query, key, value, attention_mask).transpose(1, 2), None
+    q, k, v = (t.to(torch.bfloat16) for t in (query * kwargs["scaling"], key, value))
+    return _in_full(q, k, v, attention_mask).transpose(1, 2), None
 
 
 def mask_of_rows(
@@ -82,6 +101,24 @@ def sparse_mask(blocks: Int[Tensor, "b l"], documents: Int[Tensor, "b l"]) -> Bl
 
     rows, length = blocks.shape
     return create_block_mask(visible, rows, None, length, length, device=str(blocks.device))
+
+
+def _by_group(
+    module: torch.nn.Module,
+    query: Float[Tensor, "b h l d"],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    **kwargs: Any,
+) -> Float[Tensor, "b l h d"]:
+    found, start = [], 0
+    for key, value, mask in zip(keys, values, masks, strict=True):
+        end = start + len(mask)
+        found.append(sdpa_attention_forward(module, query[start:end], key, value, mask, **kwargs)[0])
+        start = end
+    if start < len(query):
+        found.append(found[0].new_zeros(len(query) - start, *found[0].shape[1:]))
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _sparse(

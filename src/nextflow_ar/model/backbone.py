@@ -92,7 +92,7 @@ class Backbone(Qwen2_5_VLTextModel):
         self,
         embeddings: Float[Tensor, "b l d"],
         positions: Float[Tensor, "3 b l"],
-        mask: Bool[Tensor, "b 1 l k"] | None,
+        mask: Bool[Tensor, "b 1 l k"] | attention.RowGroups | None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b l d"]:
         """Hidden states after the last norm.

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextflow_ar.config import ModelConfig
-from nextflow_ar.model.attention import mask_of_rows, sparse_mask
+from nextflow_ar.model.attention import RowGroups, mask_of_rows, sparse_mask
 from nextflow_ar.model.backbone import Backbone, Cache
 from nextflow_ar.model.embeddings import ScaleInputs
 from nextflow_ar.model.loss import chunked_linear_cross_entropy
@@ -195,7 +195,7 @@ class NextFlowModel(nn.Module):
         self,
         embeddings: Float[Tensor, "b l d"],
         positions: Float[Tensor, "3 b l"],
-        mask: Tensor | None,
+        mask: Tensor | RowGroups | None,
         cache: Cache,
     ) -> Float[Tensor, "b l d"]:
         """Hidden states of new places behind a cache."""
