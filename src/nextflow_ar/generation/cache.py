@@ -131,27 +131,22 @@ class Caches:
 
     def mask(self, new: int, inner: Bool[Tensor, "r 1 n n"] | None, device: torch.device) -> RowGroups:
         """What the next ``new`` places of every row see; ``inner`` as in :meth:`RowCache.mask`."""
-        rows = [slice(start, end) for start, end in self._spread()]
-        masks = [
-            part.mask(new, None if inner is None else inner[some]).to(device)
-            for part, some in zip(self.parts, rows, strict=True)
-        ]
+        masks = (
+            part.mask(new, None if inner is None else inner[rows]).to(device) for part, rows in self._spread()
+        )
         return RowGroups(tuple(masks))
 
     def update(
         self, keys: Float[Tensor, "r h n d"], values: Float[Tensor, "r h n d"], layer: int, *_: Any, **__: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Write a layer's new keys and values behind what the rows have; returns what each part's rows see there."""
-        seen = [
-            part.update(keys[start:end], values[start:end], layer)
-            for part, (start, end) in zip(self.parts, self._spread(), strict=True)
-        ]
+        seen = [part.update(keys[rows], values[rows], layer) for part, rows in self._spread()]
         return tuple(k for k, _ in seen), tuple(v for _, v in seen)
 
     def advance(self, real: Sequence[int]) -> None:
         """Keep the first ``real[row]`` of each row's new places."""
-        for part, (start, end) in zip(self.parts, self._spread(), strict=True):
-            part.advance(real[start:end])
+        for part, rows in self._spread():
+            part.advance(real[rows])
 
     def places(self) -> Iterator[tuple[RowCache, int]]:
         """Where every row is: its part, and its number there."""
@@ -163,11 +158,11 @@ class Caches:
         """Longest row: part of transformers' cache interface."""
         return max(max(part.lengths) for part in self.parts)
 
-    def _spread(self) -> Iterator[tuple[int, int]]:
+    def _spread(self) -> Iterator[tuple[RowCache, slice]]:
         start = 0
         for part in self.parts:
             end = start + len(part.lengths)
-            yield start, end
+            yield part, slice(start, end)
             start = end
 
 
