@@ -1,6 +1,7 @@
 """Attention in training on a CPU: torch's fused kernel against the two products of ``model/attention.py``.
 
-Both directions of the backbone of a world recipe, compiled, in bf16, for rows as the recipes have them:
+Both directions of the backbone of a world recipe, compiled, in the precision that this machine trains in, for rows as the
+recipes have them:
 
     python benchmarks/attention.py [--threads 1] [--repeats 8]
 """
@@ -16,6 +17,7 @@ import torch
 from nextflow_ar.config import ModelConfig, from_dict, load_yaml
 from nextflow_ar.model import attention
 from nextflow_ar.model.backbone import Backbone
+from nextflow_ar.precision import mixed_precision
 
 ROWS = ((8, 256), (5, 320), (2, 576))
 RECIPE = Path(__file__).parents[1] / "recipes" / "world_read.yaml"
@@ -31,7 +33,7 @@ def seconds(stack: Backbone, batch: int, length: int, repeats: int) -> float:
     taken = []
     for number in range(repeats + 3):
         begun = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             out = run(hidden, positions, attention.mask_of_rows(mask, hidden))
         out.float().square().mean().backward()
         if number >= 3:

@@ -28,6 +28,7 @@ from nextflow_ar.model.checkpoint import find_checkpoint, load_architecture
 from nextflow_ar.model.costs import TextShape
 from nextflow_ar.model.flops import sample_flops
 from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.layout import LayoutOptions, build
 from nextflow_ar.sequence.vocab import Vocabulary
@@ -121,7 +122,7 @@ def run(rank, port, options, queue):
             ]
             for row in batch.documents
         ]
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             report = model.losses(batch)
         (report.total / report.weight).backward()
         used = time.process_time()

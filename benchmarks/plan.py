@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/plan.py [--rows 16] [--length 284] [--repeats 3] [--eager]
 
-The model of recipes/nano_finish.yaml on rows of random places, compiled, bf16. On one thread the processor's own time is
-measured, so other programs disturb it little; on more, the clock.
+The model of recipes/nano_finish.yaml on rows of random places, compiled, in the precision that this machine trains in. On
+one thread the processor's own time is measured, so other programs disturb it little; on more, the clock.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import torch
 
 from nextflow_ar.config import load_yaml
 from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.layout import TEXT_SCALE
 from nextflow_ar.training.hardware import seconds_of
@@ -58,7 +59,7 @@ def main():
     batch = random_batch(given.rows, given.length, stage.model.text_vocab)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             report = model.losses(batch)
         (report.total / report.weight).backward()
         optimizer.step(1.0)
@@ -66,7 +67,7 @@ def main():
     measured = seconds_of(step, given.repeats)
     t = plan.times
     print(f"{torch.get_num_threads()} threads, {given.rows} rows of {given.length}")
-    print(f"peak {plan.gpu.flops / 1e12:.2f} TFLOP/s bf16, {plan.efficiency:.2f} of it at the model's shapes; elementwise "
+    print(f"peak {plan.gpu.flops / 1e12:.2f} TFLOP/s, {plan.efficiency:.2f} of it at the model's shapes; elementwise "
           f"{plan.gpu.bandwidth / 1e9:.1f} GB/s")  # fmt: skip
     print(f"{'':12}{'products':>10}{'elementwise':>12}{'optimiser':>10}{'step':>8}")
     print(f"{'predicted s':12}{t.products:10.3f}{t.elementwise:12.3f}{t.optimizer:10.3f}{t.step:8.3f}")

@@ -1,5 +1,6 @@
-"""Seconds of a training step, model FLOP/s and their share of what this machine's bf16 matrix products reach; beside it, in
-the same run, transformers' own Qwen2 with the same backbone on equally many places of text.
+"""Seconds of a training step, model FLOP/s and their share of what this machine's matrix products reach, in the precision
+that it trains in (bf16 where that is fast, else fp32); beside it, in the same run, transformers' own Qwen2 with the same
+backbone on equally many places of text.
 
     python benchmarks/training.py [--recipe recipes/world_read5.yaml] [--threads 1 2] [--ways eager compiled] [--repeats 5]
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/training.py --threads 1 --ways eager --repeats 2     # one core
@@ -28,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from nextflow_ar.config import from_dict, load_yaml, to_dict
 from nextflow_ar.model.costs import Counts, forward_flops
 from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.precision import best_dtype, mixed_precision
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.layout import TEXT_SCALE
 from nextflow_ar.training import model_stage
@@ -67,7 +69,7 @@ def recipe_step(trainer):
 
     def work():
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed_precision(torch.device("cpu")):
                 report = trainer.model.losses(batch)
             (report.total / weight).backward()
         trainer.world.average_gradients(trainer.model.parameters())
@@ -100,7 +102,7 @@ def our_text_step(recipe, rows, compiled, world):
     batch = text_batch(rows, recipe.model.text_vocab)
 
     def work():
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             report = model.losses(batch)
         (report.total / report.weight).backward()
         world.average_gradients(model.parameters())
@@ -124,7 +126,7 @@ def their_text_step(recipe, rows, compiled, world):
     tokens = text_batch(rows, ours.text_vocab).tokens
 
     def work():
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             loss = run(input_ids=tokens, labels=tokens).loss
         loss.backward()
         world.average_gradients(model.parameters())
@@ -181,7 +183,7 @@ def measure(options, world, folder):
                 "tflops": cost / seconds / 1e12, "share": cost / seconds / peak,
             })  # fmt: skip
             torch._dynamo.reset()
-    return {"peak": peak, "data": data, "rows": rows}
+    return {"peak": peak, "dtype": str(best_dtype(torch.device("cpu"))), "data": data, "rows": rows}
 
 
 def measured_apart(options, threads):
@@ -230,7 +232,8 @@ def main():
         for row in found["rows"]:
             print(f"{row['threads']:>7}  {row['what']:20}{row['way']:10}{row['places']:>7}{row['seconds']:>8.2f}"
                   f"{row['places'] / row['seconds']:>10,.0f}{row['tflops']:>9.3f}{row['share']:>9.1%}")  # fmt: skip
-        told = f"bf16 products reach {found['peak'] / 1e12:.2f} TFLOP/s; making the recipe's data {found['data']:.2f} s"
+        told = f"{found['dtype']} products reach {found['peak'] / 1e12:.2f} TFLOP/s; "
+        told += f"making the recipe's data {found['data']:.2f} s"
         for way in options.ways if set(WHAT[1:]) <= set(options.what) else ():
             ratio = seconds["text, transformers", way] / seconds["text, ours", way]
             told += f"; on text, {way}, ours is {ratio:.2f} times as fast as transformers"

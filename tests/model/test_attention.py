@@ -23,8 +23,9 @@ def _run(length: int, dtype: torch.dtype) -> Tensor:
     return attention.attend(torch.nn.Module(), query, key, value, mask, scaling=0.125)[0]
 
 
-def test_as_the_fused_kernel_forwards_and_backwards() -> None:
-    query, key, value, mask = _inputs(40, torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "closeness"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_as_the_fused_kernel_forwards_and_backwards(dtype: torch.dtype, closeness: float) -> None:
+    query, key, value, mask = _inputs(40, dtype)
     exact = [t.detach().double().requires_grad_() for t in (query, key, value)]
     want = scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.125).transpose(1, 2)
     found, _ = attention.attend(torch.nn.Module(), query, key, value, mask, scaling=0.125)
@@ -32,7 +33,7 @@ def test_as_the_fused_kernel_forwards_and_backwards() -> None:
     wanted = torch.autograd.grad((want * goal).sum(), exact)
     got = torch.autograd.grad((found.double() * goal).sum(), (query, key, value))
     for a, b in zip((found, *got), (want, *wanted), strict=True):
-        assert (a.double() - b).abs().max() < 0.02 * b.abs().max()
+        assert (a.double() - b).abs().max() < closeness * b.abs().max()
 
 
 def test_flex_attention_sees_what_the_mask_rule_lets_through() -> None:
@@ -64,19 +65,21 @@ def test_rows_in_groups_see_their_own_keys_as_if_they_were_alone() -> None:
         torch.testing.assert_close(found[rows], want.transpose(1, 2), atol=1e-6, rtol=1e-6)
 
 
-def test_used_in_training_for_short_rows_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_used_in_training_for_short_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     full = attention._in_full
     monkeypatch.setattr(attention, "_in_full", lambda *given: calls.append(1) or full(*given))
     _run(24, torch.bfloat16)
     assert len(calls) == 1
     _run(24, torch.float32)
+    assert len(calls) == 2
     with torch.no_grad():
         _run(24, torch.bfloat16)
     monkeypatch.setattr(attention, "LONGEST", 23)
     _run(24, torch.bfloat16)
-    assert len(calls) == 1
+    _run(24, torch.float64)
+    assert len(calls) == 2
     monkeypatch.setattr(attention, "LONGEST", 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert _run(24, torch.float32).dtype == torch.bfloat16
-    assert len(calls) == 2
+    assert len(calls) == 3

@@ -31,6 +31,7 @@ from nextflow_ar.evaluation.judge_scenes import (
     distort,
     targets,
 )
+from nextflow_ar.precision import mixed_precision
 
 Log = Callable[[str], None]
 
@@ -160,7 +161,7 @@ def _fit(network: JudgeNetwork, config: JudgeConfig, settings: JudgeSettings, lo
         examples = [stream.example(seen + k) for k in range(settings.batch)]
         pictures, moves = distort(examples, rng)
         want = targets(examples, moves.numpy(), config)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             maps = network(pictures.to(memory_format=torch.channels_last))
         loss = judge_loss(maps, want)
         optimizer.zero_grad(set_to_none=True)

@@ -26,6 +26,7 @@ from nextflow_ar.generation.forcing import Forced, composite, spared
 from nextflow_ar.generation.kept import PICTURE_BYTES, KeptCodes, Store, picture_key
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.model.checkpoint import BUNDLED, Bundle, find_checkpoint, load_bundle
+from nextflow_ar.precision import best_dtype
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import BOI
 from nextflow_ar.storage import StorageError
@@ -67,18 +68,6 @@ def resolve_model(name: str | Path) -> Path:
             f"unknown model {str(name)!r}: {', '.join(BUNDLED)}, a checkpoint folder or a Hub id OWNER/NAME"
         )
     return found
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it, fp32 elsewhere."""
-    if device.type == "cpu":
-        checks = (
-            "_is_avx512_bf16_supported",
-            "_is_amx_tile_supported",
-        )  # private: absent in some torch versions
-        fast = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16
 
 
 def fold_seed(seed: int, row: int) -> int:

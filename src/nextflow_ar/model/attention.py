@@ -55,9 +55,9 @@ def attend(
     """Attention behind transformers' interface. ``attention_mask``: True where a query sees a key, None where it sees all;
     or what :func:`mask_of_rows` or :func:`sparse_mask` made of that. With :class:`RowGroups`, keys and values are tuples.
 
-    In bf16 on a CPU the backward pass of torch's fused kernel is the slowest part of a training step. There, for rows of
-    up to 640 places, scores are held in full, which takes two thirds of the time (benchmarks/attention.py). Everything
-    else, generation first of all, goes through the fused kernel.
+    On a CPU the backward pass of torch's fused kernel is the slowest part of a training step in bf16, and a slow one in
+    fp32. There, for rows of up to 640 places, scores are held in full, which takes two thirds of the time
+    (benchmarks/attention.py). Everything else, generation first of all, goes through the fused kernel.
     """
     if isinstance(attention_mask, RowGroups):
         assert isinstance(key, tuple) and isinstance(value, tuple)
@@ -71,23 +71,25 @@ def attend(
         attention_mask = mask_of_rows(attention_mask, query)
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    q, k, v = (t.to(torch.bfloat16) for t in (query * kwargs["scaling"], key, value))
+    q, k, v = (t.to(attention_mask.dtype) for t in (query * kwargs["scaling"], key, value))
     return _in_full(q, k, v, attention_mask).transpose(1, 2), None
 
 
 def mask_of_rows(
     mask: Bool[Tensor, "b 1 l k"], hidden: Tensor
 ) -> Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"]:
-    """The mask as numbers to add to scores (bf16: 0, or the lowest there is) where those are to be held in full; as it is
-    where the fused kernel runs. ``hidden``: what attention is computed from, the queries or the rows themselves.
+    """The mask as numbers to add to scores (0, or the lowest there is, in what products are computed in) where those are to
+    be held in full; as it is where the fused kernel runs. ``hidden``: what attention is computed from, the queries or the
+    rows themselves.
 
     Called once for all layers, outside of what is compiled: within, every layer made the numbers anew while it computed its
     softmax, which then took four times as long.
     """
     trained = torch.is_grad_enabled() and hidden.requires_grad
-    if not trained or mask.shape[-1] > LONGEST or _dtype(hidden) != torch.bfloat16:
+    dtype = _dtype(hidden)
+    if not trained or mask.shape[-1] > LONGEST or dtype not in (torch.bfloat16, torch.float32):
         return mask
-    return torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def sparse_mask(blocks: Int[Tensor, "b l"], documents: Int[Tensor, "b l"]) -> BlockMask:

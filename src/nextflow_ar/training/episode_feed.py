@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextflow_ar.config import ImageTokenizerConfig, ModelConfig
 from nextflow_ar.data.episodes import EpisodeSource
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, joined
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
@@ -191,7 +192,7 @@ class Filler:
                 filled = next((n for n in _FILLED if n >= count), -(-count // _FILLED[-1]) * _FILLED[-1])
             shown = torch.cat([shown, shown[-1:].expand(filled - count, -1, -1, -1)])
             seen = to_unit(shown.to(device)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device):
                 out.append(self.tokenizer.embed(seen)[:count].float())
         return torch.cat(out)
 

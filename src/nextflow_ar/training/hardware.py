@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.precision import best_dtype
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ def _device() -> torch.device:
 
 def _normal(*shape: int) -> Tensor:
     device = _device()
-    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device).bfloat16()
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device).to(
+        best_dtype(device)
+    )
 
 
 def measure_machine(size: int = 2048) -> Gpu:
-    """The machine at hand as a row of the table: bf16 products of ``size`` squared, and elementwise work as a layer has it
-    (the gated product of the feed-forward part in bf16), bytes read and written per second.
+    """The machine at hand as a row of the table: products of ``size`` squared in the precision that it trains in, and
+    elementwise work as a layer has it (the gated product of the feed-forward part), bytes read and written per second.
     """
     a, b = _normal(size, size), _normal(size, size)
     flops = 2 * size**3 / seconds_of(lambda: a @ b)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nextflow_ar.config import ConfigError
 from nextflow_ar.model.nextflow import LossReport
+from nextflow_ar.precision import best_dtype
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.layout import IGNORED
 
@@ -117,9 +118,9 @@ class Speedometer:
 
 
 def measured_peak(device: torch.device, seconds: float = 0.5) -> float:
-    """TFLOP/s of bf16 matrix products on this device, the best of repeated runs for about ``seconds``."""
+    """TFLOP/s of products on this device, as it trains, the best of repeated runs for about ``seconds``."""
     side = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(side, side, dtype=torch.bfloat16, device=device)
+    a = torch.ones(side, side, dtype=best_dtype(device), device=device)
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds:
         begun = time.perf_counter()

@@ -26,6 +26,7 @@ from nextflow_ar.model.checkpoint import (
 )
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import LayoutOptions
@@ -357,10 +358,10 @@ class ModelTrainer:
             )
 
     def _precision(self) -> torch.autocast:
-        """bf16 where the recipe's sharding says nothing else; shards are gathered in the dtype that they compute in."""
+        """Where the recipe's sharding says nothing else; shards are gathered in the dtype that they compute in."""
         sharding = self.recipe.sharding
         on = sharding is None or (sharding.params == "bfloat16" and not self.spread)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        return mixed_precision(self.device, self.recipe.precision, on)
 
     def _update(self) -> Tensor | float:
         recipe = self.recipe

@@ -11,6 +11,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from nextflow_ar.precision import best_dtype
+
 _NOT_HIDDEN = ("embed", "head", "lm_head", "lora_", "copy_gate")
 
 
@@ -45,7 +47,7 @@ class OptimizerConfig:
 
 class StackedMuon(torch.optim.Muon):
     """torch's Muon with all matrices of one shape orthogonalised at once: a small model on a GPU waits for the number of
-    operations, not for their size. State and results are Muon's, up to the rounding of products in batches.
+    operations, not for their size. Where a device is slow at bf16, in fp32. State and results are Muon's, up to rounding.
     """
 
     @torch.no_grad()
@@ -69,7 +71,8 @@ class StackedMuon(torch.optim.Muon):
         moments = [self.state[p]["momentum_buffer"] for p in several]
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
         ahead = torch._foreach_lerp(gradients, moments, group["momentum"]) if group["nesterov"] else moments  # pyright: ignore[reportPrivateImportUsage]
-        x = torch.stack(list(ahead)).bfloat16()
+        x = torch.stack(list(ahead))
+        x = x.to(best_dtype(x.device))
         if shape[0] > shape[1]:
             x = x.mT
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
@@ -131,7 +134,9 @@ class StageOptimizer:
         self._matrices = [(p, nn.Parameter(p.detach().view(p.shape[0], -1))) for p in hidden]
         if hidden:
             matrices = [matrix for _, matrix in self._matrices]
-            kind = StackedMuon if hidden[0].device.type == "cuda" else torch.optim.Muon
+            device = hidden[0].device
+            theirs = device.type == "cpu" and best_dtype(device) == torch.bfloat16
+            kind = torch.optim.Muon if theirs else StackedMuon
             self.optimizers.append(
                 kind(
                     matrices,

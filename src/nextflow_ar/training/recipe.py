@@ -14,6 +14,7 @@ from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
 from nextflow_ar.model.checkpoint import checkpoint_folder
+from nextflow_ar.precision import Precision
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan import PlanConfig
@@ -117,6 +118,8 @@ class ModelRecipe:
     ``accumulate``: parts that a step's rows are computed in, one after the other. ``checkpointing``: activations of the
     layers are computed again in the backward pass. ``peak``: TFLOP/s of one device, or "measured"; null tells no
     utilisation. ``tensorboard``: write event files beside metrics.jsonl. ``plan``: for ``nextflow-ar plan`` only.
+    ``precision``: of products, weights being fp32: "auto" is bf16 where the device is fast at it, else fp32. Shards have
+    their own (``sharding.params``).
 
     ``sharding``: weights, moments and averages are spread over the processes, checkpoints are written by all and read by
     any number of them, one alone too; null: every process holds all of them. ``prefetch``:
@@ -155,6 +158,7 @@ class ModelRecipe:
     accumulate: int = 1
     checkpointing: bool = False
     peak: float | Literal["measured"] | None = None
+    precision: Precision = "auto"
     tensorboard: bool = False
     plan: PlanConfig | None = None
     sharding: ShardingConfig | None = None

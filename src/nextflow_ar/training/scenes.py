@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.data.tasks import WORD_CLASSES, caption_corpus, document, plan_document
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import TEXT_SCALE, LayoutOptions, build
@@ -62,7 +63,7 @@ class SceneBatches:
         if device.type != "cpu":
             seed = int(torch.randint(2**62, (), generator=generator))
             seen = torch.Generator(device).manual_seed(seed)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             codes = self.tokenizer.quantizer.quantize(
                 self.tokenizer.embed(pixels), self.schedule, correction=correction, generator=seen
             )

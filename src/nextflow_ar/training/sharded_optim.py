@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nextflow_ar.precision import best_dtype
 from nextflow_ar.training.optim import _NOT_HIDDEN, OptimizerConfig
 from nextflow_ar.training.sharded import local, local_rows, row_spans, shard_group, whole
 
@@ -19,13 +20,13 @@ _STEPS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly: five quintic Newton-Schulz steps in bf16 (Jordan et al., Muon).
+    """The nearest orthogonal matrix, roughly: five quintic Newton-Schulz steps (Jordan et al., Muon).
 
-    Singular values end between 0.5 and 1.5. Equal to what torch.optim.Muon computes.
+    Singular values end between 0.5 and 1.5. In bf16, as torch.optim.Muon does it, where the device is fast at that.
     """
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
+    x = matrix.to(best_dtype(matrix.device))
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(_STEPS):
@@ -38,7 +39,7 @@ class ShardedMuon:
     """Muon over matrices whose rows are spread over processes (or whole).
 
     Momentum and weights stay in shards. Of every round of as many matrices as there are processes, each process gets
-    one whole update, orthogonalises it and returns everyone's rows: two messages of one bf16 matrix each, and no work
+    one whole update, orthogonalises it and returns everyone's rows: two messages of one matrix each, and no work
     done twice.
     """
 
@@ -88,7 +89,8 @@ def _orthogonal_rows(parameters: list[nn.Parameter], updates: list[Tensor]) -> l
 
     sent = [held(matrix, place) for matrix in range(size)]
     received = [held(place, rank) for rank in range(size)]
-    out = torch.cat([update.bfloat16().flatten() for update in updates])
+    compute = best_dtype(updates[0].device)
+    out = torch.cat([update.to(compute).flatten() for update in updates])
     mine = out.new_empty(sum(received))
     dist.all_to_all_single(mine, out, received, sent, group=group)
     if place < len(parameters):

@@ -22,6 +22,7 @@ from nextflow_ar.config import SemanticConfig
 from nextflow_ar.data.grounded import CLASSES, Pairs, PairSource, SmallWorld, WideWorld, WorldPairs
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
 from nextflow_ar.data.playground.world import COLOUR_NAMES
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, load_text_tokenizer, train_text_tokenizer
 from nextflow_ar.storage import write_folder
 from nextflow_ar.tokenizer.pixels import to_unit
@@ -125,7 +126,7 @@ class TeacherTrainer:
         pixels, patch = to_unit(torch.from_numpy(batch.pictures)), self.recipe.semantic.patch
         names, colours = torch.from_numpy(batch.names), torch.from_numpy(batch.colours)
         b, side = len(batch.texts), names.shape[1]
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             seen = self.towers.vision_model(
                 pixel_values=patches_of(pixels, patch),
                 pixel_attention_mask=torch.ones(b, side * side, dtype=torch.int32),

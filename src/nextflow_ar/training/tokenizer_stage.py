@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig
 from nextflow_ar.data.pictures import PictureBatch, PictureMixture, PictureSource
+from nextflow_ar.precision import Precision, mixed_precision
 from nextflow_ar.storage import write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.losses import (
@@ -119,7 +120,7 @@ class TokenizerRecipe:
     for more decoder blocks, which start as the identity, or for wider ones, which start anew; "joint" may ask for more
     blocks of both). ``teacher``: folder or
     Hub id of a SigLIP2. ``pixels``: per step and process. ``prefetch``: a thread of its own makes the next step's pictures.
-    ``workers``: or so many processes do, for a GPU.
+    ``workers``: or so many processes do, for a GPU. ``precision``: see :class:`ModelRecipe`.
     ``fresh_semantics`` ("joint"): only the pixel branch is taken from ``start``; the student begins as the teacher again.
     """
 
@@ -147,6 +148,7 @@ class TokenizerRecipe:
     prefetch: bool = False
     fresh_semantics: bool = False
     workers: int = 0
+    precision: Precision = "auto"
 
     def check(self) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
@@ -335,7 +337,7 @@ class TokenizerTrainer:
         return terms, pixels, out
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return mixed_precision(self.device, self.recipe.precision)
 
     def _adversarial(self, terms: dict[str, Tensor], out: Tensor) -> None:
         """Add the generator's side of the PatchGAN, weighted so that it pulls as hard as the reconstruction."""

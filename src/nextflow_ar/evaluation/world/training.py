@@ -29,6 +29,7 @@ from nextflow_ar.evaluation.world.detector import BASE, Detector, DetectorConfig
 from nextflow_ar.evaluation.world.examples import ExampleStream, Labels
 from nextflow_ar.evaluation.world.judge import WorldJudge, detector_config, save_judge
 from nextflow_ar.evaluation.world.targets import Targets, compressed, distort, targets
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
@@ -135,7 +136,7 @@ def reconstructed(
     """Pictures (B, H, W, 3) uint8 through the image tokenizer; with a ``generator`` half of them with disturbed codes."""
     unit = to_unit(torch.from_numpy(pictures))
     schedule = tokenizer.schedule_for(pictures.shape[1], pictures.shape[2])
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision(torch.device("cpu")):
         found = tokenizer.quantize(unit, schedule)
         codes = found.target
         if generator is not None and len(pictures) > 1:
@@ -226,7 +227,7 @@ class WorldJudgeTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rate
         x, want = self._batch()
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             maps = self.network(x.to(memory_format=torch.channels_last))
         parts = judge_loss(maps, want)
         self.optimizer.zero_grad(set_to_none=True)
