@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nextflow_ar import precision
-from nextflow_ar.precision import best_dtype, chosen_dtype, mixed_precision
+from nextflow_ar.precision import best_dtype, chosen_dtype, mixed_precision, precision_name
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -54,6 +54,7 @@ def test_a_recipe_may_ask_for_either(monkeypatch: pytest.MonkeyPatch) -> None:
         assert chosen_dtype(CPU, "bfloat16") == torch.bfloat16
         assert chosen_dtype(CPU, "float32") == torch.float32
         assert chosen_dtype(CPU) == best_dtype(CPU)
+        assert precision_name(CPU) == ("bf16" if able else "fp32")
         with mixed_precision(CPU, "bfloat16"):
             assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
         with mixed_precision(CPU, "bfloat16", on=False):

@@ -32,6 +32,11 @@ def chosen_dtype(device: torch.device, asked: Precision = "auto") -> torch.dtype
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(asked) or best_dtype(device)
 
 
+def precision_name(device: torch.device, asked: Precision = "auto") -> str:
+    """:func:`chosen_dtype` in short, for people: "bf16" or "fp32"."""
+    return "bf16" if chosen_dtype(device, asked) == torch.bfloat16 else "fp32"
+
+
 def mixed_precision(device: torch.device, asked: Precision = "auto", on: bool = True) -> torch.autocast:
     """Autocast to :func:`chosen_dtype`; does nothing where that is fp32, or with ``on`` False."""
     on = on and chosen_dtype(device, asked) != torch.float32

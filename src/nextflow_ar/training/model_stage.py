@@ -26,7 +26,7 @@ from nextflow_ar.model.checkpoint import (
 )
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
-from nextflow_ar.precision import mixed_precision
+from nextflow_ar.precision import mixed_precision, precision_name
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import LayoutOptions
@@ -66,7 +66,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 """Of a model that starts from nothing."""
 MAY_CHANGE = (
     "out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing", "peak",
-    "tensorboard", "sharding", "prefetch", "workers", "flex",
+    "tensorboard", "sharding", "prefetch", "workers", "flex", "precision",
 )  # fmt: skip
 """Keys that a resumed run may have otherwise than before."""
 _LOG = logging.getLogger(__name__)
@@ -452,8 +452,8 @@ class ModelTrainer:
         if self.spread and first and preview is not None:
             _LOG.warning("sample sheets are not drawn while the model is spread over processes")
         drawn = preview if first and not self.spread else None
-        bar = progress_bar("transformer", recipe.steps, self.step, shown=first)
-        with bar as update, stop_request() as stop:
+        name = f"transformer ({precision_name(self.device, recipe.precision)})"
+        with progress_bar(name, recipe.steps, self.step, shown=first) as update, stop_request() as stop:
             while self.step < self.pace.steps:
                 told = (self.step + 1) % _TOLD == 0 or self.step + 1 == self.pace.steps
                 found = self.advance(told=told)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig
 from nextflow_ar.data.pictures import PictureBatch, PictureMixture, PictureSource
-from nextflow_ar.precision import Precision, mixed_precision
+from nextflow_ar.precision import Precision, mixed_precision, precision_name
 from nextflow_ar.storage import write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.losses import (
@@ -188,7 +188,7 @@ class TokenizerTrainer:
             name: PictureMixture({name: source}, recipe.heldout_pixels, size, 0, strict=False).batch(0)
             for name, source in recipe.heldout.items()
         }
-        free = ("out", "steps", "sheet_seconds", "save_seconds", "prefetch", "workers")
+        free = ("out", "steps", "sheet_seconds", "save_seconds", "prefetch", "workers", "precision")
         self.run = RunFolder(recipe.out, values, free)
         self.teacher = self._teacher()
         self.model = self._model().to(self.device)
@@ -425,10 +425,9 @@ class TokenizerTrainer:
         """Train to the recipe's last step; returns the folder of the finished tokenizer."""
         recipe, first = self.recipe, self.world.rank == 0
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
-        with (
-            progress_bar(f"tokenizer ({recipe.trains})", recipe.steps, self.step) as update,
-            stop_request() as stop,
-        ):
+        told = precision_name(self.device, recipe.precision)
+        bar = progress_bar(f"tokenizer ({recipe.trains}, {told})", recipe.steps, self.step)
+        with bar as update, stop_request() as stop:
             while self.step < self.pace.steps:
                 terms = self.advance()
                 self.pace.passed(self.step)
