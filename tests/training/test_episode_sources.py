@@ -15,6 +15,7 @@ from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.playground.canvases import two_ways
 from nextflow_ar.data.playground.curriculum import GROUPED, TASK_NAMES, by_task, episode
 from nextflow_ar.data.playground.episodes import Episode
+from nextflow_ar.precision import mixed_precision
 from nextflow_ar.sequence.batch import Batch, ImageGroup, collate, joined, pack
 from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, build
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
@@ -138,7 +139,7 @@ def test_a_draft_with_codes_is_what_the_documents_with_codes_are(folder: Path, t
             codes = []
             for picture in episode.pictures:
                 schedule = one.schedules[picture.canvas.size]
-                with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                with mixed_precision(torch.device("cpu")), torch.no_grad():
                     pixels = to_unit(torch.from_numpy(picture.render()[None]))
                     codes.append(Codes.plain(schedule, tokenizer.quantize(pixels, schedule).target[0]))
             samples.append(build(one.document(episode, codes), one.vocab, one.layout))

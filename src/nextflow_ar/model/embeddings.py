@@ -181,4 +181,5 @@ class ScaleInputs(nn.Module):
         table = self.length_embed(
             sinusoid(counts, self.scale_embed.embedding_dim).to(self.length_embed.weight.dtype)
         )
-        return (scale + table[lengths]) * on
+        # not by an index, whose gradient is summed in any order by several threads
+        return (scale + nn.functional.embedding(lengths, table)) * on
