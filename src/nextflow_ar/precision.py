@@ -18,7 +18,7 @@ _CPU_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 def best_dtype(device: torch.device) -> torch.dtype:
     """bf16 on GPUs and on CPUs with instructions for its products; fp32 on all others.
 
-    A CPU with AVX2 alone takes ten times as long for a matrix product in bf16 as in fp32, and a hundred times for a
+    A CPU with AVX2 alone takes some twenty times as long for a matrix product in bf16 as in fp32, and fifty times for a
     convolution (benchmarks/precision.py).
     """
     if device.type != "cpu":

@@ -361,7 +361,7 @@ class ModelTrainer:
         """Where the recipe's sharding says nothing else; shards are gathered in the dtype that they compute in."""
         sharding = self.recipe.sharding
         on = sharding is None or (sharding.params == "bfloat16" and not self.spread)
-        return mixed_precision(self.device, self.recipe.precision, on)
+        return mixed_precision(self.device, self.recipe.products, on)
 
     def _update(self) -> Tensor | float:
         recipe = self.recipe
@@ -452,7 +452,7 @@ class ModelTrainer:
         if self.spread and first and preview is not None:
             _LOG.warning("sample sheets are not drawn while the model is spread over processes")
         drawn = preview if first and not self.spread else None
-        name = f"transformer ({precision_name(self.device, recipe.precision)})"
+        name = f"transformer ({precision_name(self.device, recipe.products)})"
         with progress_bar(name, recipe.steps, self.step, shown=first) as update, stop_request() as stop:
             while self.step < self.pace.steps:
                 told = (self.step + 1) % _TOLD == 0 or self.step + 1 == self.pace.steps

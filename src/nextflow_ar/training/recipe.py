@@ -174,6 +174,11 @@ class ModelRecipe:
         """The folder of ``start``. Raises StorageError when there is none."""
         return None if self.start is None else checkpoint_folder(self.start)
 
+    @property
+    def products(self) -> Precision:
+        """What products are asked in: ``precision``, or what the shards say."""
+        return self.precision if self.sharding is None else self.sharding.params
+
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, where parts do not go together."""
         if self.start is None and (self.model is None or self.trains != "everything"):
