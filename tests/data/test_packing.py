@@ -29,7 +29,10 @@ def test_a_restart_in_mid_stream_changes_nothing(items: list[tuple[float, int]],
     first = Packer(1.0, open_rows=3)
     rows = [row for item in stream[:stop] if (row := first.add(*item)) is not None]
     second = Packer(1.0, open_rows=3)
-    second.restore(json.loads(json.dumps(first.state())))
+    state = first.state()
+    for item in stream[stop:]:
+        first.add(*item)  # goes on while the state is being written elsewhere
+    second.restore(json.loads(json.dumps(state)))
     assert second.taken == min(stop, len(items))
     rows += list(second.pack(stream[second.taken :]))
     assert rows == whole

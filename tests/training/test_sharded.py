@@ -12,6 +12,7 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -408,6 +409,26 @@ def test_a_model_is_built_without_ever_being_whole(one: dict[str, Any], two: lis
     with torch.no_grad():
         expected = float(run.model.losses(run.batch(0)).total)
     assert sum(found["loaded_loss"] for found in two) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_save_in_the_background_keeps_the_facts_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved_on, write = Event(), distributed_checkpoint.save_state
+
+    def late(*args: Any, **options: Any) -> Any:
+        assert moved_on.wait(60)
+        return write(*args, **options)
+
+    monkeypatch.setattr(distributed_checkpoint, "save_state", late)
+    checkpoints, facts, tensors = Checkpoints(tmp_path, World()), {"open": [[1, 2], [3]]}, {"x": torch.ones(3)}
+    checkpoints.save(1, tensors, facts, background=True)
+    facts["open"][0].append(9)
+    tensors["x"].zero_()
+    moved_on.set()
+    checkpoints.wait()
+    assert checkpoints.load(tensors) == {"open": [[1, 2], [3]]}
+    assert tensors["x"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_what_cannot_be_is_one_clear_line(tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ class Packer:
         yield from self.finish()
 
     def state(self) -> dict[str, Any]:
-        """Plain values: how many items were taken, and the open rows."""
-        return {"taken": self.taken, "open": [[b.items, b.cost, b.length] for b in self._bins]}
+        """Plain values that later items do not change: how many were taken, and the open rows."""
+        return {"taken": self.taken, "open": [[list(b.items), b.cost, b.length] for b in self._bins]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state` was taken; the next item is number ``taken`` of the stream."""

@@ -89,7 +89,8 @@ class Checkpoints:
         # GPU tensors are copied to the CPU anyway; the CPU's own would change under the writer.
         if background:
             tensors = {k: v.detach().clone() if v.device.type == "cpu" else v for k, v in tensors.items()}
-        writer = _WholeFolderWriter(self._beside(step), lambda: self._finish(step, facts))
+        told = json.dumps(facts, indent=1)  # now: in the background what they are made of has moved on
+        writer = _WholeFolderWriter(self._beside(step), lambda: self._finish(step, told))
         alone = self.world.size == 1
 
         def write() -> None:
@@ -159,9 +160,9 @@ class Checkpoints:
             raise StorageError(f"{self.folder}: checkpoints cannot be written{trouble}")
         return bool(needed)
 
-    def _finish(self, step: int, facts: dict[str, Any]) -> None:
+    def _finish(self, step: int, facts: str) -> None:
         beside = self._beside(step)
-        write_atomic(beside / FACTS_FILE, json.dumps(facts, indent=1).encode())
+        write_atomic(beside / FACTS_FILE, facts.encode())
         _sync(beside)
         beside.rename(self.place(step))
         _sync(self.folder)
