@@ -3,6 +3,7 @@ never stopped, bit for bit.
 
     python benchmarks/_kill.py --kills 50                                # the tests' tiny model
     python benchmarks/_kill.py --kills 50 --base nano --steps 20          # nano: its weights, tokenizer, picture size
+    python benchmarks/_kill.py --kills 50 --sharded                       # checkpoints in parts, written in the background
 
 Prints one JSON line; exit status 1 when a weight differs or a killed run cannot go on.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nextflow_ar.config import from_dict, to_dict
 from nextflow_ar.data.extraction import ExtractionConfig, extract
@@ -31,7 +33,9 @@ from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.generation.pipeline import resolve_model
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training.distributed_checkpoint import FACTS_FILE
 from nextflow_ar.training.model_stage import ModelRecipe, train_model
+from nextflow_ar.training.sharded_stage import SHARDED
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "bundle"
 
@@ -75,10 +79,14 @@ def prepare(folder: Path, base: Path) -> int:
     return 0
 
 
-def recipe(folder: Path, base: Path, name: str, steps: int) -> dict[str, Any]:
+def recipe(folder: Path, base: Path, name: str, steps: int, sharded: bool) -> dict[str, Any]:
     """A training of ``base``'s weights into ``folder``/``name``, with a checkpoint after every step."""
     folders = [{"folder": str(folder / "shards"), "invert": 0.5, "condition_dropout": 0.1}]
-    return {
+    sharding = {
+        "replicas": 1, "params": "float32", "reduce": "float32", "reshard": True, "recompute": False,
+        "compile": False, "reduce_each": False,
+    }  # fmt: skip
+    return ({"sharding": sharding} if sharded else {}) | {
         "kind": "model", "out": str(folder / name), "seed": 1, "image_tokenizer": str(base), "text_entries": 300,
         "start": str(base), "steps": steps, "alpha": 0.9, "text_weight": 1.0, "ema": 0.9, "compile": False,
         "sheet_seconds": 1e9, "save_seconds": 0.0, "model": None,
@@ -94,9 +102,9 @@ def recipe(folder: Path, base: Path, name: str, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(folder: Path, base: Path, name: str, steps: int) -> int:
+def train(folder: Path, base: Path, name: str, steps: int, sharded: bool) -> int:
     """Start or go on with a run; returns the process."""
-    values = recipe(folder, base, name, steps)
+    values = recipe(folder, base, name, steps, sharded)
 
     def work() -> int:
         torch.set_num_threads(1)
@@ -109,10 +117,13 @@ def train(folder: Path, base: Path, name: str, steps: int) -> int:
 
 def saving(folder: Path) -> bool:
     """Whether a checkpoint is being written right now."""
-    try:
-        return any(entry.name.startswith(".checkpoint.pt.") for entry in os.scandir(folder))
-    except FileNotFoundError:
-        return False
+    for place, begin in ((folder, ".checkpoint.pt."), (folder / SHARDED, ".step_")):
+        try:
+            if any(entry.name.startswith(begin) for entry in os.scandir(place)):
+                return True
+        except FileNotFoundError:
+            pass
+    return False
 
 
 def kill_once(
@@ -139,8 +150,18 @@ def kill_once(
 def equal(one: Path, two: Path) -> bool:
     """Whether two runs ended with the same weights, averages and moments, and the same exported file."""
     files = [(folder / "final" / "model.safetensors").read_bytes() for folder in (one, two)]
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two)]
+    states = [state_of(folder) for folder in (one, two)]
     return files[0] == files[1] and same(states[0], states[1])
+
+
+def state_of(folder: Path) -> object:
+    """All that a run's last checkpoint holds."""
+    if (folder / "checkpoint.pt").exists():
+        return torch.load(folder / "checkpoint.pt", weights_only=True)
+    last = max((folder / SHARDED).glob("step_*"))
+    dcp_to_torch_save(last, folder / "whole.pt")
+    facts = json.loads((last / FACTS_FILE).read_text())
+    return facts, torch.load(folder / "whole.pt", weights_only=True)
 
 
 def same(a: object, b: object) -> bool:
@@ -160,6 +181,7 @@ def main() -> int:
     parser.add_argument("--base", help="a checkpoint folder, or nano; default: the tests' tiny one")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--sharded", action="store_true", help="in parts and in the background (one process)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -169,12 +191,12 @@ def main() -> int:
         if ended(child(lambda: prepare(folder, base), folder / "log.txt"), wait=True):
             raise SystemExit((folder / "log.txt").read_text())
         began = time.time()
-        if ended(train(folder, base, "whole", options.steps), wait=True):
+        if ended(train(folder, base, "whole", options.steps, options.sharded), wait=True):
             raise SystemExit((folder / "log.txt").read_text())
         longest, kills, cut, runs, identical = time.time() - began, 0, 0, 0, 0
         name = "killed-0"
         while True:
-            pid = train(folder, base, name, options.steps)
+            pid = train(folder, base, name, options.steps, options.sharded)
             if kills < options.kills:
                 status, in_save = kill_once(pid, folder / name, rng, longest, in_save=kills % 2 == 1)
             else:
@@ -191,6 +213,7 @@ def main() -> int:
             name = f"killed-{runs}"
     told = {
         "base": options.base or "tiny",
+        "sharded": options.sharded,
         "kills": kills,
         "in_mid_save": cut,
         "runs": runs,

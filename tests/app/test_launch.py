@@ -1,9 +1,12 @@
-"""The Slurm example with stand-ins for Slurm's commands and torchrun: signals, exit statuses, requeueing."""
+"""The Slurm example with stand-ins for Slurm's commands and torchrun: signals, exit statuses, requeueing; the Ray example
+on two processes of this machine, one of which is killed, where Ray is installed.
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from nextflow_ar.model.checkpoint import load_bundle, save_bundle
+from tests.conftest import tiny_bundle, tiny_image_tokenizer
+from tests.shards import captions, make_shards, mixed
+from tests.training.test_from_shards import recipe
+from tests.training.test_sharded_stage import SHARDING
 
 LAUNCH = Path(__file__).parent.parent.parent / "examples" / "launch"
 pytestmark = pytest.mark.skipif(not LAUNCH.is_dir(), reason="needs the checkout")
@@ -103,3 +113,50 @@ def test_the_ray_example_is_short_and_imports_ray_late() -> None:
     assert source.count("\n") < 60
     top = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not any("ray" in ast.unparse(node) for node in top)
+
+
+def _workers(started: int) -> list[int]:
+    """Processes of Ray that train, of the session ``started``."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+                found.append(int(folder.name))
+    return sorted(number for number in found if number > started)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds Ray's processes in /proc")
+def test_ray_starts_the_processes_anew_and_they_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("ray.train")
+    bundle, tokenizer = tiny_bundle(), tiny_image_tokenizer()
+    save_bundle(
+        tmp_path / "base", bundle.model, tokenizer, bundle.vocab.tokenizer, bundle.generation, "# base\n"
+    )
+    make_shards(tmp_path / "a", mixed(12), tokenizer)
+    make_shards(tmp_path / "b", captions(6), tokenizer)
+    out, path = tmp_path / "run", tmp_path / "recipe.yaml"
+    values = recipe(tmp_path, out, steps=80, ema=0.9, save_seconds=2.0, sharding=SHARDING)
+    path.write_text(yaml.safe_dump(values))
+    settings = {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, str(LAUNCH / "ray_train.py"), str(path), "--workers", "2", "--cpu"]
+    command += ["--storage", str(tmp_path / "ray")]
+    with (tmp_path / "log").open("w") as log:
+        launched = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        try:
+            saved: list[Path] = []
+            for _ in range(1200):
+                saved = list((out / "checkpoints").glob("step_*"))
+                if saved or launched.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert saved, (tmp_path / "log").read_text()[-2000:]
+            os.kill(_workers(launched.pid)[-1], signal.SIGKILL)
+            assert launched.wait(300) == 0, (tmp_path / "log").read_text()[-2000:]
+        finally:
+            launched.kill()
+    assert (tmp_path / "log").read_text().count("Started training worker group of size 2") == 2
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40, 60, 80]  # none is missing, none told twice
+    assert all(b["documents"] > a["documents"] for a, b in zip(lines, lines[1:], strict=False))
+    assert load_bundle(out / "final").model.config == bundle.model.config

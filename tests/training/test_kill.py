@@ -27,8 +27,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_runs_end_with_the_weights_of_one_that_never_stopped() -> None:
-    script = [sys.executable, str(ROOT / "benchmarks" / "_kill.py"), "--kills", "5", "--steps", "12"]
+@pytest.mark.parametrize("way", [[], ["--sharded"]])
+def test_killed_runs_end_with_the_weights_of_one_that_never_stopped(way: list[str]) -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "_kill.py"), "--kills", "5", "--steps", "12", *way]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
