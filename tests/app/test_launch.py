@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -158,5 +159,5 @@ def test_ray_starts_the_processes_anew_and_they_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().count("Started training worker group of size 2") == 2
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 60, 80]  # none is missing, none told twice
-    assert all(b["documents"] > a["documents"] for a, b in zip(lines, lines[1:], strict=False))
+    assert all(b["documents"] > a["documents"] for a, b in itertools.pairwise(lines))
     assert load_bundle(out / "final").model.config == bundle.model.config

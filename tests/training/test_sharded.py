@@ -421,7 +421,11 @@ def test_a_save_in_the_background_keeps_the_facts_of_its_step(
         return write(*args, **options)
 
     monkeypatch.setattr(distributed_checkpoint, "save_state", late)
-    checkpoints, facts, tensors = Checkpoints(tmp_path, World()), {"open": [[1, 2], [3]]}, {"x": torch.ones(3)}
+    checkpoints, facts, tensors = (
+        Checkpoints(tmp_path, World()),
+        {"open": [[1, 2], [3]]},
+        {"x": torch.ones(3)},
+    )
     checkpoints.save(1, tensors, facts, background=True)
     facts["open"][0].append(9)
     tensors["x"].zero_()
