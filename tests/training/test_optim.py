@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nextflow_ar.training.optim import StackedMuon
+from nextflow_ar.training.optim import OptimizerConfig, StackedMuon, StageOptimizer
 
 SHAPES = ((24, 16), (16, 24), (24, 16), (20, 20), (24, 16))
 
@@ -43,3 +43,20 @@ def test_a_closure_is_refused() -> None:
     _, optimizer = _trained(StackedMuon, 1, True)
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("muon_lr", [1e-2, 0.0])
+def test_what_muon_takes(muon_lr: float) -> None:
+    config = OptimizerConfig(
+        lr=1e-3, muon_lr=muon_lr, weight_decay=0.1, beta1=0.9, beta2=0.98, warmup=1, schedule="constant", decay=0.0,
+        final=1.0, clip=1.0,
+    )  # fmt: skip
+    matrices = ("layers.0.q_proj.weight", "layers.0.q_proj.lora_A.weight", "layers.0.q_proj.lora_B.weight")
+    named = {
+        name: nn.Parameter(torch.ones(4, 6)) for name in (*matrices, "head.weight", "embed_tokens.weight")
+    }
+    named["norm.weight"] = nn.Parameter(torch.ones(6))
+    optimizer = StageOptimizer(named.items(), config)
+    adam = {id(p) for group in optimizer.optimizers[0].param_groups for p in group["params"]}
+    assert {name for name, p in named.items() if id(p) not in adam} == (set(matrices) if muon_lr else set())
+    assert len(optimizer.optimizers) == (2 if muon_lr else 1)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from nextflow_ar.precision import best_dtype
 
-_NOT_HIDDEN = ("embed", "head", "lm_head", "lora_", "copy_gate")
+_NOT_HIDDEN = ("embed", "head", "lm_head", "copy_gate")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """``lr``: of AdamW (embeddings, heads, norms, biases). ``muon_lr``: of the hidden matrices, in AdamW's units (the
-    update is scaled to AdamW's root mean square); 0 gives those to AdamW as well. ``schedule``: "cosine" over the whole
-    run, or "constant" with a linear fall over the last ``decay`` share of the steps; both end at ``final`` times the peak.
+    """``lr``: of AdamW (embeddings, heads, norms, biases). ``muon_lr``: of the hidden matrices and of adapters, in AdamW's
+    units (the update is scaled to AdamW's root mean square); 0 gives those to AdamW as well. ``schedule``: "cosine" over
+    the whole run, or "constant" with a linear fall over the last ``decay`` share of the steps; both end at ``final`` times
+    the peak.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
