@@ -17,13 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from nextflow_ar.model.checkpoint import load_bundle, save_bundle
-from tests.conftest import tiny_bundle, tiny_image_tokenizer
-from tests.shards import captions, make_shards, mixed
-from tests.training.test_from_shards import recipe
-from tests.training.test_sharded_stage import SHARDING
+from nextflow_ar.model.checkpoint import load_bundle
+from tests.conftest import TINY_MODEL
+from tests.training.test_sharded_stage import sharded_recipe
 
 LAUNCH = Path(__file__).parent.parent.parent / "examples" / "launch"
 pytestmark = pytest.mark.skipif(not LAUNCH.is_dir(), reason="needs the checkout")
@@ -130,15 +127,7 @@ def _workers(started: int) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds Ray's processes in /proc")
 def test_ray_starts_the_processes_anew_and_they_go_on(tmp_path: Path) -> None:
     pytest.importorskip("ray.train")
-    bundle, tokenizer = tiny_bundle(), tiny_image_tokenizer()
-    save_bundle(
-        tmp_path / "base", bundle.model, tokenizer, bundle.vocab.tokenizer, bundle.generation, "# base\n"
-    )
-    make_shards(tmp_path / "a", mixed(12), tokenizer)
-    make_shards(tmp_path / "b", captions(6), tokenizer)
-    out, path = tmp_path / "run", tmp_path / "recipe.yaml"
-    values = recipe(tmp_path, out, steps=80, ema=0.9, save_seconds=2.0, sharding=SHARDING)
-    path.write_text(yaml.safe_dump(values))
+    out, path = sharded_recipe(tmp_path, steps=80, save_seconds=2.0)
     settings = {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, str(LAUNCH / "ray_train.py"), str(path), "--workers", "2", "--cpu"]
     command += ["--storage", str(tmp_path / "ray")]
@@ -160,4 +149,4 @@ def test_ray_starts_the_processes_anew_and_they_go_on(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 60, 80]  # none is missing, none told twice
     assert all(b["documents"] > a["documents"] for a, b in itertools.pairwise(lines))
-    assert load_bundle(out / "final").model.config == bundle.model.config
+    assert load_bundle(out / "final").model.config == TINY_MODEL

@@ -10,30 +10,18 @@ import warnings
 from pathlib import Path
 
 import pytest
-import yaml
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.generation.pipeline import NextFlowPipeline
-from nextflow_ar.model.checkpoint import load_bundle, save_bundle
-from tests.conftest import tiny_bundle, tiny_image_tokenizer
-from tests.shards import captions, make_shards, mixed
-from tests.training.test_from_shards import recipe
-from tests.training.test_sharded_stage import SHARDING
+from nextflow_ar.model.checkpoint import load_bundle
+from tests.training.test_sharded_stage import sharded_recipe
 
 
 @pytest.mark.slow
 def test_two_processes_save_and_one_goes_on_and_exports(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bundle, tokenizer = tiny_bundle(), tiny_image_tokenizer()
-    save_bundle(
-        tmp_path / "base", bundle.model, tokenizer, bundle.vocab.tokenizer, bundle.generation, "# base\n"
-    )
-    make_shards(tmp_path / "a", mixed(12), tokenizer)
-    make_shards(tmp_path / "b", captions(6), tokenizer)
-    out, path = tmp_path / "run", tmp_path / "recipe.yaml"
-    values = recipe(tmp_path, out, steps=3, ema=0.9, save_seconds=0.0, sharding=SHARDING)
-    path.write_text(yaml.safe_dump(values))
+    out, path = sharded_recipe(tmp_path, steps=3, save_seconds=0.0)
     train = ["--no-python", sys.executable, "-m", "nextflow_ar.app.cli", "train", str(path)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *train]
     done = subprocess.run(

@@ -16,15 +16,15 @@ import yaml
 from torch.distributed.tensor import DTensor
 
 from nextflow_ar.config import ConfigError, from_dict, to_dict
-from nextflow_ar.model.checkpoint import load_bundle
+from nextflow_ar.model.checkpoint import load_bundle, save_bundle
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.training.model_stage import ModelTrainer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import ModelRecipe
 from nextflow_ar.training.sharded import local
-from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER
-from tests.shards import make_shards, mixed
+from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_bundle, tiny_image_tokenizer
+from tests.shards import captions, make_shards, mixed
 from tests.training.test_from_shards import OPTIMIZER, recipe
 
 SHARDING = {
@@ -32,6 +32,19 @@ SHARDING = {
     "reduce_each": False,
 }  # fmt: skip
 SAVED, FINISHED, STEPS = 2, 4, 6
+
+
+def sharded_recipe(place: Path, **changes: Any) -> tuple[Path, Path]:
+    """The folder of a sharded run from a tiny checkpoint over two extractions, and the file of its recipe."""
+    bundle, tokenizer = tiny_bundle(), tiny_image_tokenizer()
+    save_bundle(
+        place / "base", bundle.model, tokenizer, bundle.vocab.tokenizer, bundle.generation, "# base\n"
+    )
+    make_shards(place / "a", mixed(12), tokenizer)
+    make_shards(place / "b", captions(6), tokenizer)
+    values = recipe(place, place / "run", ema=0.9, sharding=SHARDING, **changes)
+    (place / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return place / "run", place / "recipe.yaml"
 
 
 def trainer(place: Path, name: str, steps: int = STEPS, **changes: Any) -> ModelTrainer:
