@@ -6,9 +6,9 @@ of padding, rows of a fixed length and rows of a fixed compute, and how long the
 The mixture is that of benchmarks/packing.py (text, T2I, I2T, edits, interleaved), at resolutions of 91, 304 and 900 places
 in place of 900, 3,684 and 10,084, texts shorter by ten, in a model of 4 layers and 128 hidden units. Padding: ``--rows``
 documents a process, padded to its longest. Fixed length: a row as long as the longest document; fixed compute: as costly
-as the costliest. Attention is computed document by document, as a block mask does it on a GPU: padding pays for its
-projections only. "processor": a step lasts as long as its slower process computes, by its own time, so that a busy machine
-changes little; "clock": as it happened, for a quiet one.
+as the costliest. Attention is computed document by document, as in every training on a CPU (here of short rows, too):
+padding pays for its projections only. "processor": a step lasts as long as its slower process computes, by its own time,
+so that a busy machine changes little; "clock": as it happened, for a quiet one.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import time
 
 import torch
 from packing import document
-from transformers import AttentionInterface
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.data.packing import Packer
+from nextflow_ar.model import attention
 from nextflow_ar.model.checkpoint import find_checkpoint, load_architecture
 from nextflow_ar.model.costs import TextShape
 from nextflow_ar.model.flops import sample_flops
@@ -49,20 +49,6 @@ RATES = OptimizerConfig(
     final=1.0, clip=1.0,
 )  # fmt: skip
 MODES = ("padding", "fixed length", "fixed compute")
-_spans: list[list[tuple[int, int]]] = []  # of the batch at hand: where each row's documents begin and end
-
-
-def by_document(module, query, key, value, attention_mask, scaling=None, **_):
-    """Attention within every document of every row; padding sees nothing and gets zeros."""
-    out = torch.zeros_like(query)
-    for row, spans in enumerate(_spans):
-        for a, b in spans:
-            part = slice(row, row + 1), slice(None), slice(a, b)
-            mask = attention_mask[row : row + 1, :, a:b, a:b]
-            out[part] = torch.nn.functional.scaled_dot_product_attention(
-                query[part], key[part], value[part], attn_mask=mask, scale=scaling
-            )
-    return out.transpose(1, 2), None
 
 
 def samples(count, seed, vocab):
@@ -107,21 +93,12 @@ def run(rank, port, options, queue):
     world = World.join()
     _, tokenizer = load_architecture(find_checkpoint("nano"))
     found = samples(options.documents, options.seed, Vocabulary(tokenizer, MODEL.text_vocab, MODEL.codes))
-    AttentionInterface.register("by_document", by_document)
+    attention.APART.update(dict.fromkeys(attention.APART, 0))
     model = NextFlowModel(MODEL)
     model.initialise(torch.Generator().manual_seed(0))
-    model.backbone.config._attn_implementation = "by_document"
     optimizer = StageOptimizer(model.named_parameters(), RATES)
 
     def step(batch):
-        _spans[:] = [
-            [
-                (int(on[0]), int(on[-1]) + 1)
-                for d in range(int(row.max()) + 1)
-                if len(on := (row == d).nonzero()[:, 0])
-            ]
-            for row in batch.documents
-        ]
         with mixed_precision(torch.device("cpu")):
             report = model.losses(batch)
         (report.total / report.weight).backward()

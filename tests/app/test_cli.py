@@ -236,7 +236,14 @@ def test_export_of_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(["export", str(GOLDEN), "-o", str(out), "--average", str(other)]) == 0
     old, new = (load_bundle(folder).model.state_dict() for folder in (GOLDEN, out))
     assert all(torch.allclose(new[k].float(), 2.0 * old[k].float(), rtol=0.01) for k in old)
+    less = tmp_path / "less"
+    assert run(["export", str(GOLDEN), "-o", str(less), "--average", str(other), "--share", "0.25"]) == 0
+    new = load_bundle(less).model.state_dict()
+    assert all(torch.allclose(new[k].float(), 1.5 * old[k].float(), rtol=0.01) for k in old)
     capsys.readouterr()
+    for more in (("--share", "0.25"), ("--share", "1", "--average", other)):
+        status, line = mistake(capsys, "export", GOLDEN, "-o", tmp_path / "bad", *more)
+        assert status == 2 and "a share of the mean is above 0 and below 1 and needs --average" in line
     status, line = mistake(capsys, "export", GOLDEN, "-o", tmp_path / "bad", "--average", "nano")
     assert status == 2 and "nano has another architecture" in line and not (tmp_path / "bad").exists()
 

@@ -321,6 +321,10 @@ def export(
         list[str] | None,
         typer.Option("--average", help="Another stage of the same model: write the mean of the weights."),
     ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option("--share", help="How much of the mean the others are; all count the same without."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint folder anew: another card, defaults or decoder, an adapter merged in, a mean of stages."""
@@ -329,7 +333,7 @@ def export(
     if card is not None and not card.is_file():
         raise UsageError(f"{card}: no such file")
     text = card.read_text() if card is not None else None
-    export_bundle(model, out, text, changes or [], adapter, image_tokenizer, average or [])
+    export_bundle(model, out, text, changes or [], adapter, image_tokenizer, average or [], share)
     typer.echo(json.dumps({"out": str(out)}) if as_json else str(out))
 
 

@@ -130,15 +130,19 @@ def export_bundle(
     adapter: Path | None = None,
     image_tokenizer: str | None = None,
     average: Sequence[str] = (),
+    share: float | None = None,
 ) -> None:
     """Write a checkpoint folder anew. ``changes``: KEY=VALUE of its sampling defaults. ``adapter``: folder of one, trained
     on these weights, to merge in. ``image_tokenizer``: one of the same codes with another decoder. ``average``: checkpoints
-    of the same architecture and vocabulary; the weights become the mean of all. Raises ConfigError, StorageError.
+    of the same architecture and vocabulary; the weights become the mean of all, in which those count for ``share`` together
+    (None: every one as much as this). Raises ConfigError, StorageError.
     """
     from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
     from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
     from nextflow_ar.storage import read_checked
 
+    if share is not None and not (average and 0 < share < 1):
+        raise ConfigError(f"a share of the mean is above 0 and below 1 and needs --average, got {share:g}")
     folder = resolve_model(model)
     bundle = load_bundle(folder)
     if adapter is not None:
@@ -146,7 +150,7 @@ def export_bundle(
 
         merge_adapter(bundle, folder, adapter)
     if average:
-        _average(bundle, average)
+        _average(bundle, average, share)
     if image_tokenizer is not None:
         bundle.image_tokenizer = _same_codes(bundle.image_tokenizer, image_tokenizer)
     generation = override(bundle.generation, changes)
@@ -157,12 +161,14 @@ def export_bundle(
     save_bundle(out, bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, generation, text)
 
 
-def _average(bundle: Bundle, names: Sequence[str]) -> None:
+def _average(bundle: Bundle, names: Sequence[str], share: float | None) -> None:
     """The mean of the bundle's weights and those of checkpoints that read and draw the same tokens."""
     from nextflow_ar.generation.pipeline import resolve_model
     from nextflow_ar.model.checkpoint import load_bundle
 
-    weights = {name: value.float() for name, value in bundle.model.state_dict().items()}
+    theirs = (len(names) / (1 + len(names)) if share is None else share) / len(names)
+    own = 1 - theirs * len(names)
+    weights = {name: own * value.float() for name, value in bundle.model.state_dict().items()}
     for name in names:
         other = load_bundle(resolve_model(name))
         if other.model.config != bundle.model.config:
@@ -174,9 +180,8 @@ def _average(bundle: Bundle, names: Sequence[str]) -> None:
         if other.image_tokenizer.fingerprint() != bundle.image_tokenizer.fingerprint():
             raise ConfigError(f"{name} draws with other codes: its weights stand for other pictures")
         for key, value in other.model.state_dict().items():
-            weights[key] += value.float()
-    parts = 1 + len(names)
-    bundle.model.load_state_dict({key: value / parts for key, value in weights.items()})
+            weights[key] += theirs * value.float()
+    bundle.model.load_state_dict(weights)
 
 
 def _same_codes(old: ImageTokenizer, name: str) -> ImageTokenizer:

@@ -15,10 +15,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from nextflow_ar.model.document_attention import DocumentMask, attend_by_document, document_spans
+
 NAME = "nextflow_ar"
 """Under which transformers' registry knows :func:`attend`."""
 LONGEST = 640
 """Keys up to which whole matrices of scores are faster; beyond it the fused kernel catches up and needs less memory."""
+APART = {torch.float32: 257, torch.bfloat16: 512}
+"""Places from which a row's documents are computed apart. Shorter rows of bf16 were not measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,7 @@ def attend(
     | Float[Tensor, "b 1 l k"]
     | PrefixMask
     | RowGroups
+    | DocumentMask
     | BlockMask
     | None,
     **kwargs: Any,
@@ -56,8 +61,9 @@ def attend(
     or what :func:`mask_of_rows` or :func:`sparse_mask` made of that. With :class:`RowGroups`, keys and values are tuples.
 
     On a CPU the backward pass of torch's fused kernel is the slowest part of a training step in bf16, and a slow one in
-    fp32. There, for rows of up to 640 places, scores are held in full, which takes two thirds of the time
-    (benchmarks/attention.py). Everything else, generation first of all, goes through the fused kernel.
+    fp32. There, for rows of up to 640 places, scores are held in full, which takes two thirds of the time, and packed rows
+    are computed document by document (benchmarks/attention.py). Everything else, generation first of all, goes through the
+    fused kernel.
     """
     if isinstance(attention_mask, RowGroups):
         assert isinstance(key, tuple) and isinstance(value, tuple)
@@ -65,10 +71,13 @@ def attend(
     assert isinstance(key, Tensor) and isinstance(value, Tensor)
     if isinstance(attention_mask, PrefixMask):
         return _behind_prefix(query, key, value, attention_mask.prefix, kwargs["scaling"]), None
+    if isinstance(attention_mask, DocumentMask):
+        return attend_by_document(query, key, value, attention_mask, kwargs["scaling"]), None
     if isinstance(attention_mask, BlockMask):
         return _sparse(query, key, value, attention_mask, kwargs["scaling"]), None
     if attention_mask is not None and attention_mask.dtype == torch.bool and key.shape[1] == query.shape[1]:
         attention_mask = mask_of_rows(attention_mask, query)
+        assert isinstance(attention_mask, Tensor)
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     q, k, v = (t.to(attention_mask.dtype) for t in (query * kwargs["scaling"], key, value))
@@ -76,20 +85,25 @@ def attend(
 
 
 def mask_of_rows(
-    mask: Bool[Tensor, "b 1 l k"], hidden: Tensor
-) -> Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"]:
+    mask: Bool[Tensor, "b 1 l k"], hidden: Tensor, documents: Int[Tensor, "b l"] | None = None
+) -> Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"] | DocumentMask:
     """The mask as numbers to add to scores (0, or the lowest there is, in what products are computed in) where those are to
     be held in full; as it is where the fused kernel runs. ``hidden``: what attention is computed from, the queries or the
-    rows themselves.
+    rows themselves. ``documents``: of which document every place is (-1: padding), where rows hold several.
 
     Called once for all layers, outside of what is compiled: within, every layer made the numbers anew while it computed its
     softmax, which then took four times as long.
     """
     trained = torch.is_grad_enabled() and hidden.requires_grad
     dtype = _dtype(hidden)
-    if not trained or mask.shape[-1] > LONGEST or dtype not in (torch.bfloat16, torch.float32):
+    if not trained or dtype not in APART:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    length = mask.shape[-1]
+    spans = document_spans(documents) if documents is not None and length >= APART[dtype] else None
+    if length > LONGEST and spans is None:
+        return mask
+    unseen = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return unseen if spans is None else DocumentMask(unseen, spans)
 
 
 def sparse_mask(blocks: Int[Tensor, "b l"], documents: Int[Tensor, "b l"]) -> BlockMask:

@@ -182,7 +182,7 @@ class NextFlowModel(nn.Module):
         else:
             mask = block_mask(batch.blocks, batch.documents)
             if self.config.heads == self.config.kv_heads:
-                mask = mask_of_rows(mask, embeddings)
+                mask = mask_of_rows(mask, embeddings, batch.documents)
         hidden = self.runner(embeddings, batch.positions, mask)
         if copied.places is None:
             return hidden

@@ -206,11 +206,11 @@ class ModelRecipe:
         if self.workers < 0:
             raise ConfigError(f"workers is a number of processes, got {self.workers}")
         parts = self.accumulate * processes
-        for source in self.sources:
+        for number, source in enumerate(self.sources):
             if self.accumulate < 1 or source.rows % parts:
                 raise ConfigError(
-                    f"{source.rows} rows do not divide into {self.accumulate} parts of {processes} processes: "
-                    "the rows of every source have to"
+                    f"sources.{number}: {source.rows} rows do not divide into {self.accumulate} parts of {processes} "
+                    "processes"
                 )
 
 
