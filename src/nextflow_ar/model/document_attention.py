@@ -20,8 +20,10 @@ LONGEST = 640
 """Places up to which probabilities are held in full; beyond it torch's fused kernel catches up and needs less memory."""
 _OVERHEAD = 128**2
 """Scores that take as long as starting on another document: short neighbours are computed together."""
+_TOGETHER = 256
+"""Places that neighbours have at most when they are computed together: many short ones would grow to a long square."""
 _FEWEST = 90
-"""Places that a document and its neighbour have together, halved, where they are computed apart: see document_spans."""
+"""Places of a span on average, at least: two neighbours that are not computed together have twice as many."""
 _ROUND = 32
 """A window's length is a multiple of this: oneDNN compiles a kernel for every new shape of a product in bf16."""
 
@@ -51,7 +53,7 @@ def document_spans(documents: Int[Tensor, "b l"]) -> Int[Tensor, "s 3"]:
         for start, end in pairwise(starts):
             if documents[row, start] < 0:
                 continue
-            near = bool(mine) and mine[-1][2] == start
+            near = bool(mine) and mine[-1][2] == start and end - mine[-1][1] <= _TOGETHER
             if near and 2 * (start - mine[-1][1]) * (end - start) <= _OVERHEAD:
                 mine[-1][2] = end
             else:
