@@ -15,12 +15,15 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nextflow_ar.model.document_attention import DocumentMask, attend_by_document, document_spans
+from nextflow_ar.model.document_attention import (
+    LONGEST,
+    DocumentMask,
+    attend_by_document,
+    document_spans,
+)
 
 NAME = "nextflow_ar"
 """Under which transformers' registry knows :func:`attend`."""
-LONGEST = 640
-"""Keys up to which whole matrices of scores are faster; beyond it the fused kernel catches up and needs less memory."""
 APART = {torch.float32: 257, torch.bfloat16: 512}
 """Places from which a row's documents are computed apart. Shorter rows of bf16 were not measured."""
 

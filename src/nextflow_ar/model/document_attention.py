@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LONGEST = 640
-"""Places up to which probabilities are held in full; beyond it torch's fused kernel catches up and needs less memory."""
+"""Places up to which scores held in full are faster; beyond it torch's fused kernel catches up and needs less memory."""
 _OVERHEAD = 128**2
 """Scores that take as long as starting on another document: short neighbours are computed together."""
 _TOGETHER = 256
