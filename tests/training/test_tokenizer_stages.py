@@ -166,6 +166,20 @@ def test_a_resumed_run_equals_one_that_never_stopped(adversarial: float, tmp_pat
     )
 
 
+def test_metrics_of_a_killed_run_are_neither_lost_nor_told_twice(tmp_path: Path) -> None:
+    first = trainer(tmp_path, "pixel", PIXEL, steps=3)
+    first.advance()
+    first.run.log(step=1, mse=0.5)
+    first.save()
+    first.run.log(step=2, mse=0.4)  # after the checkpoint: the resumed run says it again
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"time": 0.', '"time": 1000.') + '{"time": 1002.0, "st')
+    trainer(tmp_path, "pixel", PIXEL, steps=3).fit()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 3] and lines[0]["mse"] == 0.5
+    assert all(line["time"] >= 1000 for line in lines)  # the clock goes on, too
+
+
 def test_pictures_made_ahead_train_the_same_weights(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "plain", "pixel", PIXEL, steps=4)
     whole = (plain.fit() / "model.safetensors").read_bytes()

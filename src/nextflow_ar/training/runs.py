@@ -85,7 +85,7 @@ class RunFolder:
         """Whether there is a checkpoint to go on from."""
 
     def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; "time": seconds, without those between a stop and going on."""
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
         line = json.dumps({"time": round(time.time() - self._started, 1), **rounded})
         try:
@@ -95,15 +95,19 @@ class RunFolder:
             raise StorageError(f"{self.path}: metrics cannot be written: {error.strerror}") from None
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after ``step``, and lines that were cut: a run goes on from there."""
+        """Drop the metrics of steps after ``step``, and lines that were cut: a run goes on from there, its time too."""
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return
-        kept = []
+        kept: list[bytes] = []
+        spent = 0.0
         for line in path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                values = json.loads(line)
+                if values["step"] <= step and line.endswith(b"\n"):
                     kept.append(line)
+                    spent = max(spent, float(values["time"]))
+        self._started = time.time() - spent
         write_atomic(path, b"".join(kept))
 
     def save(self, state: dict[str, Any]) -> None:

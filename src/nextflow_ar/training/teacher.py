@@ -159,6 +159,7 @@ class TeacherTrainer:
     def fit(self) -> Path:
         """Train to the last step; returns the folder with the teacher, as transformers saves a SigLIP2."""
         recipe, save, ahead = self.recipe, Every(120), Ahead(self.pairs, self.recipe.steps)
+        self.run.rewind(self.step)
         with progress_bar("teacher", recipe.steps, self.step) as update, stop_request() as stop:
             while self.step < recipe.steps:
                 found = self.losses(ahead.get(self.step))

@@ -413,9 +413,7 @@ class TokenizerTrainer:
             found |= {f"{name}_{key}": value for key, value in scores.items()}
             zoom = 2 if batch.pictures.shape[1] <= 64 else 1
             self.run.sheet(f"sheet_{self.step:06d}_{name}", rows, zoom)
-        parameters = dict(self.model.named_parameters())
-        for name, old in backup.items():
-            parameters[name].copy_(old)
+        self.model.load_state_dict(backup, strict=False)
         usage, perplexity = self.model.quantizer.usage()
         found["usage"] = [round(float(u), 3) for u in usage]
         found["perplexity"] = [round(float(p), 1) for p in perplexity]
@@ -424,6 +422,8 @@ class TokenizerTrainer:
     def fit(self) -> Path:
         """Train to the recipe's last step; returns the folder of the finished tokenizer."""
         recipe, first = self.recipe, self.world.rank == 0
+        if first:
+            self.run.rewind(self.step)
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
         told = precision_name(self.device, recipe.precision)
         bar = progress_bar(f"tokenizer ({recipe.trains}, {told})", recipe.steps, self.step)
