@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.attention import attend, mask_of_rows
 from nextflow_ar.precision import best_dtype
 
 
@@ -129,13 +130,17 @@ def muon_rate(config: ModelConfig) -> float:
 
 
 def attention_flops(config: ModelConfig, rows: int, length: int) -> float:
-    """Products per second of masked attention, forward and backward, over whole (length, length) squares, measured."""
+    """Products per second of masked attention as training runs it, forward and backward, over whole (length, length)
+    squares, measured.
+    """
     head = config.hidden // config.heads
     q, k, v = (_normal(rows, config.heads, length, head).requires_grad_() for _ in range(3))
-    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device=q.device).tril()
+    causal = torch.ones(rows, 1, length, length, dtype=torch.bool, device=q.device).tril()
+    mask = mask_of_rows(causal, q, torch.zeros(rows, length, dtype=torch.long))
+    layer = torch.nn.Identity()
 
     def passes() -> None:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out, _ = attend(layer, q, k, v, mask, scaling=head**-0.5)
         torch.autograd.grad(out, (q, k, v), out)
 
     return 3 * 4 * rows * length**2 * config.hidden / seconds_of(passes)
