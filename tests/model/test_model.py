@@ -14,7 +14,7 @@ from nextflow_ar.model import embeddings
 from nextflow_ar.model.backbone import axis_frequencies, text_config
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.embeddings import sinusoid
-from nextflow_ar.model.loss import chunked_linear_cross_entropy
+from nextflow_ar.model.loss import Teacher, chunked_linear_cross_entropy
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
@@ -72,6 +72,29 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk: int) -> None:
     (3 * (plain * weights).sum()).backward()
     torch.testing.assert_close(losses, plain)
     torch.testing.assert_close(total, (plain * weights).sum())
+    assert torch.equal(best, logits.argmax(1))
+    torch.testing.assert_close(found[0], hidden.grad)
+    torch.testing.assert_close(found[1], weight.grad)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_teacher_s_distributions_are_aimed_at(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 9, generator=generator, requires_grad=True)
+    weight = torch.randn(31, 9, generator=generator, requires_grad=True)
+    teacher = Teacher(torch.randn(23, 5, generator=generator), torch.randn(31, 5, generator=generator), share)
+    targets = torch.randint(0, 31, (23,), generator=generator)
+    weights = torch.rand(23, generator=generator)
+    total, losses, best = chunked_linear_cross_entropy(hidden, weight, targets, weights, 7, teacher)
+    (3 * total).backward()
+    found = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    logits = hidden @ weight.T
+    aim = share * (teacher.hidden @ teacher.head.T).softmax(1) + (1 - share) * F.one_hot(targets, 31)
+    plain = (F.cross_entropy(logits, aim, reduction="none") * weights).sum()
+    (3 * plain).backward()
+    torch.testing.assert_close(total, plain)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))  # as ever
     assert torch.equal(best, logits.argmax(1))
     torch.testing.assert_close(found[0], hidden.grad)
     torch.testing.assert_close(found[1], weight.grad)

@@ -97,6 +97,34 @@ def test_resuming_in_mid_shard_equals_never_stopping(make: Make) -> None:
     )
 
 
+def test_what_is_replayed_is_said_as_the_start_said_it(make: Make) -> None:
+    plain, own = make("a").advance(), make("b", distillation={"share": 1.0}).advance()
+    assert plain["norm"] == own["norm"] > 0.1  # shards are what is to be learnt
+    every = {"share": 1.0, "shards": True}
+    replayed = make("c", distillation=every)
+    first = replayed.advance()
+    assert first["norm"] < 1e-3 * plain["norm"] and first["loss"] == plain["loss"]  # it says what it said
+    half = make("d", distillation={"share": 0.5, "shards": True}).advance()
+    assert half["norm"] == pytest.approx(plain["norm"] / 2, rel=1e-2)
+    moved = make("e", distillation=every)
+    with torch.no_grad():
+        moved.model.head.weight.add_(0.02 * torch.randn(moved.model.head.weight.shape))
+    assert moved.advance()["norm"] > 10 * first["norm"]  # and is drawn back where it has moved
+
+
+def test_a_resumed_run_has_the_teacher_that_it_began_with(make: Make) -> None:
+    taught = {"distillation": {"share": 0.7, "shards": True}}
+    whole = make("a", **taught)
+    told = [whole.advance() for _ in range(5)]
+    first = make("b", **taught)
+    for _ in range(3):
+        first.advance()
+    first.save()
+    second = make("b", **taught)
+    assert [second.advance() for _ in range(2)] == told[3:]
+    same(whole, second)
+
+
 def test_a_step_in_parts_is_the_same_step(make: Make) -> None:
     source = recipe(Path("x"), Path("y"))["sources"][0]
     whole = make("a")
@@ -293,6 +321,11 @@ def test_adapters_resume_and_hold_little(make: Make) -> None:
         ({"trains": "lora"}, "trains: lora goes with the key lora"),
         ({"trains": "alignment", "start": None}, "need a checkpoint folder to start from"),
         ({"trains": "alignment_two_steps"}, "connector_steps, above 0 and below steps"),
+        (
+            {"distillation": {}, "start": None, "model": to_dict(TINY_MODEL)},
+            "distillation is for a run with a start",
+        ),
+        ({"distillation": {"share": 1.5}}, "share is above 0 and at most 1, got 1.5"),
         ({"accumulate": 3}, "2 rows do not divide into 3 parts of 1 processes"),
         ({"model": to_dict(replace(TINY_MODEL, layers=3))}, r"not the recipe's \(differs in layers\)"),
         ({"trains": "nothing"}, "'trains': input should be 'everything', 'alignment'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,33 +24,53 @@ _PLACES = 256
 (measured: 20 ms a product), and a batch rarely has as many supervised places as the one before it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """Another model's ``hidden`` states of the same places, before its ``head``: ``share`` of what a place is to say is what
+    that model says there, the rest is the target.
+    """
+
+    hidden: Float[Tensor, "n e"]
+    head: Float[Tensor, "v e"]
+    share: float
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Forward computes the gradients too, so that each chunk's logits live once and are dropped."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        chunk: int,
+        teacher: Teacher | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight)
-            losses[part], best[part] = _softmax(
-                logits, targets[part], weights[part], need_hidden or need_weight
+            told = None if teacher is None else (_logits(teacher.hidden[part], teacher.head), teacher.share)
+            losses[part], best[part], aimed = _softmax(
+                logits, targets[part], weights[part], need_hidden or need_weight, told
             )
+            total += (aimed * weights[part]).sum()
             if grad_hidden is not None:
                 grad_hidden[part] = _product(logits, weight)
             if grad_weight is not None:
                 _add_product(grad_weight, logits, hidden[part])
-            del logits  # before the next chunk's are made
+            del logits, told  # before the next chunk's are made
         ctx.found = grad_hidden, grad_weight
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses, best)
-        return (losses * weights).sum(), losses, best
+        return total, losses, best
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -62,7 +83,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden.mul_(scale.to(grad_hidden.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _bands(entries: int) -> Iterator[slice]:
@@ -79,12 +100,16 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-def _softmax(logits: Tensor, targets: Tensor, weights: Tensor, slope: bool) -> tuple[Tensor, Tensor]:
-    """(N,) losses and (N,) best entries of (N, V) logits, in fp32.
+def _softmax(
+    logits: Tensor, targets: Tensor, weights: Tensor, slope: bool, told: tuple[Tensor, float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) losses, (N,) best entries and (N,) losses against what is aimed at of (N, V) logits, in fp32. ``told``: a
+    teacher's logits, and the share that they have in what is aimed at.
 
     With ``slope`` the logits are overwritten by the gradient of the weighted losses with respect to them.
     """
     losses, best = torch.empty_like(weights, dtype=torch.float32), torch.empty_like(targets)
+    aimed = losses if told is None else torch.empty_like(losses)
     held = _SOFTMAX_CPU if logits.device.type == "cpu" else _SOFTMAX_GPU
     rows = max(1, held // logits.shape[1])
     for start in range(0, len(logits), rows):
@@ -93,12 +118,21 @@ def _softmax(logits: Tensor, targets: Tensor, weights: Tensor, slope: bool) -> t
         index, weight = targets[part, None], weights[part, None].float()
         top, best[part] = highest(chance)
         picked = chance.gather(1, index) - top
-        total = chance.sub_(top).exp_().sum(1, keepdim=True)
+        chance.sub_(top)
+        share, other, similar = 0.0, None, 0.0
+        if told is not None:
+            share, other = told[1], told[0][part].float().softmax(1)
+            similar = torch.linalg.vecdot(other, chance)[:, None]
+        total = chance.exp_().sum(1, keepdim=True)
         losses[part] = (total.log() - picked)[:, 0]
+        if told is not None:
+            aimed[part] = (total.log() - (1 - share) * picked - share * similar)[:, 0]
         if slope:
-            chance.mul_(weight / total).scatter_add_(1, index, -weight)
+            chance.mul_(weight / total).scatter_add_(1, index, -(1 - share) * weight)
+            if other is not None:
+                chance.sub_(other.mul_(share * weight))
             logits[part] = chance
-    return losses, best
+    return losses, best, aimed
 
 
 def _product(slope: Tensor, weight: Tensor) -> Tensor:
@@ -126,12 +160,14 @@ def chunked_linear_cross_entropy(
     targets: Int[Tensor, " n"],
     weights: Float[Tensor, " n"],
     chunk: int | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Sum over places of ``weights * cross_entropy(hidden @ weight.T, targets)``.
 
     Returns (the sum, differentiable once in ``hidden`` and ``weight``; (N,) unweighted losses in nats; (N,) best entries).
     Products run in ``hidden``'s dtype, the softmax in fp32. ``chunk``: places at once (None: 4,096 on a CPU, 16,384 on
     a GPU); fewer with a large vocabulary, so that at most 2**26 logits are held (paper section 3.3, fused loss).
+    ``teacher``: the sum is of cross-entropies against its distributions, too; what else is returned is of the targets.
     """
     chunk = chunk or (4096 if hidden.device.type == "cpu" else 16384)
     chunk = min(chunk, max(64, HELD_LOGITS // len(weight)))
@@ -140,5 +176,8 @@ def chunked_linear_cross_entropy(
         more = -count % _PLACES
         hidden = pad(hidden, (0, 0, 0, more))
         targets, weights = pad(targets, (0, more)), pad(weights, (0, more))
-    total, losses, best = _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)  # pyright: ignore
+        if teacher is not None:
+            teacher = replace(teacher, hidden=pad(teacher.hidden, (0, 0, 0, more)))
+    given = hidden, weight, targets, weights, chunk, teacher
+    total, losses, best = _ChunkedLinearCrossEntropy.apply(*given)  # pyright: ignore
     return total, losses[:count], best[:count]

@@ -13,7 +13,7 @@ from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.attention import RowGroups, mask_of_rows, sparse_mask
 from nextflow_ar.model.backbone import Backbone, Cache
 from nextflow_ar.model.embeddings import ScaleInputs
-from nextflow_ar.model.loss import chunked_linear_cross_entropy
+from nextflow_ar.model.loss import Teacher, chunked_linear_cross_entropy
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, ImageGroup
 from nextflow_ar.sequence.blocks import block_mask
@@ -205,8 +205,10 @@ class NextFlowModel(nn.Module):
         """Scores over text entries, then codes."""
         return self.head(hidden)
 
-    def losses(self, batch: Batch) -> LossReport:
-        """Weighted cross-entropy of every place that predicts something."""
+    def losses(self, batch: Batch, teacher: NextFlowModel | None = None, share: float = 1.0) -> LossReport:
+        """Weighted cross-entropy of every place that predicts something. ``teacher``: a frozen model of the same vocabulary;
+        ``share`` of what is aimed at is what it says, in ``total`` alone.
+        """
         hidden = self.hidden(batch)
         places = (batch.targets != IGNORED).flatten().nonzero()[:, 0]
         targets = batch.targets.flatten()[places]
@@ -214,9 +216,14 @@ class NextFlowModel(nn.Module):
         picked = hidden.flatten(0, 1)[places]
         kind = picked.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else picked.dtype
+        told = None
+        if teacher is not None:
+            with torch.no_grad():
+                known = teacher.hidden(batch).flatten(0, 1)[places]
+            told = Teacher(known.to(compute), teacher.head.weight, share)
         with torch.autocast(kind, enabled=False):
             total, losses, best = chunked_linear_cross_entropy(
-                picked.to(compute), self.head.weight, targets, weights
+                picked.to(compute), self.head.weight, targets, weights, teacher=told
             )
         scales = torch.where(targets < self.config.text_vocab, TEXT_SCALE, batch.scales.flatten()[places])
         return LossReport(total, losses, scales, best == targets, weights.sum())

@@ -21,7 +21,7 @@ CORPUS = 4000
 @dataclass(frozen=True, eq=False)
 class Part:
     """A batch that is computed at once. ``tasks``: of the documents of every row; ``weight``: sum of the loss weights;
-    ``seen``: tokens; ``flops``: of training on it.
+    ``seen``: tokens; ``flops``: of training on it; ``replays``: what a distilled model knows already.
     """
 
     batch: Batch
@@ -29,6 +29,7 @@ class Part:
     weight: float
     seen: int
     flops: int
+    replays: bool = True
 
 
 def as_parts(found: list[tuple[Draft, Batch]]) -> list[Part]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from nextflow_ar.config import ConfigError, ModelConfig, to_dict
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardLoader
-from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.model.checkpoint import (
     Bundle,
     load_architecture,
@@ -54,6 +53,7 @@ from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
+from nextflow_ar.training.taught import Taught
 from nextflow_ar.training.trainable import NO_WEIGHT, Trainable, begin_with, choose
 from nextflow_ar.types import Document
 
@@ -108,6 +108,7 @@ class ModelTrainer:
         self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
         self.model, self.trainable = self._start()
         self.model.scale_inputs.ask(self.image_tokenizer.quantizer)
+        self.taught = Taught(recipe, self.model)
         self.word_classes = word_classes(self.vocab)
         c, weights = self.config, (recipe.alpha, recipe.text_weight)
         self.layout = LayoutOptions(c.rope_range, *weights, c.context_images, c.copies)
@@ -147,11 +148,6 @@ class ModelTrainer:
     def spread(self) -> bool:
         """Whether no process holds the whole model."""
         return self.shards is not None and self.shards.spread
-
-    @property
-    def mixtures(self) -> list[SceneMixture]:
-        """The playground sources' scenes."""
-        return [scenes.mixture for scenes in self.scenes.values()]
 
     def _architecture(self) -> tuple[ModelConfig, PreTrainedTokenizerFast]:
         """The model's configuration and the text tokenizer that goes with it."""
@@ -283,7 +279,8 @@ class ModelTrainer:
             widths = [source.packing.width(max(map(len, some))) for some in samples]
             batches = [collate(some, width) for some, width in zip(samples, widths, strict=True)]
             tasks = [tuple(row.tasks for row in some) for some in split]
-            return tuple(self._part(b, t) for b, t in zip(batches, tasks, strict=True))
+            made = (self._part(b, t) for b, t in zip(batches, tasks, strict=True))
+            return tuple(replace(part, replays=self.taught.shards) for part in made)
         if isinstance(source, EpisodeSource):
             return tuple(as_parts(self.episodes.batches(number, self.step)))
         batch = self.scenes[number].batch(
@@ -316,6 +313,7 @@ class ModelTrainer:
         """
         if not self.compiled:  # what comes before the first step has shapes of its own
             self.model.compile_backbone(flex=self.recipe.flex)
+            self.taught.compile(flex=self.recipe.flex)
             self.compiled = True
         begun, size = time.perf_counter(), self.world.size
         parts = self._parts()
@@ -333,7 +331,7 @@ class ModelTrainer:
                 self.shards.before_part(self.model, number == len(parts))
             batch = part.batch.to(self.device)
             with self._precision():
-                report = self.model.losses(batch)
+                report = self.model.losses(batch, *self.taught.of(part))
             self._stop_if_broken()  # before more is queued: the device has just been waited for
             total = report.total / weight
             finite = finite & torch.isfinite(total.detach())

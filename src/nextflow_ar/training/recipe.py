@@ -99,6 +99,21 @@ class LoraConfig:
             raise ValueError("lora needs a rank of at least 1 and at least one target")
 
 
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What is replayed is to be said as ``start`` says it: ``share`` of a token's target is that model's distribution, the
+    rest the token itself. ``shards``: of documents in shards, too; without, those are what is to be learnt.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    share: float = 1.0
+    shards: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"distillation.share is above 0 and at most 1, got {self.share}")
+
+
 Trains = Literal["everything", "alignment", "alignment_two_steps", "lora"]
 """See :class:`ModelRecipe`."""
 
@@ -132,6 +147,8 @@ class ModelRecipe:
     ``codes``: "anew" where ``start`` was trained with another image tokenizer's codes: their embeddings begin as this
     tokenizer's codebook, their rows of the head at zero; "carried": they begin as what ``start``'s own codes meant, by
     playground pictures that both encode. Without it, other codes than ``start``'s are refused.
+
+    ``distillation``: a frozen ``start`` teaches what is replayed (learning without forgetting). Costs its forward pass.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -155,6 +172,7 @@ class ModelRecipe:
     trains: Trains = "everything"
     connector_steps: int = 0
     lora: LoraConfig | None = None
+    distillation: DistillationConfig | None = None
     accumulate: int = 1
     checkpointing: bool = False
     peak: float | Literal["measured"] | None = None
@@ -194,6 +212,12 @@ class ModelRecipe:
         ):
             raise ConfigError(
                 f"codes: {self.codes} is for a run with a start, without lora and without sharding"
+            )
+        if self.distillation is not None and (
+            self.start is None or self.codes != "kept" or self.sharding is not None
+        ):
+            raise ConfigError(
+                "distillation is for a run with a start whose codes are kept, and without sharding"
             )
         if self.sharding is not None and self.trains == "lora":
             raise ConfigError("adapters are not trained in shards: leave out the key sharding")
