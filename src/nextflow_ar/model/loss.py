@@ -26,8 +26,8 @@ _PLACES = 256
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """Another model's ``hidden`` states of the same places, before its ``head``: ``share`` of what a place is to say is what
-    that model says there, the rest is the target.
+    """Another model's ``hidden`` states of the same places, before its ``head``: ``share`` of what a place is to say is
+    what that model says there, the rest is the target.
     """
 
     hidden: Float[Tensor, "n e"]

@@ -206,8 +206,8 @@ class NextFlowModel(nn.Module):
         return self.head(hidden)
 
     def losses(self, batch: Batch, teacher: NextFlowModel | None = None, share: float = 1.0) -> LossReport:
-        """Weighted cross-entropy of every place that predicts something. ``teacher``: a frozen model of the same vocabulary;
-        ``share`` of what is aimed at is what it says, in ``total`` alone.
+        """Weighted cross-entropy of every place that predicts something. ``teacher``: a frozen model of the same
+        vocabulary; ``share`` of what is aimed at is what it says, in ``total`` alone.
         """
         hidden = self.hidden(batch)
         places = (batch.targets != IGNORED).flatten().nonzero()[:, 0]

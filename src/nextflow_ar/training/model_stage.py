@@ -331,7 +331,7 @@ class ModelTrainer:
                 self.shards.before_part(self.model, number == len(parts))
             batch = part.batch.to(self.device)
             with self._precision():
-                report = self.model.losses(batch, *self.taught.of(part))
+                report = self.taught.losses(self.model, batch, replays=part.replays)
             self._stop_if_broken()  # before more is queued: the device has just been waited for
             total = report.total / weight
             finite = finite & torch.isfinite(total.detach())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 
-from nextflow_ar.model.nextflow import NextFlowModel
-from nextflow_ar.training.material import Part
+from nextflow_ar.model.nextflow import LossReport, NextFlowModel
+from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.training.recipe import ModelRecipe
 
 
@@ -28,8 +28,8 @@ class Taught:
         if self._teacher is not None:
             self._teacher.compile_backbone(flex=flex)
 
-    def of(self, part: Part) -> tuple[NextFlowModel, float] | tuple[()]:
-        """What :meth:`NextFlowModel.losses` takes behind this part's batch."""
-        if self._config is None or self._teacher is None or not part.replays:
-            return ()
-        return self._teacher, self._config.share
+    def losses(self, model: NextFlowModel, batch: Batch, *, replays: bool) -> LossReport:
+        """The losses of ``model``, the copy's pupil where the batch ``replays`` what that knows."""
+        if self._config is None or self._teacher is None or not replays:
+            return model.losses(batch)
+        return model.losses(batch, self._teacher, self._config.share)
