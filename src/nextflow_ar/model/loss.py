@@ -170,7 +170,8 @@ def chunked_linear_cross_entropy(
     ``teacher``: the sum is of cross-entropies against its distributions, too; what else is returned is of the targets.
     """
     chunk = chunk or (4096 if hidden.device.type == "cpu" else 16384)
-    chunk = min(chunk, max(64, HELD_LOGITS // len(weight)))
+    models = 1 if teacher is None else 2
+    chunk = min(chunk, max(64, HELD_LOGITS // (models * len(weight))))
     count = len(hidden)
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
         more = -count % _PLACES
