@@ -130,12 +130,7 @@ class ModelTrainer:
         )  # fmt: skip
         self.parameters = trained(self.model)
         self.averages = start_averages(self.parameters)
-        rates, rows = recipe.optimizer, self.trainable.rows
-        self.optimizer: StageOptimizer | ShardedOptimizer = (
-            StageOptimizer(self.parameters.items(), rates, rows)
-            if self.shards is None
-            else self.shards.optimizer(self.parameters, rates, rows)
-        )
+        self.optimizer = self._optimizer()
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
         self.looks_late = cuda and self.world.size == 1  # waits for no step before the next one is under way
@@ -202,6 +197,12 @@ class ModelTrainer:
         if recipe.checkpointing or (recipe.sharding is not None and recipe.sharding.recompute):
             model.checkpoint_activations()
         return model, trainable
+
+    def _optimizer(self) -> StageOptimizer | ShardedOptimizer:
+        rates, rows = self.recipe.optimizer, self.trainable.rows
+        if self.shards is None:
+            return StageOptimizer(self.parameters.items(), rates, rows)
+        return self.shards.optimizer(self.parameters, rates, rows)
 
     def _text_tokenizer(self) -> PreTrainedTokenizerFast:
         """The run's own text tokenizer, trained on what the sources say; the first process makes it."""
