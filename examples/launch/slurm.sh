@@ -12,7 +12,7 @@
 
 # One torchrun a node over as many nodes as sbatch gives:
 #
-#   sbatch --nodes=2 examples/launch/slurm.sh recipes/full_model.yaml --set out=/shared/runs/mine
+#   sbatch --nodes=2 examples/launch/slurm.sh recipes/7b_pretrain_256.yaml --set out=/shared/runs/mine
 #
 # Ten minutes before the time is up, or after `scancel --batch --signal=USR1 JOB`, the training finishes its step, saves
 # and stops, and the job queues itself again: it goes on where it stopped, with as many nodes as it then has. The run's

@@ -384,7 +384,7 @@ def test_the_self_test_passes_and_finds_each_mismatch(
     assert len(caplog.records) == 2
     spoken = Document((Mark(TURN_START), Text("user\nhello"), Mark(TURN_END)))
     bare = Document((Text("hello"),))
-    assert check_data([spoken, spoken], dialogue=True) == check_data([spoken, bare])
+    assert check_data([spoken, spoken], dialogue=True) == check_data([bare, bare])
     (*_, told) = check_data([spoken, bare], dialogue=True)
     assert told.startswith("1 of the first 2 documents have no chat marks")
 
@@ -448,3 +448,32 @@ def test_metrics_say_how_fast_it_goes(make: Make) -> None:
     }  # fmt: skip
     assert speed.read()["tokens_per_s"] == 0
     assert measured_peak(torch.device("cpu"), 0.01) > 1e-4
+
+
+def test_shards_in_dialogue_make_a_model_of_dialogue(
+    place: Path, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model is asked as it was taught: with chat marks where all sources have them; the self-test tells of others."""
+    values = recipe(place, Path("unused"))["sources"][0]
+    marked = [folder | {"dialogue": True} for folder in values["folders"]]
+    training = make("said", sources=[values | {"folders": marked}], start=None, model=to_dict(TINY_MODEL))
+    assert training.generation["dialogue"] is True
+    half = [marked[0], values["folders"][1]]
+    mixed_run = make("half", sources=[values | {"folders": half}], start=None, model=to_dict(TINY_MODEL))
+    assert "dialogue" not in mixed_run.generation
+    told = check_data(mixed_run.documents_ahead())
+    assert any("have chat marks, which this model is not asked with" in line for line in told)
+    assert not any("chat marks" in line for line in check_data(make("plain").documents_ahead()))
+
+
+def test_without_an_average_the_weights_are_kept_once(make: Make) -> None:
+    """ema: 0 keeps no second copy; what is saved, resumed and exported are the weights themselves."""
+    training = make("run", ema=0.0, steps=2)
+    assert training.averages == {}
+    final = training.fit()
+    again = make("run", ema=0.0, steps=2)
+    same(again, training)
+    for name, parameter in load_bundle(final).model.named_parameters():
+        expected = training.parameters[name].detach().bfloat16().float()
+        assert torch.equal(parameter, expected), name
+    assert set(make("averaged", ema=0.9).averages) == set(training.parameters)

@@ -14,20 +14,17 @@ from nextflow_ar.model.costs import Counts, count
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.training.hardware import GPUS, Gpu
 from nextflow_ar.training.plan import (
-    DocumentPlan,
-    Stage,
     communication,
-    documents_of,
     executed_flops,
     make_plan,
     memory,
     moments,
     muon_flops,
-    read_stage,
     times,
-    trained,
     useful_flops,
 )
+from nextflow_ar.training.plan_config import DocumentPlan
+from nextflow_ar.training.plan_stage import Stage, documents_of, read_stage, trained
 from nextflow_ar.training.recipe import ModelRecipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -40,7 +37,9 @@ TINY = {
               "intermediate": 8, "max_positions": 64, "rms_eps": 1e-6, "rope": "qwen", "rope_theta": 100.0,
               "rope_sections": [1, 0, 0], "rope_range": 4.0, "max_scales": 2, "scale_input": "residual",
               "closing_input": "residual", "context_images": "scales", "positions": "rope"},
-    "plan": {"scales": 2, "row": 8, "micro_steps": 2, "checkpointing": False,
+    "sharding": {"replicas": 1, "params": "bfloat16", "reduce": "float32", "reshard": True, "recompute": False,
+                 "compile": True, "reduce_each": True},
+    "plan": {"scales": 2, "row": 8, "micro_steps": 2,
              "documents": {"text_to_image": {"samples": 100, "text": 3}}},
 }  # fmt: skip
 
@@ -57,7 +56,7 @@ def test_flops_by_hand() -> None:
     layers, head = 3 * 2 * (8 * 144 + 42 * 8), 2 * 6 * 4 * 10
     assert useful_flops(stage, stage.row_counts) == 3 * (layers + head)
     assert executed_flops(stage, stage.row_counts) == 3 * (layers + head)
-    again = tiny("plan.checkpointing=true")
+    again = tiny("sharding.recompute=true")
     assert executed_flops(again, again.row_counts) == 4 * layers + 3 * head
     frozen = tiny("trains=alignment")
     assert useful_flops(frozen, frozen.row_counts) == 2 * layers + 3 * head
@@ -74,7 +73,8 @@ def test_memory_by_hand() -> None:
     assert moments(tiny("optimizer.muon_lr=1.0")) == 2 * total - (3 * layer + 4)
     found = memory(stage, 4)
     assert found.weights == found.average == total
-    assert found.gradients == total + 2 * layer and found.optimizer == 2 * total
+    # gradients of one layer and of all that is no layer, whole: 2 bytes, and 4 on their way to the sum
+    assert found.gradients == total + (2 + 4) * (layer + outside) and found.optimizer == 2 * total
     assert found.gathered == 2 * (2 * layer + outside)
     # a place and layer keeps 12 * 4 + 2 * (2 * 4 + 4) + 8 * 8 = 136 bytes; 10 bytes of 4 at the edges
     assert found.activations == 8 * (3 * 136 + 40)
@@ -113,6 +113,67 @@ def test_times_by_hand() -> None:
     )
 
 
+def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
+    """Without shards, with gradients of parts summed once, in groups of shards, of adapters, without averages."""
+    layer, outside = 160, 132
+    total = 3 * layer + 4 + outside
+    alone = tiny("sharding=null")
+    whole = memory(alone, 4)
+    assert (whole.weights, whole.optimizer, whole.average) == (4 * total, 8 * total, 4 * total)
+    assert whole.gradients == 2 * 4 * total and whole.gathered == 0
+    assert communication(alone, MACHINE, 2) == pytest.approx(2 * 4 * total * 0.5 / 1e9)
+    once = tiny(
+        "sharding.reduce_each=false"
+    )  # two micro steps: until the last each process has all of its own
+    assert memory(once, 4).gradients == memory(tiny(), 4).gradients + 4 * total
+    assert communication(once, MACHINE, 4) == pytest.approx((2 * 4 + 4) * total * 0.75 / 2e8)
+    kept = tiny("sharding.reshard=false")
+    assert memory(kept, 4).gathered == 2 * (3 * layer + 4 + outside)
+    lines = tiny("sharding.replicas=2")  # of two GPUs each, inside a node; their sums cross the nodes
+    assert memory(lines, 4).weights == 4 * total / 2
+    inside, across = (2 * 4 + 2 * 4) * total * 0.5 / 1e9, 2 * (2 * 4 * total / 2) * 0.5 / 2e8
+    assert communication(lines, MACHINE, 4) == pytest.approx(inside + across)
+    with pytest.raises(ConfigError, match="3 GPUs cannot be divided into 2 groups"):
+        memory(lines, 3)
+    assert memory(tiny("ema=0"), 4).average == 0
+    few = tiny(
+        "sharding=null", "trains=lora", "lora={rank: 2, alpha: 4, targets: [q_proj, v_proj, down_proj]}"
+    )
+    assert trained(few) == 3 * 2 * (8 + 6 + 12) == few.adapters and moments(few) == 2 * few.adapters
+    assert memory(few, 1).gradients == 4 * few.adapters and memory(few, 1).average == 4 * few.adapters
+    assert memory(few, 1).weights == 4 * (total + few.adapters)
+    assert useful_flops(few, few.row_counts) < useful_flops(tiny(), few.row_counts)
+    with pytest.raises(ConfigError, match="'lm_head' is no layer that takes adapters; accepted: q_proj"):
+        tiny("trains=lora", "lora={targets: [lm_head]}")
+
+
+def test_a_recipe_without_a_plan_is_its_rows() -> None:
+    """Rows of all GPUs together; every source is a micro step, and memory that of the largest."""
+    sources = [
+        {"rows": 8, "length": 10},
+        {"kind": "shards", "rows": 4, "packing": {"mode": "length", "budget": 30, "open_rows": 4}},
+    ]
+    values = {k: v for k, v in TINY.items() if k != "plan"} | {
+        "sources": sources,
+        "steps": 5,
+        "accumulate": 2,
+    }
+    stage = read_stage(values, "rows")
+    assert stage.counts.tokens == 5 * 200 and stage.micro_steps == 4 and stage.shared == 2
+    two = stage.on(2)
+    assert two.row_counts.tokens * two.micro_steps * 2 == 200
+    assert two.largest == Counts(30, 900, 30)  # four rows in two parts on two GPUs
+    assert memory(two, 2).activations == 30 * (3 * 136 + 40)
+    plan = make_plan(stage, MACHINE, 2, 0.5)
+    assert plan.steps == 5 and plan.tokens == 1000
+    assert plan.times.products * 2 == pytest.approx(make_plan(stage, MACHINE, 1, 0.5).times.products)
+    with pytest.raises(ConfigError, match="rows cannot be divided among 4 GPUs"):
+        make_plan(stage, MACHINE, 4, 0.5)
+    sources[1]["packing"] = {"mode": "compute", "budget": 3}
+    with pytest.raises(ConfigError, match="needs a group 'plan', or sources with rows and length"):
+        read_stage(values, "rows")
+
+
 def test_what_helps_where_it_does_not_fit() -> None:
     stage = tiny()
     small = replace(MACHINE, memory=5000.0)
@@ -121,11 +182,16 @@ def test_what_helps_where_it_does_not_fit() -> None:
     assert found.steps == pytest.approx(800 / (8 * 2 * 4))
     helps = {knob.name: knob for knob in found.knobs}
     now = memory(stage, 4).total
-    assert helps["activation checkpointing"].memory == memory(tiny("plan.checkpointing=true"), 4).total
+    again = helps["sharding.recompute: true (activations again)"]
+    assert again.memory == memory(tiny("sharding.recompute=true"), 4).total
     assert helps["8 GPUs"].memory == memory(stage, 8).total
-    assert helps["bf16 optimiser state"].memory == pytest.approx(now - 2 * moments(stage) / 4 / 0.94)
-    assert helps["half the row, twice the micro steps"].slower >= 1
+    assert helps["ema: 0 (no moving average)"].memory == memory(tiny("ema=0"), 4).total
+    assert helps["half the rows, accumulate twice"].slower >= 1
     assert all(knob.memory < now for knob in found.knobs)
+    alone = make_plan(tiny("sharding=null"), small, 4, 0.5)
+    assert "sharding (docs/parallel.md)" in {knob.name for knob in alone.knobs}
+    once = make_plan(tiny("sharding.reduce_each=false"), small, 4, 0.5)
+    assert "sharding.reduce_each: true" in {knob.name for knob in once.knobs}
     with pytest.raises(ConfigError, match="--efficiency above 0"):
         make_plan(stage, MACHINE, 1, 0.0)
 
@@ -154,7 +220,9 @@ def test_the_7b_recipes_are_the_paper_s_table(
     assert [folder["weight"] for folder in source["folders"]] == list(samples.values())
     assert stage.alignment == (name == "alignment") and values["correction"]["share"] == 0.6
     assert values["alpha"] == (0.9 if scales > 12 else 0.0)
-    inverted = name in ("pretrain_512", "pretrain_1024", "ct")
+    inverted = name in ("pretrain_512", "pretrain_1024", "ct", "sft")
+    from_dict(ModelRecipe, values).check(1024)  # what its comment asks for can be started
+    assert stage.sharding is not None and stage.checkpointing and not stage.averaged
     drawn = next(f for f in source["folders"] if f["folder"].endswith("text_to_image"))
     assert drawn.get("invert", 0.0) == values["plan"]["documents"]["text_to_image"].get("inverted", 0.0)
     assert drawn.get("invert", 0.0) == (0.1 if inverted else 0.0)
@@ -172,7 +240,7 @@ def test_the_7b_recipes_are_the_paper_s_table(
 
 
 def _tflops(stage: Stage, counts: Counts) -> float:
-    return useful_flops(replace(stage, alignment=False), counts) / 1e12
+    return useful_flops(replace(stage, trains="everything"), counts) / 1e12
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,9 +248,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", recipe, "--gpus", "1024", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"] == 7_700_900_864 and told["fits"] and 2 < told["days"] < 4
-    assert run(["plan", recipe, "--gpus", "8", "--set", "plan.checkpointing=false"]) == 0
+    assert run(["plan", recipe, "--gpus", "8", "--set", "sharding.recompute=false"]) == 0
     out = capsys.readouterr().out
-    assert "does not fit" in out and "activation checkpointing" in out
+    assert "does not fit" in out and "sharding.recompute: true" in out
+    assert run(["plan", recipe, "--gpus", "8", "--set", "sharding=null"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "sharding (docs/parallel.md)" in out
     nano = load_yaml(RECIPES / "nano_finish.yaml")
     assert run(["plan", str(RECIPES / "nano_finish.yaml"), "--json"]) == 0
     places = sum(source["rows"] * source["length"] for source in nano["sources"])
@@ -191,8 +262,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         ([recipe, "--gpu", "tpu"], "--gpu is one of a100, h100"),
         ([recipe, "--gpu", "this", "--gpus", "2"], "leave --gpus at 1"),
         ([str(RECIPES / "nano_pixel.yaml")], "plan is for recipes of kind model, got 'tokenizer'"),
-        ([recipe, "--set", "plan.documents.songs.samples=1"], "missing key 'documents.songs.text'"),
-        ([recipe, "--set", "sources=[]", "--set", "plan.rows=1"], "unknown key 'rows'"),
+        ([recipe, "--set", "plan.documents.songs.samples=1"], "missing key 'plan.documents.songs.text'"),
+        ([recipe, "--set", "sources=[]", "--set", "plan.rows=1"], "unknown key 'plan.rows'"),
+        ([recipe, "--set", "checkpointnig=true"], "unknown key 'checkpointnig'"),
     ):
         assert run(["plan", *arguments]) == 2, arguments
         assert line in capsys.readouterr().err, arguments

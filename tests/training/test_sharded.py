@@ -13,7 +13,8 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -433,6 +434,19 @@ def test_a_save_in_the_background_keeps_the_facts_of_its_step(
     checkpoints.wait()
     assert checkpoints.load(tensors) == {"open": [[1, 2], [3]]}
     assert tensors["x"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_compiled_shards_on_gpus_attend_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense mask of a row of 49,152 places would be 2.4 GB; uncompiled, FlexAttention would be no better."""
+    monkeypatch.setattr(sharded, "fully_shard", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sharded, "register_fsdp_forward_method", lambda *args: None)
+    for device, compiled, flex, expected in (
+        ("cuda", True, True, True), ("cuda", True, False, False), ("cuda", False, True, False), ("cpu", True, True, False),
+    ):  # fmt: skip
+        model = NextFlowModel(TINY_MODEL)
+        config = ShardingConfig(1, "float32", "float32", True, False, compiled, False)
+        sharded.shard(model, cast(Any, SimpleNamespace(device_type=device)), config, flex=flex)
+        assert model.sparse is expected, (device, compiled, flex)
 
 
 def test_what_cannot_be_is_one_clear_line(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def test_what_does_not_go_together_is_one_line(place: Path, one: dict[str, Any])
         ModelTrainer(whole, to_dict(whole))
     for changes, told in (
         ({"trains": "lora", "lora": {}, "start": "x"}, "adapters are not trained in shards"),
+        ({"together": True}, "together is for runs that are not sharded"),
         ({"checkpointing": True}, r"set sharding\.compile and sharding\.recompute"),
     ):
         with pytest.raises(ConfigError, match=told):

@@ -31,16 +31,20 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Tokens, FLOPs, memory per GPU and days of a training stage before it runs, and what helps where it does not fit."""
-    from nextflow_ar.config import ConfigError, load_yaml, override
+    from nextflow_ar.config import ConfigError, from_dict, load_yaml, override
     from nextflow_ar.training.hardware import GPUS
     from nextflow_ar.training.plan import make_plan, measured_plan, read_stage
+    from nextflow_ar.training.recipe import ModelRecipe
 
     here = measure or gpu in ("this", "cpu")
     if not here and gpu not in GPUS:
         raise ConfigError(f"--gpu is one of {', '.join(GPUS)}, this, cpu, got {gpu!r}")
     if here and gpus != 1:
         raise ConfigError("--gpu this plans for the one machine that it measures: leave --gpus at 1")
-    stage = read_stage(override(load_yaml(recipe), changes or []), str(recipe))
+    values = override(load_yaml(recipe), changes or [])
+    if values.get("kind") == "model":  # read_stage looks at single keys: a misspelt one would change nothing
+        from_dict(ModelRecipe, values, str(recipe))
+    stage = read_stage(values, str(recipe))
     found = measured_plan(stage) if here else make_plan(stage, GPUS[gpu], gpus, efficiency)
     typer.echo(json.dumps(as_dict(found)) if as_json else table(found))
 

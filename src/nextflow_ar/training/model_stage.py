@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextflow_ar.config import ConfigError, ModelConfig, to_dict
+from nextflow_ar.config import ModelConfig
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.model.checkpoint import (
@@ -46,7 +46,7 @@ from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
-from nextflow_ar.training.recipe import ModelRecipe, ShardSource, Source, with_defaults
+from nextflow_ar.training.recipe import ModelRecipe, ShardSource, Source, in_dialogue, with_defaults
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
 from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, check_manner, self_test
@@ -54,7 +54,7 @@ from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
 from nextflow_ar.training.taught import Taught
-from nextflow_ar.training.trainable import NO_WEIGHT, Trainable, begin_with, choose
+from nextflow_ar.training.trainable import Trainable, agreed, begin_with, choose
 from nextflow_ar.types import Document
 
 Preview = Callable[[Bundle, int], list[np.ndarray]]
@@ -101,7 +101,7 @@ class ModelTrainer:
         }
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.base, self.generation = recipe.base, dict(GENERATION_DEFAULTS)
-        if all(isinstance(source, EpisodeSource) and source.dialogue for source in recipe.sources):
+        if all(in_dialogue(source) for source in recipe.sources):
             self.generation["dialogue"] = True
         self.config, self.text_tokenizer = self._architecture()
         self.generation |= recipe.generation
@@ -118,7 +118,8 @@ class ModelTrainer:
             if isinstance(source, ShardSource)
         }
         together = recipe.together if recipe.together is not None else cuda
-        self.together = together and recipe.accumulate == 1
+        # Shards are gathered in every pass: all processes need as many, and what has one width differs between them.
+        self.together = together and recipe.accumulate == 1 and not self.spread
         drafting = Drafting(
             {i: source for i, source in enumerate(recipe.sources) if isinstance(source, EpisodeSource)},
             self.image_tokenizer.config, self.vocab, self.layout, self.config,
@@ -129,7 +130,8 @@ class ModelTrainer:
             prefetch=recipe.prefetch and not self.together, workers=recipe.workers, steps=self.pace.steps,
         )  # fmt: skip
         self.parameters = trained(self.model)
-        self.averages = start_averages(self.parameters)
+        averaged = recipe.ema > 0 or recipe.lora is not None  # else they would be the weights once more
+        self.averages = start_averages(self.parameters) if averaged else {}
         self.optimizer = self._optimizer()
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
@@ -152,15 +154,7 @@ class ModelTrainer:
             return recipe.model, self._text_tokenizer()
         stored, tokenizer = load_architecture(self.base)
         self.generation |= load_generation(self.base)
-        if recipe.model is not None and stored != recipe.model:
-            ours, theirs = to_dict(recipe.model), to_dict(stored)
-            differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
-            # What is fed to the closing block is no weight: a stage may change it.
-            if any(ours[k] != theirs[k] for k in ours if k not in NO_WEIGHT):
-                raise ConfigError(
-                    f"{recipe.start}: its architecture is not the recipe's (differs in {differ})"
-                )
-        return recipe.model or stored, tokenizer
+        return agreed(recipe, stored), tokenizer
 
     def _start(self) -> tuple[NextFlowModel, Trainable]:
         """The untrained or started model, in shards or on its device, and what of it trains."""
@@ -175,6 +169,7 @@ class ModelTrainer:
                 self.base,
                 self.generator,
                 codebook if fits else None,
+                flex=recipe.flex,
             )
             check_agreement(model, self.image_tokenizer, self.vocab, learnt)
             return model, chosen[0]

@@ -17,7 +17,7 @@ from nextflow_ar.model.checkpoint import checkpoint_folder
 from nextflow_ar.precision import Precision
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.optim import OptimizerConfig
-from nextflow_ar.training.plan import PlanConfig
+from nextflow_ar.training.plan_config import PlanConfig
 from nextflow_ar.training.sharded import ShardingConfig
 
 
@@ -60,6 +60,13 @@ AnySource = Annotated[
 """A playground task, or, with ``kind: shards``, a mixture of extractions, or, with ``kind: episodes``, of the wide world's
 tasks.
 """
+
+
+def in_dialogue(source: Source | ShardSource | EpisodeSource) -> bool:
+    """Whether all of a source's documents have chat marks around their turns."""
+    if isinstance(source, ShardSource):
+        return all(folder.dialogue for folder in source.folders)
+    return isinstance(source, EpisodeSource) and source.dialogue
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,8 @@ class ModelRecipe:
             raise ConfigError(
                 "compile and checkpointing are for runs that are not sharded: set sharding.compile and sharding.recompute"
             )
+        if self.sharding is not None and self.together:
+            raise ConfigError("together is for runs that are not sharded: leave it out")
         if not self.sources:
             raise ConfigError("a recipe needs at least one source")
         if self.workers < 0:

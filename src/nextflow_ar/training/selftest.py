@@ -167,7 +167,7 @@ def _stepwise(
 
 def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:
     """Warnings, one line each (logged too), where nothing among ``documents`` teaches drawing, or reading, and where some
-    have no chat marks although the model is one of ``dialogue``.
+    have no chat marks although the model is one of ``dialogue``, or have them although it is not.
     """
     seen = list(documents)
     told = []
@@ -179,6 +179,11 @@ def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list
     if dialogue and plain:
         told.append(
             f"{plain} of the first {len(seen)} documents have no chat marks, which this model is asked with: dialogue: true"
+        )
+    if not dialogue and plain < len(seen):
+        told.append(
+            f"{len(seen) - plain} of the first {len(seen)} documents have chat marks, which this model is not asked with: "
+            "set generation: {dialogue: true}"
         )
     for line in told:
         _LOG.warning("self-test: %s", line)

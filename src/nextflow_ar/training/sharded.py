@@ -67,12 +67,14 @@ def device_mesh(world: World, config: ShardingConfig) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicas", "shards"))
 
 
-def shard(model: NextFlowModel, mesh: DeviceMesh, config: ShardingConfig) -> None:
+def shard(model: NextFlowModel, mesh: DeviceMesh, config: ShardingConfig, *, flex: bool = True) -> None:
     """Spread a model over the processes of ``mesh``, in place: its parameters become shards (DTensors).
 
     Every process must hold the same weights, or all of them none (the meta device). Freeze what does not train before
-    this, and make the optimiser after it.
+    this, and make the optimiser after it. ``flex``: compiled layers on GPUs attend by FlexAttention.
     """
+    # Uncompiled FlexAttention would be slower than all scores of a row, and hold as many.
+    model.sparse = flex and config.compile and mesh.device_type == "cuda"
     params = _DTYPES[config.params]
     precision = MixedPrecisionPolicy(param_dtype=params, reduce_dtype=_DTYPES[config.reduce])
     for layer in model.backbone.layers:
@@ -119,16 +121,19 @@ def build(
     mesh: DeviceMesh,
     sharding: ShardingConfig,
     freeze: Callable[[NextFlowModel], None] | None,
+    *,
+    flex: bool = True,
 ) -> NextFlowModel:
     """A sharded model of which no process ever held more than its part; its weights are not set yet.
 
     Follow with :func:`load_weights` or :func:`initialise`. ``freeze``: switches off what does not train.
+    ``flex``: see :func:`shard`.
     """
     with torch.device("meta"):
         model = NextFlowModel(config)
     if freeze is not None:
         freeze(model)
-    shard(model, mesh, sharding)
+    shard(model, mesh, sharding, flex=flex)
     model.to_empty(device=mesh.device_type)
     # Buffers depend on neither depth nor tables, and a model of one layer without tables is small.
     small = NextFlowModel(replace(config, layers=1, intermediate=8, text_vocab=8, codes=8))
@@ -242,6 +247,8 @@ def start_averages(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 @torch.no_grad()
 def move_averages(averages: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float) -> None:
     """Move every average towards its parameter by 1 - ``decay``; no process needs another for it."""
+    if not averages:
+        return
     ours = [local(average) for average in averages.values()]
     torch._foreach_lerp_(ours, [local(parameters[name]).detach() for name in averages], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 

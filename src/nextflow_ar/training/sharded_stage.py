@@ -42,13 +42,16 @@ class Shards:
         start: Path | None,
         generator: torch.Generator,
         codebook: Tensor | None,
+        *,
+        flex: bool = True,
     ) -> NextFlowModel:
         """The model in shards, from the checkpoint folder ``start`` or from nothing; it is whole nowhere.
 
         ``freeze``: switches off what does not train. ``codebook``: what the code embeddings of a new model start as.
+        ``flex``: compiled layers on GPUs attend by FlexAttention.
         """
         mesh = sharded.device_mesh(self.world, self.config)
-        model = sharded.build(config, mesh, self.config, freeze)
+        model = sharded.build(config, mesh, self.config, freeze, flex=flex)
         if start is not None:
             sharded.load_weights(model, start)
         else:

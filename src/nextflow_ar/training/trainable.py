@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextflow_ar.config import ConfigError
+from nextflow_ar.config import ConfigError, ModelConfig, to_dict
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.training.recipe import ModelRecipe
@@ -36,6 +36,20 @@ class Trainable:
             return set()
         first = step < self.connector_steps
         return {name for name in names if (name in self.connector) != first}
+
+
+def agreed(recipe: ModelRecipe, stored: ModelConfig) -> ModelConfig:
+    """The architecture of a stage that starts from ``stored``: the recipe's own, if it has one. Raises ConfigError where
+    other weights would be needed.
+    """
+    if recipe.model is None or stored == recipe.model:
+        return stored
+    ours, theirs = to_dict(recipe.model), to_dict(stored)
+    differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
+    # What is fed to the closing block is no weight: a stage may change it.
+    if any(ours[k] != theirs[k] for k in ours if k not in NO_WEIGHT):
+        raise ConfigError(f"{recipe.start}: its architecture is not the recipe's (differs in {differ})")
+    return recipe.model
 
 
 def begin_with(model: NextFlowModel, old: NextFlowModel) -> None:

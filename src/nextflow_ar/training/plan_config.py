@@ -1,0 +1,39 @@
+"""The group ``plan`` of a recipe: what its data is taken to be before it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import ConfigDict
+
+
+@dataclass(frozen=True)
+class DocumentPlan:
+    """``samples`` documents of one kind: ``text`` tokens before every image (or in all, without images), ``images`` of the
+    stage's scales. Of ``text_to_image``, the share ``inverted`` is captioning instead (paper section 3.3).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    samples: float
+    text: int
+    images: int = 1
+    inverted: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The group ``plan`` of a recipe: what its data is taken to be. ``documents``: by kind, ``text``, ``text_to_image``,
+    ``image_to_text``, ``edit``, ``interleaved``. ``scales``: of every image, square. ``row``: places per GPU and micro
+    step, packed; ``micro_steps``: per update. ``checkpointing``: whether activations are computed again, null: as the
+    recipe trains. ``chunked_head``: true is how it trains; false tells what all logits at once would take.
+    ``paper_tokens``: what the paper says of the stage, for the table.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    scales: int
+    row: int
+    micro_steps: int
+    documents: dict[str, DocumentPlan]
+    checkpointing: bool | None = None
+    chunked_head: bool = True
+    paper_tokens: float | None = None

@@ -1,0 +1,206 @@
+"""What a recipe asks of any machine: its model, what of it trains, and counts of its documents, for ``nextflow-ar plan``.
+
+Read from the recipe's own keys (``sharding``, ``checkpointing``, ``accumulate``, ``trains``, ``ema``), as the trainer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any, Literal
+
+from nextflow_ar.config import ConfigError, ModelConfig, from_dict
+from nextflow_ar.model.checkpoint import checkpoint_folder, load_architecture
+from nextflow_ar.model.costs import (
+    Counts,
+    ImageShape,
+    Shape,
+    TextShape,
+    count,
+    parameters,
+)
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.training.optim import OptimizerConfig
+from nextflow_ar.training.plan_config import DocumentPlan, PlanConfig
+from nextflow_ar.training.recipe import LoraConfig
+from nextflow_ar.training.sharded import ShardingConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a recipe asks for, whatever machine runs it. ``counts``: of the whole stage; ``row_counts``: of one micro step
+    on one GPU; ``largest``: of the largest micro step there (null: they are alike). ``shared``: both are of the rows of
+    all GPUs together, whose number :meth:`on` divides by. ``steps``: of the recipe, where it does not follow from its
+    documents. ``adapters``: parameters of adapters. ``sharding``: null where every GPU holds all of the model.
+    """
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    trains: Literal["everything", "alignment", "lora"]
+    averaged: bool
+    counts: Counts
+    row_counts: Counts
+    micro_steps: int
+    checkpointing: bool
+    chunked_head: bool
+    sharding: ShardingConfig | None = None
+    adapters: int = 0
+    paper_tokens: float | None = None
+    steps: float | None = None
+    largest: Counts | None = None
+    shared: int | None = None
+
+    @property
+    def alignment(self) -> bool:
+        """Whether only what belongs to the vision codes trains."""
+        return self.trains == "alignment"
+
+    def on(self, gpus: int) -> Stage:
+        """The stage as ``gpus`` see it. Raises ConfigError where the recipe's rows do not divide among them."""
+        if self.shared is None:
+            return self
+        if self.shared % gpus:
+            raise ConfigError(f"--gpus: the recipe's rows cannot be divided among {gpus} GPUs")
+        largest = None if self.largest is None else self.largest.times(1 / gpus)
+        return replace(self, row_counts=self.row_counts.times(1 / gpus), largest=largest, shared=None)
+
+
+def documents_of(kind: str, plan: DocumentPlan, schedule: ScaleSchedule) -> list[tuple[float, list[Shape]]]:
+    """(number, shape) of the documents that an entry of ``plan.documents`` stands for."""
+    text, drawn, seen = plan.text, ImageShape(schedule, True), ImageShape(schedule)
+    if kind == "text":
+        return [(plan.samples, [TextShape(text, True)])]
+    if kind == "text_to_image":
+        told: list[Shape] = [seen, TextShape(text, True)]
+        drawings: list[Shape] = [TextShape(text), drawn]
+        return [(plan.samples * (1 - plan.inverted), drawings), (plan.samples * plan.inverted, told)]
+    if kind == "image_to_text":
+        return [(plan.samples, [seen, TextShape(text, True)])]
+    if kind == "edit":
+        return [(plan.samples, [seen, TextShape(text), drawn])]
+    if kind == "interleaved":
+        return [(plan.samples, [TextShape(text, True), drawn] * plan.images)]
+    kinds = "text, text_to_image, image_to_text, edit, interleaved"
+    raise ConfigError(f"plan.documents: unknown kind {kind!r}: one of {kinds}")
+
+
+def stage_counts(plan: PlanConfig, context_images: str = "scales") -> Counts:
+    """Counts of all documents of a stage. ``context_images``: as in LayoutOptions."""
+    schedule, total = ScaleSchedule.square(plan.scales), Counts(0, 0, 0)
+    for kind, documents in plan.documents.items():
+        for number, shapes in documents_of(kind, documents, schedule):
+            total += count(shapes, context_images).times(number)
+    return total
+
+
+def read_stage(values: Mapping[str, Any], where: str) -> Stage:
+    """Stage of a recipe's values. With a group ``plan``, of the documents that it names; without, of the rows of its
+    sources, each taken for one document. Raises ConfigError for a recipe of something else.
+    """
+    if values.get("kind") != "model":
+        raise ConfigError(f"{where}: plan is for recipes of kind model, got {values.get('kind')!r}")
+    if "optimizer" not in values:
+        raise ConfigError(f"{where}: missing key 'optimizer'")
+    model = _model(values, where)
+    optimizer = from_dict(OptimizerConfig, values["optimizer"], f"{where}: optimizer")
+    sharding = None
+    if values.get("sharding") is not None:
+        sharding = from_dict(ShardingConfig, values["sharding"], f"{where}: sharding")
+    trains, adapters = str(values.get("trains", "everything")), 0
+    if trains == "lora":
+        adapters = adapter_parameters(
+            model, from_dict(LoraConfig, values.get("lora") or {}, f"{where}: lora")
+        )
+    again = bool(values.get("checkpointing")) if sharding is None else sharding.recompute
+    plan = None
+    if values.get("plan") is not None:
+        plan = from_dict(PlanConfig, values["plan"], f"{where}: plan")
+    stage = Stage(
+        model=model,
+        optimizer=optimizer,
+        trains="alignment" if trains.startswith("alignment") else "lora" if adapters else "everything",
+        averaged=float(values.get("ema", 0.0)) > 0 or bool(adapters),
+        counts=Counts(0, 0, 0),
+        row_counts=Counts(0, 0, 0),
+        micro_steps=1,
+        checkpointing=again if plan is None or plan.checkpointing is None else plan.checkpointing,
+        chunked_head=plan is None or plan.chunked_head,
+        sharding=sharding,
+        adapters=adapters,
+    )
+    if plan is None:
+        return _of_sources(stage, values, where)
+    counts = stage_counts(plan, model.context_images)
+    row = counts.times(plan.row / counts.tokens)
+    return replace(
+        stage, counts=counts, row_counts=row, micro_steps=plan.micro_steps, paper_tokens=plan.paper_tokens
+    )
+
+
+def _model(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The recipe's architecture, or that of what it starts from."""
+    if values.get("model") is not None:
+        return from_dict(ModelConfig, values["model"], f"{where}: model")
+    if values.get("start") is None:
+        raise ConfigError(f"{where}: missing key 'model', or a 'start' to take it from")
+    return load_architecture(checkpoint_folder(str(values["start"])))[0]
+
+
+def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters of all layers: rank times inputs and outputs of every adapted matrix."""
+    hidden, keys, wide = model.hidden, model.kv_heads * (model.hidden // model.heads), model.intermediate
+    sides = {
+        "q_proj": 2 * hidden, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": 2 * hidden,
+        "gate_proj": hidden + wide, "up_proj": hidden + wide, "down_proj": hidden + wide,
+    }  # fmt: skip
+    unknown = sorted(set(lora.targets) - set(sides))
+    if unknown:
+        raise ConfigError(
+            f"lora.targets: {unknown[0]!r} is no layer that takes adapters; accepted: {', '.join(sides)}"
+        )
+    return model.layers * lora.rank * sum(sides[target] for target in lora.targets)
+
+
+def _length(source: Mapping[str, Any]) -> int:
+    """Places of a source's rows. Raises KeyError, TypeError or ValueError where they are not said."""
+    packing = source.get("packing")
+    if packing is None:
+        return int(source["length"])
+    if packing["mode"] not in ("length", "pad"):
+        raise ValueError
+    return int(packing["budget"])
+
+
+def _of_sources(stage: Stage, values: Mapping[str, Any], where: str) -> Stage:
+    """The stage, its counts those of the sources' rows: every source is a micro step, or ``accumulate`` of them."""
+    sources, steps, parts = values.get("sources"), values.get("steps"), values.get("accumulate", 1)
+    try:
+        rows = [(int(source["rows"]), _length(source)) for source in sources or ()]
+        steps, parts = float(steps or 0), int(parts)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        rows = []
+    if not rows or not steps or parts < 1:
+        raise ConfigError(
+            f"{where}: to plan, a recipe needs a group 'plan', or sources with rows and length (or packing of the mode "
+            "length)"
+        )
+    each = [Counts(n * length, n * length**2, n * length) for n, length in rows]
+    whole = sum(each, Counts(0, 0, 0))
+    if any(n % parts for n, _ in rows):
+        raise ConfigError(f"{where}: the rows do not divide into {parts} parts")
+    micro = len(rows) * parts
+    return replace(
+        stage, counts=whole.times(steps), row_counts=whole.times(1 / micro), steps=steps, micro_steps=micro,
+        largest=max(each, key=lambda one: one.tokens).times(1 / parts), shared=gcd(*(n // parts for n, _ in rows)),
+    )  # fmt: skip
+
+
+def trained(stage: Stage) -> int:
+    """Trained parameters: all, the adapters, or in alignment the connector with its embeddings, and in embedding and head
+    the rows of ``<boi>``, ``<eoi>`` and (head) the codes.
+    """
+    p, config = parameters(stage.model), stage.model
+    if stage.trains == "lora":
+        return stage.adapters
+    return p.inputs + (2 + 2 + config.codes) * config.hidden if stage.alignment else p.total
