@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(
 
 def test_saving_again_replaces_the_folder(bundle: Bundle, tmp_path: Path) -> None:
     folder = saved(bundle, tmp_path / "model")
-    (folder / "stale.txt").write_text("left over")
+    (folder / "stale.txt").write_text("an earlier version's")
+    sums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps(sums | {"stale.txt": ""}))
     saved(bundle, folder, "# second\n")
     assert (folder / "README.md").read_text() == "# second\n"
     assert not (folder / "stale.txt").exists()
@@ -91,3 +94,29 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         write_folder(tmp_path / "file" / "x", lambda _: None)
     with pytest.raises(StorageError, match="no such checkpoint folder"):
         load_bundle(tmp_path / "none")
+
+
+def test_a_checkpoint_replaces_nothing_but_a_checkpoint(tmp_path: Path) -> None:
+    """Replacing removes all that is in a folder: a run, or notes, would be lost with it."""
+
+    def fill(target: Path) -> None:
+        (target / "sub").mkdir()
+        (target / "sub" / "weights").write_text("new")
+
+    mine = tmp_path / "mine"
+    write_folder(mine, fill)
+    write_folder(mine, fill)  # an earlier checkpoint is replaced
+    (mine / "sub" / "__pycache__").mkdir()
+    (mine / "sub" / "__pycache__" / "x.pyc").write_text("")
+    write_folder(mine, fill)
+    (mine / "sub" / "checkpoint.pt").write_text("a run's")
+    with pytest.raises(StorageError, match=r"holds what is no part of a checkpoint \(sub/checkpoint\.pt\)"):
+        write_folder(mine, fill)
+    assert (mine / "sub" / "checkpoint.pt").read_text() == "a run's"
+    (tmp_path / "other").mkdir()
+    write_folder(tmp_path / "other", fill)  # an empty one is taken
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(StorageError, match=r"notes\.md is a file: name a folder"):
+        write_folder(tmp_path / "notes.md", fill)
+    assert (tmp_path / "notes.md").read_text() == "mine"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -45,11 +45,38 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
+def check_replaceable(folder: Path) -> None:
+    """Whether a checkpoint may be written as ``folder``: where nothing is, an empty folder, or an earlier checkpoint whose
+    files are all in its checksums. Replacing a folder removes all that is in it. Raises StorageError.
+    """
+    try:
+        if not folder.is_dir():
+            if folder.exists() or folder.is_symlink():
+                raise StorageError(f"{folder} is a file: name a folder to write")
+            return
+        left = [f.relative_to(folder) for f in folder.rglob("*") if not f.is_dir() or f.is_symlink()]
+        listed = (
+            set(json.loads((folder / CHECKSUMS).read_text())) if (folder / CHECKSUMS).is_file() else set()
+        )
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder}: cannot be read: {error}") from None
+    known = {CHECKSUMS, *listed}
+    foreign = sorted(
+        f.as_posix() for f in left if f.as_posix() not in known and f.parent.name != "__pycache__"
+    )
+    if foreign:
+        raise StorageError(
+            f"{folder} holds what is no part of a checkpoint ({foreign[0]}), and would be replaced as a whole: name a new "
+            "folder, or move it away"
+        )
+
+
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Replace ``folder`` by what ``fill(temporary)`` writes, checksums added. On any error the old folder stays.
 
-    Raises StorageError when the disk is full or the place not writable.
+    Raises StorageError when the disk is full or the place not writable, and as :func:`check_replaceable` does.
     """
+    check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from nextflow_ar.config import ConfigError
 from nextflow_ar.training.optim import OptimizerConfig, StackedMuon, StageOptimizer
 
 SHAPES = ((24, 16), (16, 24), (24, 16), (20, 20), (24, 16))
@@ -60,3 +63,24 @@ def test_what_muon_takes(muon_lr: float) -> None:
     adam = {id(p) for group in optimizer.optimizers[0].param_groups for p in group["params"]}
     assert {name for name, p in named.items() if id(p) not in adam} == (set(matrices) if muon_lr else set())
     assert len(optimizer.optimizers) == (2 if muon_lr else 1)
+
+
+def test_a_resumed_run_keeps_its_own_rates() -> None:
+    """A state brings moments, not the configuration of the run that wrote it; Muon's parameters have to be the same."""
+    model, again = nn.Linear(4, 4), nn.Linear(4, 4)
+    config = OptimizerConfig(1e-3, 1e-2, 0.1, 0.9, 0.95, 1, "constant", 0.0, 1.0, 1.0)
+    first = StageOptimizer(model.named_parameters(), config)
+    model(torch.ones(2, 4)).sum().backward()
+    first.step(1.0)
+    changed = replace(config, weight_decay=0.5, beta1=0.8, muon_lr=2e-2)
+    second = StageOptimizer(again.named_parameters(), changed)
+    second.load_state_dict(first.state_dict())
+    adamw, muon = second.optimizers
+    assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.95)}
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.5, 0.0]
+    assert muon.param_groups[0]["weight_decay"] == 0.5
+    moments = [next(iter(o.state.values())) for o in (first.optimizers[1], muon)]
+    assert torch.equal(moments[0]["momentum_buffer"], moments[1]["momentum_buffer"])
+    without = StageOptimizer(again.named_parameters(), replace(config, muon_lr=0.0))
+    with pytest.raises(ConfigError, match="muon_lr may change in a run, but not from or to 0"):
+        without.load_state_dict(first.state_dict())

@@ -412,8 +412,15 @@ def test_a_model_is_built_without_ever_being_whole(one: dict[str, Any], two: lis
     assert sum(found["loaded_loss"] for found in two) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_save_in_the_background_keeps_the_facts_of_its_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+def test_a_save_in_the_background_keeps_what_its_step_had(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved_on, write = Event(), distributed_checkpoint.save_state
 
@@ -425,7 +432,7 @@ def test_a_save_in_the_background_keeps_the_facts_of_its_step(
     checkpoints, facts, tensors = (
         Checkpoints(tmp_path, World()),
         {"open": [[1, 2], [3]]},
-        {"x": torch.ones(3)},
+        {"x": torch.ones(3, device=device)},
     )
     checkpoints.save(1, tensors, facts, background=True)
     facts["open"][0].append(9)

@@ -123,8 +123,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     with torch.no_grad():
         training.model.head.weight.fill_(float("nan"))
     with pytest.raises(
-        FloatingPointError, match="the loss is not finite at step 0: the last checkpoint is kept"
+        FloatingPointError,
+        match="the loss or its gradient is not finite at step 0: the last checkpoint is kept",
     ):
+        training.fit()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_gradient_that_overflows_is_never_saved(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Clipping by a norm that is not finite makes every weight so, behind a loss that was finite."""
+    training = trainer(tmp_path / "run", tokenizer_folder)
+    training.save()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    training.model.backbone.embed_tokens.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(FloatingPointError, match="not finite at step 0: the last checkpoint is kept"):
         training.fit()
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
@@ -140,7 +152,7 @@ def test_on_a_gpu_a_broken_loss_is_seen_a_step_later_but_never_saved(
     with torch.no_grad():
         training.model.head.weight.fill_(float("nan"))
     training.advance(told=False)
-    message = "the loss is not finite at step 1: the last checkpoint is kept"
+    message = "the loss or its gradient is not finite at step 1: the last checkpoint is kept"
     with pytest.raises(FloatingPointError, match=message):
         training.save()
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before

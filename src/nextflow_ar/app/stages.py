@@ -99,8 +99,10 @@ def initialise_model(
 
     from nextflow_ar.model.checkpoint import save_bundle
     from nextflow_ar.model.importing import initialise_from
+    from nextflow_ar.storage import check_replaceable
     from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
+    check_replaceable(out)
     tokenizer = ImageTokenizer.from_pretrained(image_tokenizer)
     bundle = initialise_from(
         language_model, tokenizer, rope_range=rope_range, dtype=torch.bfloat16, seed=seed
@@ -139,8 +141,9 @@ def export_bundle(
     """
     from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
     from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
-    from nextflow_ar.storage import read_checked
+    from nextflow_ar.storage import check_replaceable, read_checked
 
+    check_replaceable(out)
     if share is not None and not (average and 0 < share < 1):
         raise ConfigError(f"a share of the mean is above 0 and below 1 and needs --average, got {share:g}")
     folder = resolve_model(model)

@@ -54,6 +54,15 @@ class _WholeFolderWriter(FileSystemWriter):
         self._finished()
 
 
+def _apart(tensor: Tensor, alone: bool) -> Tensor:
+    """What a writer in the background may read while training goes on. Several processes' GPU tensors are staged on the CPU
+    by torch itself before it returns; a single process's writer would read them one by one while they change.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone()
+    return tensor.detach().to("cpu", copy=True) if alone else tensor
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest ``keep`` of them. To be made by all processes together."""
 
@@ -86,12 +95,11 @@ class Checkpoints:
         self.wait()
         if not self._prepare(step):
             return
-        # GPU tensors are copied to the CPU anyway; the CPU's own would change under the writer.
+        alone = self.world.size == 1
         if background:
-            tensors = {k: v.detach().clone() if v.device.type == "cpu" else v for k, v in tensors.items()}
+            tensors = {k: _apart(v, alone) for k, v in tensors.items()}
         told = json.dumps(facts, indent=1)  # now: in the background what they are made of has moved on
         writer = _WholeFolderWriter(self._beside(step), lambda: self._finish(step, told))
-        alone = self.world.size == 1
 
         def write() -> None:
             with _quietly():

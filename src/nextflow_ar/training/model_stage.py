@@ -305,7 +305,7 @@ class ModelTrainer:
     def advance(self, *, told: bool = True) -> dict[str, float]:
         """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm, of all
         processes' rows. Without ``told``, nothing: on a GPU that takes as long as a small model's step. Raises
-        FloatingPointError where the loss is not finite; on one GPU, in the step after it.
+        FloatingPointError where the loss or its gradient is not finite; on one GPU, in the step after it.
         """
         if not self.compiled:  # what comes before the first step has shapes of its own
             self.model.compile_backbone(flex=self.recipe.flex)
@@ -329,15 +329,16 @@ class ModelTrainer:
             with self._precision():
                 report = self.taught.losses(self.model, batch, replays=part.replays)
             self._stop_if_broken()  # before more is queued: the device has just been waited for
-            total = report.total / weight
+            total = report.total / (weight or 1.0)  # nothing counts where all rows are text of weight 0
             finite = finite & torch.isfinite(total.detach())
             total.backward()
             if told:
                 meter.add(batch, part.tasks, report)
-        self._unseen = self.step, finite
+        norm = self._update()
+        # A gradient may overflow behind a loss that is finite: nothing that it touched is saved.
+        self._unseen = self.step, finite & torch.isfinite(torch.as_tensor(norm))
         if not self.looks_late:
             self._stop_if_broken()
-        norm = self._update()
         self.step += 1
         self.documents += documents
         self.tokens += seen
@@ -348,7 +349,7 @@ class ModelTrainer:
         unseen, self._unseen = self._unseen, None
         if unseen is not None and self.world.any(not unseen[1]):  # for all: the others would wait for ever
             raise FloatingPointError(
-                f"the loss is not finite at step {unseen[0]}: the last checkpoint is kept"
+                f"the loss or its gradient is not finite at step {unseen[0]}: the last checkpoint is kept"
             )
 
     def _precision(self) -> torch.autocast:

@@ -11,6 +11,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from nextflow_ar.config import ConfigError
 from nextflow_ar.precision import best_dtype
 
 _NOT_HIDDEN = ("embed", "head", "lm_head", "copy_gate")
@@ -186,6 +187,17 @@ class StageOptimizer:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
-        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
+        """Restore both; rates, decay and betas stay those of the configuration. Raises ConfigError where the state is that
+        of other parameters.
+        """
+        ours = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        try:
+            for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+        except ValueError:
+            raise ConfigError(
+                "the optimiser's state is of other parameters: muon_lr may change in a run, but not from or to 0"
+            ) from None
+        for optimizer, groups in zip(self.optimizers, ours, strict=True):
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group |= {k: before[k] for k in ("lr", "weight_decay", "betas") if k in before}

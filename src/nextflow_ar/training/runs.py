@@ -28,7 +28,7 @@ from rich.progress import (
 )
 
 from nextflow_ar.config import ConfigError
-from nextflow_ar.storage import StorageError, write_atomic
+from nextflow_ar.storage import StorageError, check_replaceable, write_atomic
 
 _CHECKPOINT = "checkpoint.pt"
 _WARM, _FAR = 25, 10**9
@@ -77,6 +77,8 @@ class RunFolder:
                 f"{path} holds a run {'without' if sharded else 'with'} the key sharding: name another folder with "
                 "--set out=FOLDER, or remove it"
             )
+        for name in ("final", "adapter"):  # what the run ends with; not found out after its last step
+            check_replaceable(path / name)
         write_atomic(resolved, text.encode())
         for left in path.glob(f".{_CHECKPOINT}.*.tmp"):  # by a run that was killed while it saved
             left.unlink(missing_ok=True)
