@@ -248,9 +248,16 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", recipe, "--gpus", "1024", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"] == 7_700_900_864 and told["fits"] and 2 < told["days"] < 4
+    assert told["accumulate"] is None and 54_000 < told["steps"] < 55_000
+    assert run(["plan", recipe, "--gpus", "512", "--set", "accumulate=2", "--json"]) == 0
+    fewer = json.loads(
+        capsys.readouterr().out
+    )  # the same step in two parts, each with whole gradients until it ends
+    assert fewer["accumulate"] is None and fewer["steps"] == pytest.approx(told["steps"])
+    assert fewer["memory"]["gradients"] - told["memory"]["gradients"] > 4 * 7.7e9
     assert run(["plan", recipe, "--gpus", "8", "--set", "sharding.recompute=false"]) == 0
     out = capsys.readouterr().out
-    assert "does not fit" in out and "sharding.recompute: true" in out
+    assert "does not fit" in out and "sharding.recompute: true" in out and "accumulate   has to be 128" in out
     assert run(["plan", recipe, "--gpus", "8", "--set", "sharding=null"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "sharding (docs/parallel.md)" in out
@@ -259,6 +266,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     places = sum(source["rows"] * source["length"] for source in nano["sources"])
     assert json.loads(capsys.readouterr().out)["tokens"] == places * nano["steps"]
     for arguments, line in (
+        ([recipe, "--gpus", "3"], "the recipe's rows cannot be divided among 3 GPUs"),
         ([recipe, "--gpu", "tpu"], "--gpu is one of a100, h100"),
         ([recipe, "--gpu", "this", "--gpus", "2"], "leave --gpus at 1"),
         ([str(RECIPES / "nano_pixel.yaml")], "plan is for recipes of kind model, got 'tokenizer'"),

@@ -59,6 +59,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits, "seconds": asdict(plan.times) | {"step": plan.times.step}, "days": plan.days,
         "utilisation": plan.utilisation, "tokens_per_second_per_gpu": _rate(plan),
         "knobs": [asdict(knob) for knob in plan.knobs], "paper_tokens": plan.paper_tokens,
+        "accumulate": plan.accumulate,
     }  # fmt: skip
 
 
@@ -87,6 +88,10 @@ def table(plan: Plan) -> str:
         f"speed        {_rate(plan):,.0f} tokens/s per GPU, utilisation {plan.utilisation:.2f}",
         f"days         {plan.days:.3g}",
     ]
+    if plan.accumulate is not None:
+        lines.append(
+            f"accumulate   has to be {plan.accumulate}, so that a GPU computes one row of a step at a time"
+        )
     if not plan.fits:
         lines.append("what helps, each alone (GiB per GPU; time of an update):")
         lines += [f"  {k.name:<38}{k.memory / _GIB:8.1f}{k.slower:8.2f}x" for k in plan.knobs]

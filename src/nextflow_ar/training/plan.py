@@ -294,6 +294,8 @@ class Plan:
     times: Times
     knobs: list[Knob]
     paper_tokens: float | None
+    accumulate: int | None
+    """What the recipe's key has to be for one row at a time, where it is not."""
 
     @property
     def fits(self) -> bool:
@@ -324,7 +326,8 @@ def make_plan(
         raise ConfigError(
             f"--gpus is at least 1 and --efficiency above 0 and at most 1, got {gpus}, {efficiency:g}"
         )
-    stage = stage.on(gpus)
+    asked, stage = stage, stage.on(gpus)
+    accumulate = stage.micro_steps if asked.rows and stage.micro_steps != asked.accumulate else None
     per_update = stage.row_counts.tokens * stage.micro_steps * gpus
     return Plan(
         gpu=gpu,
@@ -339,6 +342,7 @@ def make_plan(
         times=times(stage, gpu, gpus, efficiency, attention, muon),
         knobs=knobs(stage, gpu, gpus, efficiency),
         paper_tokens=stage.paper_tokens,
+        accumulate=accumulate,
     )
 
 

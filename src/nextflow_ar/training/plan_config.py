@@ -24,16 +24,16 @@ class DocumentPlan:
 class PlanConfig:
     """The group ``plan`` of a recipe: what its data is taken to be. ``documents``: by kind, ``text``, ``text_to_image``,
     ``image_to_text``, ``edit``, ``interleaved``. ``scales``: of every image, square. ``row``: places per GPU and micro
-    step, packed; ``micro_steps``: per update. ``checkpointing``: whether activations are computed again, null: as the
-    recipe trains. ``chunked_head``: true is how it trains; false tells what all logits at once would take.
-    ``paper_tokens``: what the paper says of the stage, for the table.
+    step, packed; ``micro_steps``: per update, null: the rows of the recipe's sources, one at a time. ``checkpointing``:
+    whether activations are computed again, null: as the recipe trains. ``chunked_head``: true is how it trains; false tells
+    what all logits at once would take. ``paper_tokens``: what the paper says of the stage, for the table.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     scales: int
     row: int
-    micro_steps: int
     documents: dict[str, DocumentPlan]
+    micro_steps: int | None = None
     checkpointing: bool | None = None
     chunked_head: bool = True
     paper_tokens: float | None = None

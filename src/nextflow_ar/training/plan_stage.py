@@ -31,8 +31,9 @@ from nextflow_ar.training.sharded import ShardingConfig
 class Stage:
     """What a recipe asks for, whatever machine runs it. ``counts``: of the whole stage; ``row_counts``: of one micro step
     on one GPU; ``largest``: of the largest micro step there (null: they are alike). ``shared``: both are of the rows of
-    all GPUs together, whose number :meth:`on` divides by. ``steps``: of the recipe, where it does not follow from its
-    documents. ``adapters``: parameters of adapters. ``sharding``: null where every GPU holds all of the model.
+    all GPUs together, whose number :meth:`on` divides by. ``rows``: of all GPUs in a step, one in every micro step.
+    ``steps``: of the recipe, where it does not follow from its documents. ``adapters``: parameters of adapters.
+    ``sharding``: null where every GPU holds all of the model. ``accumulate``: the recipe's.
     """
 
     model: ModelConfig
@@ -50,6 +51,8 @@ class Stage:
     steps: float | None = None
     largest: Counts | None = None
     shared: int | None = None
+    rows: int | None = None
+    accumulate: int = 1
 
     @property
     def alignment(self) -> bool:
@@ -58,10 +61,13 @@ class Stage:
 
     def on(self, gpus: int) -> Stage:
         """The stage as ``gpus`` see it. Raises ConfigError where the recipe's rows do not divide among them."""
-        if self.shared is None:
+        rows = self.rows or self.shared
+        if rows is None:
             return self
-        if self.shared % gpus:
+        if rows % gpus:
             raise ConfigError(f"--gpus: the recipe's rows cannot be divided among {gpus} GPUs")
+        if self.shared is None:
+            return replace(self, micro_steps=rows // gpus, rows=None)
         largest = None if self.largest is None else self.largest.times(1 / gpus)
         return replace(self, row_counts=self.row_counts.times(1 / gpus), largest=largest, shared=None)
 
@@ -128,14 +134,26 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
         chunked_head=plan is None or plan.chunked_head,
         sharding=sharding,
         adapters=adapters,
+        accumulate=int(values.get("accumulate", 1)),
     )
     if plan is None:
         return _of_sources(stage, values, where)
     counts = stage_counts(plan, model.context_images)
-    row = counts.times(plan.row / counts.tokens)
     return replace(
-        stage, counts=counts, row_counts=row, micro_steps=plan.micro_steps, paper_tokens=plan.paper_tokens
-    )
+        stage, counts=counts, row_counts=counts.times(plan.row / counts.tokens), paper_tokens=plan.paper_tokens,
+        micro_steps=plan.micro_steps or 1, rows=None if plan.micro_steps else _rows(values, where),
+    )  # fmt: skip
+
+
+def _rows(values: Mapping[str, Any], where: str) -> int:
+    """Rows of a step of all sources."""
+    try:
+        rows = sum(int(source["rows"]) for source in values["sources"])
+    except (KeyError, TypeError, ValueError):
+        rows = 0
+    if rows < 1:
+        raise ConfigError(f"{where}: to plan, a recipe needs the rows of its sources, or plan.micro_steps")
+    return rows
 
 
 def _model(values: Mapping[str, Any], where: str) -> ModelConfig:
