@@ -17,6 +17,7 @@ from nextflow_ar.data.extraction import CodeShards, ExtractionConfig, as_documen
 from nextflow_ar.data.ray_extraction import ShardActor
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.data.transforms import invert
 from nextflow_ar.data.video import VideoConfig
 from nextflow_ar.data.workers import Extraction, extract_with_workers, one_thread
 from nextflow_ar.scales import ScaleSchedule
@@ -84,6 +85,74 @@ def test_without_correction_inputs_are_the_targets(rows: Path, tmp_path: Path) -
     assert isinstance(image, Image) and torch.equal(image.codes.input, image.codes.target)
     plain = tokenizer.encode_bytes(torch.from_numpy(dead_leaves((0,), 40, 40))[None]).target[0]
     assert torch.equal(image.codes.target, plain)
+
+
+def test_given_pictures_are_clean_and_inverted_ones_too(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    plain = [
+        tokenizer.encode_bytes(torch.from_numpy(dead_leaves((i,), 40, 40))[None]).target[0] for i in range(3)
+    ]
+    documents = dict(CodeShards(out, tokenizer).documents())
+    for given, picture in ((documents[2].segments[0], 1), (documents[4].segments[0], 1)):
+        assert isinstance(given, Image) and not given.supervised
+        assert torch.equal(given.codes.input, plain[picture]) and torch.equal(
+            given.codes.target, plain[picture]
+        )
+    edited = documents[2].segments[2]
+    assert isinstance(edited, Image) and not torch.equal(edited.codes.input, edited.codes.target)
+
+    shards = CodeShards(out, tokenizer)
+    records = {r["row"]: r["parts"] for r in shards.table(shards.files).to_pylist()}
+    assert [n for n, parts in records.items() if any(p["clean"] for p in parts)] == [
+        0,
+        3,
+        7,
+    ]  # no edit, no question
+    drawn, told = as_document(records[0]), as_document(invert(records[0]))
+    (asked, shown), (seen, said) = drawn.segments, told.segments
+    assert (
+        isinstance(shown, Image)
+        and isinstance(seen, Image)
+        and asked == Text("a")
+        and said == Text("a", True)
+    )
+    assert torch.equal(seen.codes.input, plain[0]) and torch.equal(seen.codes.target, plain[0])
+    assert not torch.equal(shown.codes.target, plain[0]) and not torch.equal(shown.codes.input, plain[0])
+
+    extract(open_source(rows), tokenizer, tmp_path / "all", replace(CONFIG, given=True))
+    given = dict(CodeShards(tmp_path / "all", tokenizer).documents())[4].segments[0]
+    assert isinstance(given, Image) and not torch.equal(given.codes.input, given.codes.target)
+
+
+def test_shards_of_before_plain_codes_are_read_as_they_were(rows: Path, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, replace(CONFIG, given=True))
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["config"]["given"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    table = pq.read_table(out / "000000.parquet")
+    part = [field for field in table.schema.field("parts").type.value_type if field.name != "clean"]
+    schema = table.schema.set(2, pa.field("parts", pa.list_(pa.struct(part)))).remove_metadata()
+    records = table.to_pylist()
+    for record in records:
+        for each in record["parts"]:
+            del each["clean"]
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), out / "000000.parquet")
+
+    shards = CodeShards(out, tokenizer)
+    both = {r["row"]: r["parts"] for r in shards.table(shards.files).to_pylist()}  # old and new in one table
+    seen, new = as_document(invert(both[0])).segments[0], as_document(invert(both[3])).segments[0]
+    assert isinstance(seen, Image) and seen.codes.input.tolist() == both[0][1]["input"]
+    assert seen.codes.target.tolist() == both[0][1]["target"]
+    assert isinstance(new, Image) and new.codes.input.tolist() == both[3][1]["clean"]
+    (out / "000001.parquet").unlink()
+    with pytest.raises(
+        StorageError, match=r"begun with self-correction of given pictures: go on with --corr"
+    ):
+        extract(open_source(rows), tokenizer, out, CONFIG)
+    assert extract(open_source(rows), tokenizer, out, replace(CONFIG, given=True))["rows"] == 2
 
 
 def test_a_stopped_extraction_goes_on_and_processes_share_the_work(rows: Path, tmp_path: Path) -> None:

@@ -160,6 +160,9 @@ def extract(
     tokens: Annotated[
         float, typer.Option("--correct-tokens", min=0, max=1, help="Share of their tokens that is sampled.")
     ] = 0.6,
+    given: Annotated[
+        bool, typer.Option("--correct-given", help="Self-correct given pictures (of questions, edits) too.")
+    ] = False,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Sampled among so many nearest codes.")] = 8,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01)] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
@@ -189,7 +192,8 @@ def extract(
         raise ConfigError("--workers, --ray and --processes are three ways to share the work: take one")
     values = {
         "num_scales": scales or tokenizer_config(tokenizer).num_scales, "fit": fit, "rows": rows, "samples": samples,
-        "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "batch": batch, "kept": kept,
+        "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "given": given,
+        "batch": batch, "kept": kept,
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device)
