@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 
 from nextflow_ar.app.cli import run
-from nextflow_ar.data.extraction import CodeShards, ExtractionConfig, as_document, extract
+from nextflow_ar.data.extraction import CodeShards, ExtractionConfig, as_document, extract, same_source
 from nextflow_ar.data.ray_extraction import ShardActor
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
@@ -190,6 +190,62 @@ def test_codes_of_another_tokenizer_are_refused(rows: Path, tmp_path: Path) -> N
     CodeShards(out, tokenizer)
 
 
+def test_a_shard_of_another_tokenizer_is_found_out(rows: Path, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    tokenizer, other = tiny_image_tokenizer(), tiny_image_tokenizer(seed=1)
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    extract(open_source(rows), tokenizer, mine, CONFIG)
+    extract(open_source(rows), other, theirs, CONFIG)
+    shard = mine / "000001.parquet"
+    told = pq.read_schema(shard).metadata[b"nextflow_ar.tokenizer"]
+    assert told.decode() == tokenizer.fingerprint()
+    whole = shard.read_bytes()
+    shard.write_bytes((theirs / shard.name).read_bytes())
+    shards = CodeShards(mine, tokenizer)
+    assert shards.table([mine / "000000.parquet"]).num_rows == 2
+    for reading in (
+        lambda: shards.table(shards.files),
+        lambda: shards.texts(9),
+        lambda: list(shards.documents()),
+        lambda: extract(open_source(rows), tokenizer, mine, CONFIG),
+    ):
+        with pytest.raises(
+            StorageError, match=r"000001.parquet: the shard was made by another image tokenizer"
+        ):
+            reading()
+    pq.write_table(pq.read_table(theirs / shard.name).replace_schema_metadata(None), shard)
+    assert len(list(shards.documents())) == 6  # of before shards said so: the manifest decides
+    shard.write_bytes(whole[:-40])
+    with pytest.raises(StorageError, match=r"000001.parquet: the shard cannot be read"):
+        extract(open_source(rows), tokenizer, mine, CONFIG)
+
+
+def test_an_extraction_goes_on_from_the_same_source_only(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows.read_text())
+    extract(open_source(rows), tokenizer, out, CONFIG, place=rows)
+    (out / "000001.parquet").unlink()
+    with pytest.raises(
+        StorageError, match=r"s holds codes of .*rows.jsonl, not of .*other.jsonl: name another"
+    ):
+        extract(open_source(other), tokenizer, out, CONFIG, place=other)
+    assert not (out / "000001.parquet").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert extract(open_source(rows), tokenizer, out, CONFIG, place="rows.jsonl")["rows"] == 2
+    with pytest.raises(StorageError, match=r"not of hf://me/it: name another"):
+        same_source(out, "hf://me/it/")
+    spread = replace(job(other, tmp_path, "s"), place=str(other))
+    with pytest.raises(StorageError, match=r"not of .*other.jsonl"):
+        ShardActor(spread)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest.pop("source") == str(rows)
+    (out / "manifest.json").write_text(json.dumps(manifest))  # of before sources were told
+    assert extract(open_source(other), tokenizer, out, CONFIG, place=other)["rows"] == 0
+
+
 def test_dialogue_marks_turns_and_learns_their_end() -> None:
     parts = [
         {"role": "user", "supervised": False, "text": "hi", "final": None},
@@ -218,6 +274,13 @@ def test_extract_as_a_command(rows: Path, tmp_path: Path, capsys: pytest.Capture
     options = ["--image-tokenizer", str(tmp_path / "t")]
     assert run(["extract", str(rows), "-o", out, *options]) == 1  # another number of rows per shard
     assert "another tokenizer or setting" in capsys.readouterr().err
+    same = [*options, "--rows", "3"]
+    assert run(["extract", str(rows), "-o", out, *same, "--correct-given"]) == 1
+    assert "was begun without self-correction of given pictures" in capsys.readouterr().err
+    (tmp_path / "other.jsonl").write_text(rows.read_text())
+    assert run(["extract", str(tmp_path / "other.jsonl"), "-o", out, *same]) == 1
+    told = capsys.readouterr().err
+    assert "rows.jsonl, not of" in told and len(told.split("nextflow-ar: ")[1].splitlines()) == 1
     assert run(["extract", str(rows), "-o", out, *options, "--process", "2", "--processes", "2"]) == 2
 
 

@@ -35,6 +35,8 @@ from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
 from nextflow_ar.types import Codes, Document, Image, Text
 
 MANIFEST = "manifest.json"
+_TOKENIZER = b"nextflow_ar.tokenizer"
+"""Key in a shard's own metadata: fingerprint of the tokenizer that made it."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,18 @@ def extract(
     out: Path,
     config: ExtractionConfig,
     *,
+    place: Path | str = "",
     process: int = 0,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda shards, rows: None,
 ) -> dict[str, Any]:
     """Write the shards that are missing; returns how many rows this call wrote and which it left out, and why.
 
-    ``process`` of ``processes`` writes every so-manieth shard. Raises StorageError when the folder holds an extraction of
-    another setting or tokenizer, or cannot be written.
+    ``place``: where the source is, as ``open_source`` takes it, so that an extraction goes on with the same one only; "" is
+    not looked at. ``process`` of ``processes`` writes every so-manieth shard. Raises StorageError when the folder holds an
+    extraction of another source, setting or tokenizer, or cannot be written.
     """
-    writer = ShardWriter(source, tokenizer, out, config)
+    writer = ShardWriter(source, tokenizer, out, config, place)
     written, broken, number = 0, {}, process
     while (found := writer.write(number)) is not None:
         written, broken = written + found["rows"], broken | found["broken"]
@@ -99,23 +103,37 @@ def extract(
 
 
 class ShardWriter:
-    """Writes the shards of one extraction, any of them and in any order.
+    """Writes the shards of one extraction, any of them and in any order. ``place``: see :func:`extract`.
 
-    Raises StorageError when the folder holds an extraction of another setting or tokenizer.
+    Raises StorageError when the folder holds an extraction of another source, setting or tokenizer.
     """
 
     def __init__(
-        self, source: Source, tokenizer: ImageTokenizer, out: Path, config: ExtractionConfig
+        self,
+        source: Source,
+        tokenizer: ImageTokenizer,
+        out: Path,
+        config: ExtractionConfig,
+        place: Path | str = "",
     ) -> None:
         self.source, self.tokenizer, self.out, self.config = source, tokenizer, out, config
         self._ahead: tuple[int, Iterator[Row | RowError]] = (-1, iter(()))  # (row, the source from there on)
+        self.fingerprint = tokenizer.fingerprint()
         _parquet()
-        _claim(source, tokenizer, out, config)
+        manifest = {"tokenizer": self.fingerprint, "codes": tokenizer.config.quantizer.codebook_size}
+        manifest |= {"config": asdict(config)}
+        if isinstance(source, VideoSource):
+            manifest["video"] = asdict(source.config)
+        _claim(out, manifest, config, place)
 
     def write(self, number: int) -> dict[str, Any] | None:
-        """Write shard ``number`` if it is missing: {"wrote", "rows", "broken"}; None when the source has no such rows."""
+        """Write shard ``number`` if it is missing: {"wrote", "rows", "broken"}; None when the source has no such rows.
+
+        Raises StorageError when it is there, but damaged or of another tokenizer.
+        """
         name = self.out / f"{number:06d}.parquet"
         if name.is_file():
+            _shard(name, self.fingerprint, head=True)
             return {"wrote": False, "rows": 0, "broken": {}}
         first = number * self.config.rows
         rows = self._ahead[1] if self._ahead[0] == first else self.source.rows(first)
@@ -125,7 +143,8 @@ class ShardWriter:
             return None
         records, wrong = _records(found, first, self.tokenizer, self.config)
         buffer = io.BytesIO()
-        _parquet().write_table(_table(records), buffer, compression="zstd")
+        table = _table(records).replace_schema_metadata({_TOKENIZER: self.fingerprint})
+        _parquet().write_table(table, buffer, compression="zstd")
         write_atomic(name, buffer.getvalue())
         return {"wrote": True, "rows": len(records), "broken": wrong}
 
@@ -147,26 +166,41 @@ def _parquet() -> Any:
     return pq
 
 
-def _claim(source: Source, tokenizer: ImageTokenizer, out: Path, config: ExtractionConfig) -> None:
-    manifest = {"tokenizer": tokenizer.fingerprint(), "codes": tokenizer.config.quantizer.codebook_size}
-    manifest |= {"config": asdict(config)}
-    if isinstance(source, VideoSource):
-        manifest["video"] = asdict(source.config)
+def same_source(out: Path, place: Path | str) -> None:
+    """Raises StorageError when ``out`` holds an extraction of a source at another place. Manifests of before say none."""
     path = out / MANIFEST
-    if path.is_file():
-        known = json.loads(path.read_text())
-        begun = _setting(known, path)
-        known["config"] = asdict(begun)
-        if known | {"config": asdict(replace(begun, given=config.given))} == manifest != known:
-            how = "" if begun.given else "out"
-            raise StorageError(
-                f"{out}: its extraction was begun with{how} self-correction of given pictures: go on with{how} "
-                "--correct-given, or name another folder"
-            )
-        if known != manifest:
-            raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
+    known = json.loads(path.read_text()).get("source", "") if path.is_file() else ""
+    if place and known and known != _whole_place(place):
+        raise StorageError(
+            f"{out} holds codes of {known}, not of {_whole_place(place)}: name another folder "
+            f'(the same data at a new place: change "source" in its {MANIFEST})'
+        )
+
+
+def _whole_place(place: Path | str) -> str:
+    """A place that means the same in every working directory."""
+    return str(place).rstrip("/") if str(place).startswith("hf://") else str(Path(place).resolve())
+
+
+def _claim(out: Path, manifest: dict[str, Any], config: ExtractionConfig, place: Path | str) -> None:
+    path = out / MANIFEST
+    if not path.is_file():
+        manifest |= {"source": _whole_place(place)} if place else {}
+        write_atomic(path, json.dumps(manifest, indent=1).encode())
         return
-    write_atomic(path, json.dumps(manifest, indent=1).encode())
+    known = json.loads(path.read_text())
+    known.pop("source", None)
+    begun = _setting(known, path)
+    known["config"] = asdict(begun)
+    if known | {"config": asdict(replace(begun, given=config.given))} == manifest != known:
+        how = "" if begun.given else "out"
+        raise StorageError(
+            f"{out}: its extraction was begun with{how} self-correction of given pictures: go on with{how} "
+            "--correct-given, or name another folder"
+        )
+    if known != manifest:
+        raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
+    same_source(out, place)
 
 
 def _setting(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
@@ -308,6 +342,28 @@ def _table(records: list[dict[str, Any]]) -> Any:
     return pa.Table.from_pylist(records, schema=_schema())
 
 
+def _shard(path: Path, fingerprint: str, *, head: bool = False) -> Any:
+    """A shard as a table; ``head``: its schema alone. Raises StorageError for a damaged one or one of another tokenizer.
+
+    A shard of before it named its tokenizer is taken for what the manifest says.
+    """
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    pq = _parquet()
+    try:
+        found = pq.read_schema(path) if head else pq.read_table(path)
+        schema = found if head else found.schema
+        made_by = (schema.metadata or {}).get(_TOKENIZER, fingerprint.encode())
+        if made_by == fingerprint.encode():
+            return found if head else found.cast(_schema())  # shards of before ``clean`` have it as null
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
+    raise StorageError(
+        f"{path}: the shard was made by another image tokenizer than its folder's: remove it and extract again"
+    )
+
+
 class CodeShards:
     """The documents of an extraction, in the order of the source's rows.
 
@@ -319,7 +375,8 @@ class CodeShards:
         if not path.is_file():
             raise StorageError(f"{folder}: no extraction here (it lacks {MANIFEST})")
         manifest = json.loads(path.read_text())
-        if manifest["tokenizer"] != tokenizer.fingerprint():
+        self.fingerprint = tokenizer.fingerprint()
+        if manifest["tokenizer"] != self.fingerprint:
             raise StorageError(
                 f"{folder}: its codes were made by another image tokenizer: extract again with this model's"
             )
@@ -329,19 +386,12 @@ class CodeShards:
             raise StorageError(f"{folder}: the extraction holds no shard yet")
 
     def table(self, paths: Sequence[Path]) -> Any:
-        """The records of some shards as one Arrow table. Raises StorageError for a damaged one."""
+        """The records of some shards as one Arrow table. Raises StorageError for a damaged one, or one that
+        another tokenizer made.
+        """
         import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
-        pq, tables = _parquet(), []
-        for path in paths:
-            try:
-                tables.append(
-                    pq.read_table(path).cast(_schema())
-                )  # shards of before ``clean`` have it as null
-            except (OSError, pa.ArrowException) as error:
-                reason = " ".join(str(error).split())[:100]
-                raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
-        return pa.concat_tables(tables)
+        return pa.concat_tables([_shard(path, self.fingerprint) for path in paths])
 
     def texts(self, count: int) -> list[str]:
         """Texts of the first ``count`` documents, to train a text tokenizer on."""
