@@ -18,7 +18,9 @@ data_app = typer.Typer(
 
 Place = Annotated[
     str,
-    typer.Argument(help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME."),
+    typer.Argument(
+        help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME[@CONFIG][/SPLIT]."
+    ),
 ]
 Given = Annotated[
     bool, typer.Option("--correct-given", help="Self-correct given pictures (of questions, edits) too.")
