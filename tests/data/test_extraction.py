@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,16 @@ import torch
 from PIL import Image as PILImage
 
 from nextflow_ar.app.cli import run
-from nextflow_ar.data.extraction import CodeShards, ExtractionConfig, as_document, extract, same_source
+from nextflow_ar.data.extraction import (
+    CodeShards,
+    ExtractionConfig,
+    ShardWriter,
+    as_document,
+    extract,
+    same_source,
+)
 from nextflow_ar.data.ray_extraction import ShardActor
+from nextflow_ar.data.rows import Row, RowError
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.data.transforms import invert
@@ -168,6 +177,39 @@ def test_a_stopped_extraction_goes_on_and_processes_share_the_work(rows: Path, t
     for name in ("000000", "000001", "000002"):
         assert (whole / f"{name}.parquet").read_bytes() == (parts / f"{name}.parquet").read_bytes()
     assert extract(open_source(rows), tokenizer, parts, CONFIG)["rows"] == 0
+
+
+@pytest.mark.parametrize("seeks", [True, False])
+def test_a_stream_is_not_begun_anew_for_every_shard(rows: Path, tmp_path: Path, seeks: bool) -> None:
+    class Counted:
+        """Told by its file: where it was opened, and how many rows were read."""
+
+        def __init__(self) -> None:
+            self.seeks, self.source = seeks, open_source(rows)
+            self.opened: list[int] = []
+            self.read = 0
+
+        def rows(self, start: int = 0) -> Iterator[Row | RowError]:
+            self.opened.append(start)
+            for row in self.source.rows(start):
+                self.read += 1
+                yield row
+
+        def count(self) -> int:
+            return self.source.count()
+
+    tokenizer, whole, parts = tiny_image_tokenizer(), tmp_path / "whole", tmp_path / "parts"
+    config = replace(CONFIG, rows=1)
+    extract(open_source(rows), tokenizer, whole, config)
+    source = Counted()
+    extract(source, tokenizer, parts, config, process=1, processes=3)
+    assert source.opened == ([1, 4, 7, 10] if seeks else [1]) and source.read == (3 if seeks else 7)
+    extract(open_source(rows), tokenizer, parts, config, process=0, processes=3)
+    extract(source, tokenizer, parts, config)  # some shards are there, some are not
+    assert shards(parts) == shards(whole) and len(shards(whole)) == 8
+    writer = ShardWriter(source, tokenizer, tmp_path / "back", config)
+    assert writer.write(5) and writer.write(2)  # what lies behind is begun anew
+    assert {n: shards(whole)[n] for n in ("000002.parquet", "000005.parquet")} == shards(tmp_path / "back")
 
 
 def test_codes_of_another_tokenizer_are_refused(rows: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class ShardWriter:
             _shard(name, self.fingerprint, head=True)
             return {"wrote": False, "rows": 0, "broken": {}}
         first = number * self.config.rows
-        rows = self._ahead[1] if self._ahead[0] == first else self.source.rows(first)
+        rows = self._rows(first)
         found = list(islice(rows, self.config.rows))
         self._ahead = (first + len(found), rows)
         if not found:
@@ -147,6 +147,18 @@ class ShardWriter:
         _parquet().write_table(table, buffer, compression="zstd")
         write_atomic(name, buffer.getvalue())
         return {"wrote": True, "rows": len(records), "broken": wrong}
+
+    def _rows(self, first: int) -> Iterator[Row | RowError]:
+        """The source from a row on: by going on where the last shard ended, unless it starts anywhere at little cost."""
+        at, rows = self._ahead
+        if at < 0 or at > first or (at < first and getattr(self.source, "seeks", False)):
+            return self.source.rows(first)
+        skip = getattr(rows, "skip", None)
+        if skip is not None:
+            skip(first - at)
+        else:
+            next(islice(rows, first - at, first - at), None)
+        return rows
 
 
 def note_broken(out: Path, who: str, broken: dict[str, str]) -> None:
