@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,19 @@ import torch
 from PIL import Image as PILImage
 
 from nextflow_ar.app.cli import run
-from nextflow_ar.data.extraction import CodeShards, ExtractionConfig, as_document, extract
+from nextflow_ar.data.extraction import (
+    CodeShards,
+    ExtractionConfig,
+    ShardWriter,
+    as_document,
+    extract,
+    same_source,
+)
 from nextflow_ar.data.ray_extraction import ShardActor
+from nextflow_ar.data.rows import Row, RowError
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.data.transforms import invert
 from nextflow_ar.data.video import VideoConfig
 from nextflow_ar.data.workers import Extraction, extract_with_workers, one_thread
 from nextflow_ar.scales import ScaleSchedule
@@ -86,6 +96,74 @@ def test_without_correction_inputs_are_the_targets(rows: Path, tmp_path: Path) -
     assert torch.equal(image.codes.target, plain)
 
 
+def test_given_pictures_are_clean_and_inverted_ones_too(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    plain = [
+        tokenizer.encode_bytes(torch.from_numpy(dead_leaves((i,), 40, 40))[None]).target[0] for i in range(3)
+    ]
+    documents = dict(CodeShards(out, tokenizer).documents())
+    for given, picture in ((documents[2].segments[0], 1), (documents[4].segments[0], 1)):
+        assert isinstance(given, Image) and not given.supervised
+        assert torch.equal(given.codes.input, plain[picture]) and torch.equal(
+            given.codes.target, plain[picture]
+        )
+    edited = documents[2].segments[2]
+    assert isinstance(edited, Image) and not torch.equal(edited.codes.input, edited.codes.target)
+
+    shards = CodeShards(out, tokenizer)
+    records = {r["row"]: r["parts"] for r in shards.table(shards.files).to_pylist()}
+    assert [n for n, parts in records.items() if any(p["clean"] for p in parts)] == [
+        0,
+        3,
+        7,
+    ]  # no edit, no question
+    drawn, told = as_document(records[0]), as_document(invert(records[0]))
+    (asked, shown), (seen, said) = drawn.segments, told.segments
+    assert (
+        isinstance(shown, Image)
+        and isinstance(seen, Image)
+        and asked == Text("a")
+        and said == Text("a", True)
+    )
+    assert torch.equal(seen.codes.input, plain[0]) and torch.equal(seen.codes.target, plain[0])
+    assert not torch.equal(shown.codes.target, plain[0]) and not torch.equal(shown.codes.input, plain[0])
+
+    extract(open_source(rows), tokenizer, tmp_path / "all", replace(CONFIG, given=True))
+    given = dict(CodeShards(tmp_path / "all", tokenizer).documents())[4].segments[0]
+    assert isinstance(given, Image) and not torch.equal(given.codes.input, given.codes.target)
+
+
+def test_shards_of_before_plain_codes_are_read_as_they_were(rows: Path, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, replace(CONFIG, given=True))
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["config"]["given"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    table = pq.read_table(out / "000000.parquet")
+    part = [field for field in table.schema.field("parts").type.value_type if field.name != "clean"]
+    schema = table.schema.set(2, pa.field("parts", pa.list_(pa.struct(part)))).remove_metadata()
+    records = table.to_pylist()
+    for record in records:
+        for each in record["parts"]:
+            del each["clean"]
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), out / "000000.parquet")
+
+    shards = CodeShards(out, tokenizer)
+    both = {r["row"]: r["parts"] for r in shards.table(shards.files).to_pylist()}  # old and new in one table
+    seen, new = as_document(invert(both[0])).segments[0], as_document(invert(both[3])).segments[0]
+    assert isinstance(seen, Image) and seen.codes.input.tolist() == both[0][1]["input"]
+    assert seen.codes.target.tolist() == both[0][1]["target"]
+    assert isinstance(new, Image) and new.codes.input.tolist() == both[3][1]["clean"]
+    (out / "000001.parquet").unlink()
+    with pytest.raises(
+        StorageError, match=r"begun with self-correction of given pictures: go on with --corr"
+    ):
+        extract(open_source(rows), tokenizer, out, CONFIG)
+    assert extract(open_source(rows), tokenizer, out, replace(CONFIG, given=True))["rows"] == 2
+
+
 def test_a_stopped_extraction_goes_on_and_processes_share_the_work(rows: Path, tmp_path: Path) -> None:
     tokenizer = tiny_image_tokenizer()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -99,6 +177,39 @@ def test_a_stopped_extraction_goes_on_and_processes_share_the_work(rows: Path, t
     for name in ("000000", "000001", "000002"):
         assert (whole / f"{name}.parquet").read_bytes() == (parts / f"{name}.parquet").read_bytes()
     assert extract(open_source(rows), tokenizer, parts, CONFIG)["rows"] == 0
+
+
+@pytest.mark.parametrize("seeks", [True, False])
+def test_a_stream_is_not_begun_anew_for_every_shard(rows: Path, tmp_path: Path, seeks: bool) -> None:
+    class Counted:
+        """Told by its file: where it was opened, and how many rows were read."""
+
+        def __init__(self) -> None:
+            self.seeks, self.source = seeks, open_source(rows)
+            self.opened: list[int] = []
+            self.read = 0
+
+        def rows(self, start: int = 0) -> Iterator[Row | RowError]:
+            self.opened.append(start)
+            for row in self.source.rows(start):
+                self.read += 1
+                yield row
+
+        def count(self) -> int:
+            return self.source.count()
+
+    tokenizer, whole, parts = tiny_image_tokenizer(), tmp_path / "whole", tmp_path / "parts"
+    config = replace(CONFIG, rows=1)
+    extract(open_source(rows), tokenizer, whole, config)
+    source = Counted()
+    extract(source, tokenizer, parts, config, process=1, processes=3)
+    assert source.opened == ([1, 4, 7, 10] if seeks else [1]) and source.read == (3 if seeks else 7)
+    extract(open_source(rows), tokenizer, parts, config, process=0, processes=3)
+    extract(source, tokenizer, parts, config)  # some shards are there, some are not
+    assert shards(parts) == shards(whole) and len(shards(whole)) == 8
+    writer = ShardWriter(source, tokenizer, tmp_path / "back", config)
+    assert writer.write(5) and writer.write(2)  # what lies behind is begun anew
+    assert {n: shards(whole)[n] for n in ("000002.parquet", "000005.parquet")} == shards(tmp_path / "back")
 
 
 def test_codes_of_another_tokenizer_are_refused(rows: Path, tmp_path: Path) -> None:
@@ -119,6 +230,62 @@ def test_codes_of_another_tokenizer_are_refused(rows: Path, tmp_path: Path) -> N
     with torch.no_grad():
         tokenizer.decoder.last_weight.mul_(2)
     CodeShards(out, tokenizer)
+
+
+def test_a_shard_of_another_tokenizer_is_found_out(rows: Path, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    tokenizer, other = tiny_image_tokenizer(), tiny_image_tokenizer(seed=1)
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    extract(open_source(rows), tokenizer, mine, CONFIG)
+    extract(open_source(rows), other, theirs, CONFIG)
+    shard = mine / "000001.parquet"
+    told = pq.read_schema(shard).metadata[b"nextflow_ar.tokenizer"]
+    assert told.decode() == tokenizer.fingerprint()
+    whole = shard.read_bytes()
+    shard.write_bytes((theirs / shard.name).read_bytes())
+    shards = CodeShards(mine, tokenizer)
+    assert shards.table([mine / "000000.parquet"]).num_rows == 2
+    for reading in (
+        lambda: shards.table(shards.files),
+        lambda: shards.texts(9),
+        lambda: list(shards.documents()),
+        lambda: extract(open_source(rows), tokenizer, mine, CONFIG),
+    ):
+        with pytest.raises(
+            StorageError, match=r"000001.parquet: the shard was made by another image tokenizer"
+        ):
+            reading()
+    pq.write_table(pq.read_table(theirs / shard.name).replace_schema_metadata(None), shard)
+    assert len(list(shards.documents())) == 6  # of before shards said so: the manifest decides
+    shard.write_bytes(whole[:-40])
+    with pytest.raises(StorageError, match=r"000001.parquet: the shard cannot be read"):
+        extract(open_source(rows), tokenizer, mine, CONFIG)
+
+
+def test_an_extraction_goes_on_from_the_same_source_only(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows.read_text())
+    extract(open_source(rows), tokenizer, out, CONFIG, place=rows)
+    (out / "000001.parquet").unlink()
+    with pytest.raises(
+        StorageError, match=r"s holds codes of .*rows.jsonl, not of .*other.jsonl: name another"
+    ):
+        extract(open_source(other), tokenizer, out, CONFIG, place=other)
+    assert not (out / "000001.parquet").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert extract(open_source(rows), tokenizer, out, CONFIG, place="rows.jsonl")["rows"] == 2
+    with pytest.raises(StorageError, match=r"not of hf://me/it: name another"):
+        same_source(out, "hf://me/it/")
+    spread = replace(job(other, tmp_path, "s"), place=str(other))
+    with pytest.raises(StorageError, match=r"not of .*other.jsonl"):
+        ShardActor(spread)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest.pop("source") == str(rows)
+    (out / "manifest.json").write_text(json.dumps(manifest))  # of before sources were told
+    assert extract(open_source(other), tokenizer, out, CONFIG, place=other)["rows"] == 0
 
 
 def test_dialogue_marks_turns_and_learns_their_end() -> None:
@@ -149,6 +316,13 @@ def test_extract_as_a_command(rows: Path, tmp_path: Path, capsys: pytest.Capture
     options = ["--image-tokenizer", str(tmp_path / "t")]
     assert run(["extract", str(rows), "-o", out, *options]) == 1  # another number of rows per shard
     assert "another tokenizer or setting" in capsys.readouterr().err
+    same = [*options, "--rows", "3"]
+    assert run(["extract", str(rows), "-o", out, *same, "--correct-given"]) == 1
+    assert "was begun without self-correction of given pictures" in capsys.readouterr().err
+    (tmp_path / "other.jsonl").write_text(rows.read_text())
+    assert run(["extract", str(tmp_path / "other.jsonl"), "-o", out, *same]) == 1
+    told = capsys.readouterr().err
+    assert "rows.jsonl, not of" in told and len(told.split("nextflow-ar: ")[1].splitlines()) == 1
     assert run(["extract", str(rows), "-o", out, *options, "--process", "2", "--processes", "2"]) == 2
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 import tarfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.check import check_rows
+from nextflow_ar.data.hub_rows import HubSource
 from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart, parse_row
 from nextflow_ar.data.sources import SourceError, open_source
 from nextflow_ar.tokenizer.pictures import PictureError
@@ -258,28 +260,145 @@ def test_parquet(tmp_path: Path) -> None:
         list(open_source(tmp_path / "b.parquet").rows())
 
 
-def test_a_data_set_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+class Streamed(list):
+    """As a streamed data set of ``datasets``: what is in it comes, an error is raised, and then the stream is over."""
+
+    def skip(self, n: int) -> Streamed:
+        return type(self)(self[n:])
+
+    def __iter__(self) -> Iterator[Any]:
+        for value in super().__iter__():
+            found = value() if callable(value) else value
+            if isinstance(found, Exception):
+                raise found
+            yield found
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, examples: list[Any]) -> tuple[list[Any], list[float]]:
+    """Put a package ``datasets`` in place that knows ``examples``; returns what it is asked and how long is waited."""
     asked: list[Any] = []
+    waited: list[float] = []
 
-    class Streamed(list):
-        def skip(self, n: int) -> Streamed:
-            return Streamed(self[n:])
-
-    def load(name: str, split: str, streaming: bool) -> Streamed:
-        asked.append((name, split, streaming))
+    def load(name: str, config: str | None, split: str, streaming: bool) -> Streamed:
+        asked.append((name, config, split, streaming))
         if name == "me/none":
             raise OSError("not\nthere")
-        return Streamed([{"image": Image.new("RGB", (8, 8)), "text": f"row {i}"} for i in range(3)])
+        return Streamed(examples)
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    monkeypatch.setattr("time.sleep", waited.append)
+    return asked, waited
+
+
+def test_a_data_set_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"image": Image.new("RGB", (8, 8)), "text": f"row {i}"} for i in range(3)]
+    asked, _ = hub(monkeypatch, rows)
     assert texts(open_source("hf://me/it/test"), 1) == ["row 1", "row 2"]
-    assert asked == [("me/it", "test", True)]
-    with pytest.raises(SourceError, match="hf://me/none: not there"):
+    assert texts(open_source("hf://me/it@large")) == ["row 0", "row 1", "row 2"]
+    assert texts(open_source("hf://me/it@large/test/"), 5) == []
+    assert asked == [
+        ("me/it", c, s, True) for c, s in ((None, "test"), ("large", "train"), ("large", "test"))
+    ]
+    with pytest.raises(SourceError, match="hf://me/none/train: not there"):
         list(open_source("hf://me/none").rows())
-    with pytest.raises(SourceError, match="OWNER/NAME/SPLIT is accepted"):
-        open_source("hf://it")
+    for wrong in ("it", "me/it@", "me@a/it", "me/it/train/more"):
+        with pytest.raises(SourceError, match="hf://OWNER/NAME@CONFIG/SPLIT is accepted"):
+            open_source(f"hf://{wrong}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SourceError, match="needs the package datasets"):
+        list(open_source("hf://me/it").rows())
+
+
+def test_a_broken_item_of_the_hub_is_an_error_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = [{"image": png(), "text": f"row {i}"} for i in range(20)]
+    broken = ValueError("cannot\nidentify image file")
+    _, waited = hub(monkeypatch, [good[0], broken, broken, good[3], {"image": png(), "text": " "}, good[5]])
+    found = texts(open_source("hf://me/it"))
+    told = "!hf://me/it/train: row {}: cannot identify image file"
+    assert found[:4] == ["row 0", told.format(1), told.format(2), "row 3"]
+    assert "row 4: caption is empty" in found[4] and found[5:] == ["row 5"] and not waited
+    assert texts(open_source("hf://me/it"), 2) == found[2:]
+    hub(monkeypatch, [good[0], *[broken] * 10, good[1]])
+    with pytest.raises(
+        SourceError, match=r"row 10: it and the 9 rows before cannot be read \(cannot identify"
+    ):
+        list(open_source("hf://me/it").rows())
+
+
+def test_a_lost_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(Exception):
+        def __init__(self, status: int) -> None:
+            self.response = types.SimpleNamespace(status_code=status)
+
+    good = [{"image": png(), "text": f"row {i}"} for i in range(3)]
+    failing = [ConnectionError("gone"), TimeoutError(), Answer(503)]
+    _, waited = hub(monkeypatch, [good[0], lambda: failing.pop() if failing else good[1], good[2]])
+    assert texts(open_source("hf://me/it")) == ["row 0", "row 1", "row 2"] and waited == [1, 4, 15]
+    _, waited = hub(monkeypatch, [good[0], ConnectionError("gone")])
+    with pytest.raises(
+        SourceError, match=r"row 1: the connection was lost, and so it was in 4 more .*\(gone\)"
+    ):
+        list(open_source("hf://me/it").rows())
+    assert waited == [1, 4, 15, 60]
+    _, waited = hub(monkeypatch, [good[0], Answer(404), good[2]])
+    assert [t[:6] for t in texts(open_source("hf://me/it"))] == ["row 0", "!hf://", "row 2"] and not waited
+
+
+def test_a_stream_of_the_hub_skips_without_being_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    hub(monkeypatch, [{"text": " " if i == 2 else f"row {i}"} for i in range(9)])
+    skipped = Streamed.skip
+    monkeypatch.setattr(Streamed, "skip", lambda self, n: (opened.append(n), skipped(self, n))[1])
+    stream = HubSource("me/it").rows(1)
+    stream.skip(1)
+    assert "row 2: text is empty" in str(next(stream))
+    stream.skip(3)
+    assert "row 6" in str(next(stream)) and opened == [2]
+    stream.skip(9)
+    assert next(stream, None) is None and opened == [2]
+
+
+def test_pictures_of_the_hub_that_are_only_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    with fsspec.open("memory://a.png", "wb") as file:
+        file.write(png((7, 5)))
+    named = [{"image": {"bytes": None, "path": f"memory://{n}.png"}, "text": n} for n in ("a", "gone")]
+    hub(monkeypatch, [*named, {"images": [named[0]["image"]], "texts": ["story"]}])
+    one, none, story = open_source("hf://me/it").rows()
+    for row in (one, story):
+        assert isinstance(row, Row) and row.pictures[0].content() == (png((7, 5)), "png")
+    assert isinstance(none, RowError) and str(none).startswith("hf://me/it/train: row 1: ")
+
+
+def test_the_real_package_streams_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = datasets.Features(
+        {"images": datasets.Sequence(datasets.Image()), "texts": datasets.Sequence(datasets.Value("string"))}
+    )
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(buffer, "JPEG")
+    rows = [{"images": [{"bytes": buffer.getvalue(), "path": None}], "texts": [f"row {i}"]} for i in range(5)]
+    rows[2]["images"][0]["bytes"] = b"none"
+    folder = tmp_path / "me" / "it"
+    folder.mkdir(parents=True)
+    for name in ("a", "b"):
+        pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), folder / f"{name}.parquet")
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}.parquet\n" for n in ("a", "b"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.chdir(tmp_path)  # a folder of that name stands for the Hub
+    source = open_source("hf://me/it@b/train")
+    found = list(source.rows(1))
+    assert all(isinstance(row, Row) for row in found) and texts(source, 1) == [
+        f"row {i}" for i in range(1, 5)
+    ]
+    contents = [row.pictures[0] for row in found if isinstance(row, Row)]
+    assert contents[0].content() == (buffer.getvalue(), "jpg")
+    with pytest.raises(PictureError):
+        contents[1].open()
+    with pytest.raises(
+        SourceError, match=r"several configurations, name one \(hf://me/it@CONFIG\): \['a', 'b'\]"
+    ):
         list(open_source("hf://me/it").rows())
 
 

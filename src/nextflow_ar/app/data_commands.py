@@ -18,7 +18,15 @@ data_app = typer.Typer(
 
 Place = Annotated[
     str,
-    typer.Argument(help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME."),
+    typer.Argument(
+        help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME[@CONFIG][/SPLIT]."
+    ),
+]
+Given = Annotated[
+    bool, typer.Option("--correct-given", help="Self-correct given pictures (of questions, edits) too.")
+]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, help="Pictures encoded together; above 1 a few codes may differ.")
 ]
 Kept = Annotated[
     int | None,
@@ -160,12 +168,11 @@ def extract(
     tokens: Annotated[
         float, typer.Option("--correct-tokens", min=0, max=1, help="Share of their tokens that is sampled.")
     ] = 0.6,
+    given: Given = False,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Sampled among so many nearest codes.")] = 8,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01)] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Pictures encoded together; above 1 a few codes may differ.")
-    ] = 1,
+    batch: Batch = 1,
     kept: Kept = None,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")
@@ -189,7 +196,8 @@ def extract(
         raise ConfigError("--workers, --ray and --processes are three ways to share the work: take one")
     values = {
         "num_scales": scales or tokenizer_config(tokenizer).num_scales, "fit": fit, "rows": rows, "samples": samples,
-        "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "batch": batch, "kept": kept,
+        "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "given": given,
+        "batch": batch, "kept": kept,
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pydantic import ConfigDict
 from nextflow_ar.config import from_dict
 from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
 from nextflow_ar.data.sources import Source, SourceError
+from nextflow_ar.data.transforms import invertible
 from nextflow_ar.data.video import VideoSource
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.dialogue import turns
@@ -34,6 +35,8 @@ from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
 from nextflow_ar.types import Codes, Document, Image, Text
 
 MANIFEST = "manifest.json"
+_TOKENIZER = b"nextflow_ar.tokenizer"
+"""Key in a shard's own metadata: fingerprint of the tokenizer that made it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class ExtractionConfig:
     ``num_scales``: level of all pictures, each on the schedule of its nearest aspect ratio. ``rows``: of the source per
     shard. Self-correction (paper section 3.4): ``samples``: share of the pictures that get it (paper: 1), ``tokens``: share
     of their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
+    ``given``: correct pictures that carry no loss, too; generation sees such pictures as they are, so by default training
+    does. A corrected picture that inversion could give has its plain codes beside, as ``clean``.
     ``batch``: pictures of equal schedule that the encoders see together; 1 gives the codes that ``ImageTokenizer.encode``
     gives, more may round differently and turn codes that lie near a boundary.
 
@@ -60,6 +65,7 @@ class ExtractionConfig:
     top_k: int = 8
     temperature: float = 1.0
     seed: int = 0
+    given: bool = False
     batch: int = 1
     kept: int | None = None
 
@@ -74,16 +80,18 @@ def extract(
     out: Path,
     config: ExtractionConfig,
     *,
+    place: Path | str = "",
     process: int = 0,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda shards, rows: None,
 ) -> dict[str, Any]:
     """Write the shards that are missing; returns how many rows this call wrote and which it left out, and why.
 
-    ``process`` of ``processes`` writes every so-manieth shard. Raises StorageError when the folder holds an extraction of
-    another setting or tokenizer, or cannot be written.
+    ``place``: where the source is, as ``open_source`` takes it, so that an extraction goes on with the same one only; "" is
+    not looked at. ``process`` of ``processes`` writes every so-manieth shard. Raises StorageError when the folder holds an
+    extraction of another source, setting or tokenizer, or cannot be written.
     """
-    writer = ShardWriter(source, tokenizer, out, config)
+    writer = ShardWriter(source, tokenizer, out, config, place)
     written, broken, number = 0, {}, process
     while (found := writer.write(number)) is not None:
         written, broken = written + found["rows"], broken | found["broken"]
@@ -95,35 +103,62 @@ def extract(
 
 
 class ShardWriter:
-    """Writes the shards of one extraction, any of them and in any order.
+    """Writes the shards of one extraction, any of them and in any order. ``place``: see :func:`extract`.
 
-    Raises StorageError when the folder holds an extraction of another setting or tokenizer.
+    Raises StorageError when the folder holds an extraction of another source, setting or tokenizer.
     """
 
     def __init__(
-        self, source: Source, tokenizer: ImageTokenizer, out: Path, config: ExtractionConfig
+        self,
+        source: Source,
+        tokenizer: ImageTokenizer,
+        out: Path,
+        config: ExtractionConfig,
+        place: Path | str = "",
     ) -> None:
         self.source, self.tokenizer, self.out, self.config = source, tokenizer, out, config
         self._ahead: tuple[int, Iterator[Row | RowError]] = (-1, iter(()))  # (row, the source from there on)
+        self.fingerprint = tokenizer.fingerprint()
         _parquet()
-        _claim(source, tokenizer, out, config)
+        manifest = {"tokenizer": self.fingerprint, "codes": tokenizer.config.quantizer.codebook_size}
+        manifest |= {"config": asdict(config)}
+        if isinstance(source, VideoSource):
+            manifest["video"] = asdict(source.config)
+        _claim(out, manifest, config, place)
 
     def write(self, number: int) -> dict[str, Any] | None:
-        """Write shard ``number`` if it is missing: {"wrote", "rows", "broken"}; None when the source has no such rows."""
+        """Write shard ``number`` if it is missing: {"wrote", "rows", "broken"}; None when the source has no such rows.
+
+        Raises StorageError when it is there, but damaged or of another tokenizer.
+        """
         name = self.out / f"{number:06d}.parquet"
         if name.is_file():
+            _shard(name, self.fingerprint, head=True)
             return {"wrote": False, "rows": 0, "broken": {}}
         first = number * self.config.rows
-        rows = self._ahead[1] if self._ahead[0] == first else self.source.rows(first)
+        rows = self._rows(first)
         found = list(islice(rows, self.config.rows))
         self._ahead = (first + len(found), rows)
         if not found:
             return None
         records, wrong = _records(found, first, self.tokenizer, self.config)
         buffer = io.BytesIO()
-        _parquet().write_table(_table(records), buffer, compression="zstd")
+        table = _table(records).replace_schema_metadata({_TOKENIZER: self.fingerprint})
+        _parquet().write_table(table, buffer, compression="zstd")
         write_atomic(name, buffer.getvalue())
         return {"wrote": True, "rows": len(records), "broken": wrong}
+
+    def _rows(self, first: int) -> Iterator[Row | RowError]:
+        """The source from a row on: by going on where the last shard ended, unless it starts anywhere at little cost."""
+        at, rows = self._ahead
+        if at < 0 or at > first or (at < first and getattr(self.source, "seeks", False)):
+            return self.source.rows(first)
+        skip = getattr(rows, "skip", None)
+        if skip is not None:
+            skip(first - at)
+        else:
+            next(islice(rows, first - at, first - at), None)
+        return rows
 
 
 def note_broken(out: Path, who: str, broken: dict[str, str]) -> None:
@@ -143,25 +178,55 @@ def _parquet() -> Any:
     return pq
 
 
-def _claim(source: Source, tokenizer: ImageTokenizer, out: Path, config: ExtractionConfig) -> None:
-    manifest = {"tokenizer": tokenizer.fingerprint(), "codes": tokenizer.config.quantizer.codebook_size}
-    manifest |= {"config": asdict(config)}
-    if isinstance(source, VideoSource):
-        manifest["video"] = asdict(source.config)
+def same_source(out: Path, place: Path | str) -> None:
+    """Raises StorageError when ``out`` holds an extraction of a source at another place. Manifests of before say none."""
     path = out / MANIFEST
-    if path.is_file():
-        known = json.loads(path.read_text())
-        known["config"] = asdict(from_dict(ExtractionConfig, known["config"], str(path)))  # with later fields
-        if known != manifest:
-            raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
+    known = json.loads(path.read_text()).get("source", "") if path.is_file() else ""
+    if place and known and known != _whole_place(place):
+        raise StorageError(
+            f"{out} holds codes of {known}, not of {_whole_place(place)}: name another folder "
+            f'(the same data at a new place: change "source" in its {MANIFEST})'
+        )
+
+
+def _whole_place(place: Path | str) -> str:
+    """A place that means the same in every working directory."""
+    return str(place).rstrip("/") if str(place).startswith("hf://") else str(Path(place).resolve())
+
+
+def _claim(out: Path, manifest: dict[str, Any], config: ExtractionConfig, place: Path | str) -> None:
+    path = out / MANIFEST
+    if not path.is_file():
+        manifest |= {"source": _whole_place(place)} if place else {}
+        write_atomic(path, json.dumps(manifest, indent=1).encode())
         return
-    write_atomic(path, json.dumps(manifest, indent=1).encode())
+    known = json.loads(path.read_text())
+    known.pop("source", None)
+    begun = _setting(known, path)
+    known["config"] = asdict(begun)
+    if known | {"config": asdict(replace(begun, given=config.given))} == manifest != known:
+        how = "" if begun.given else "out"
+        raise StorageError(
+            f"{out}: its extraction was begun with{how} self-correction of given pictures: go on with{how} "
+            "--correct-given, or name another folder"
+        )
+    if known != manifest:
+        raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
+    same_source(out, place)
+
+
+def _setting(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
+    """The setting of a manifest, with the fields that came later. Before ``given``, given pictures were corrected, too."""
+    found = from_dict(ExtractionConfig, manifest["config"], str(path))
+    if "given" not in manifest["config"]:
+        found = replace(found, given=found.tokens > 0 and found.samples > 0)
+    return found
 
 
 @dataclass
 class _Wanted:
     """A picture on its canvas, until its codes are there. ``into``: its part of a record. ``before``: the one whose
-    features it takes over where they are alike.
+    features it takes over where they are alike. ``invertible``: training may turn its record into captioning.
     """
 
     seed: tuple[int, int, int]
@@ -169,6 +234,7 @@ class _Wanted:
     pixels: torch.Tensor
     into: dict[str, Any]
     before: _Wanted | None = None
+    invertible: bool = False
 
 
 def _records(
@@ -187,16 +253,18 @@ def _records(
         except (PictureError, ValueError) as error:
             wrong[str(number)] = str(error) if row.where in str(error) else f"{row.where}: {error}"
             continue
+        told = [part.into if isinstance(part, _Wanted) else part for part in parts]
         if config.kept is not None:
             _follow([part for part in parts if isinstance(part, _Wanted)])
+        turns_round = invertible(told)
         for wanted in parts:
             if isinstance(wanted, _Wanted):
+                wanted.invertible = turns_round
                 same = waiting.setdefault(wanted.schedule, [])
                 same.append(wanted)
                 if len(same) == config.batch:
                     _encode(same, tokenizer, config)
                     same.clear()
-        told = [part.into if isinstance(part, _Wanted) else part for part in parts]
         records.append({"row": number, "where": row.where, "parts": told})
     for same in waiting.values():
         if same:
@@ -217,7 +285,7 @@ def _part(
     tokenizer: ImageTokenizer,
     config: ExtractionConfig,
 ) -> dict[str, Any] | _Wanted:
-    common: dict[str, Any] = {"role": part.role, "supervised": part.supervised}
+    common: dict[str, Any] = {"role": part.role, "supervised": part.supervised, "text": None}
     if isinstance(part, TextPart):
         return common | {"text": part.text}
     picture = part.picture.open()
@@ -238,6 +306,7 @@ def _encode(wanted: list[_Wanted], tokenizer: ImageTokenizer, config: Extraction
     for i, each in enumerate(wanted):
         rng = np.random.default_rng(each.seed)
         corrected = config.tokens > 0 and rng.random() < config.samples
+        corrected = corrected and (each.into["supervised"] or config.given)
         correction = SelfCorrection(config.tokens, config.top_k, config.temperature) if corrected else None
         generator = torch.Generator(device=tokenizer.device).manual_seed(int(rng.integers(2**62)))
         own = features[i : i + 1]
@@ -246,6 +315,9 @@ def _encode(wanted: list[_Wanted], tokenizer: ImageTokenizer, config: Extraction
         found = tokenizer.quantizer.quantize(own, each.schedule, correction=correction, generator=generator)
         each.into["target"] = found.target[0].tolist()
         each.into["input"] = found.input[0].tolist() if corrected else None  # the same as the targets
+        # under self-correction the targets answer what was sampled before them: they are no picture by themselves
+        clean = tokenizer.quantizer.quantize(own, each.schedule) if corrected and each.invertible else None
+        each.into["clean"] = None if clean is None else clean.target[0].tolist()
 
 
 def _kept(
@@ -258,7 +330,7 @@ def _kept(
     return kept_features(own, old, (difference <= most)[None].to(own.device))
 
 
-def _table(records: list[dict[str, Any]]) -> Any:
+def _schema() -> Any:
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
     part = pa.struct(
@@ -270,10 +342,38 @@ def _table(records: list[dict[str, Any]]) -> Any:
             ("scales", pa.int32()),
             ("target", pa.list_(pa.int32())),
             ("input", pa.list_(pa.int32())),
+            ("clean", pa.list_(pa.int32())),
         ]
     )
-    schema = pa.schema([("row", pa.int64()), ("where", pa.string()), ("parts", pa.list_(part))])
-    return pa.Table.from_pylist(records, schema=schema)
+    return pa.schema([("row", pa.int64()), ("where", pa.string()), ("parts", pa.list_(part))])
+
+
+def _table(records: list[dict[str, Any]]) -> Any:
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    return pa.Table.from_pylist(records, schema=_schema())
+
+
+def _shard(path: Path, fingerprint: str, *, head: bool = False) -> Any:
+    """A shard as a table; ``head``: its schema alone. Raises StorageError for a damaged one or one of another tokenizer.
+
+    A shard of before it named its tokenizer is taken for what the manifest says.
+    """
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    pq = _parquet()
+    try:
+        found = pq.read_schema(path) if head else pq.read_table(path)
+        schema = found if head else found.schema
+        made_by = (schema.metadata or {}).get(_TOKENIZER, fingerprint.encode())
+        if made_by == fingerprint.encode():
+            return found if head else found.cast(_schema())  # shards of before ``clean`` have it as null
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
+    raise StorageError(
+        f"{path}: the shard was made by another image tokenizer than its folder's: remove it and extract again"
+    )
 
 
 class CodeShards:
@@ -287,27 +387,23 @@ class CodeShards:
         if not path.is_file():
             raise StorageError(f"{folder}: no extraction here (it lacks {MANIFEST})")
         manifest = json.loads(path.read_text())
-        if manifest["tokenizer"] != tokenizer.fingerprint():
+        self.fingerprint = tokenizer.fingerprint()
+        if manifest["tokenizer"] != self.fingerprint:
             raise StorageError(
                 f"{folder}: its codes were made by another image tokenizer: extract again with this model's"
             )
-        self.config = from_dict(ExtractionConfig, manifest["config"], str(path))
+        self.config = _setting(manifest, path)
         self.files = sorted(folder.glob("*.parquet"))
         if not self.files:
             raise StorageError(f"{folder}: the extraction holds no shard yet")
 
     def table(self, paths: Sequence[Path]) -> Any:
-        """The records of some shards as one Arrow table. Raises StorageError for a damaged one."""
+        """The records of some shards as one Arrow table. Raises StorageError for a damaged one, or one that
+        another tokenizer made.
+        """
         import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
-        pq, tables = _parquet(), []
-        for path in paths:
-            try:
-                tables.append(pq.read_table(path))
-            except (OSError, pa.ArrowException) as error:
-                reason = " ".join(str(error).split())[:100]
-                raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
-        return pa.concat_tables(tables)
+        return pa.concat_tables([_shard(path, self.fingerprint) for path in paths])
 
     def texts(self, count: int) -> list[str]:
         """Texts of the first ``count`` documents, to train a text tokenizer on."""
@@ -322,17 +418,19 @@ class CodeShards:
 
     def documents(self, start: int = 0, *, dialogue: bool = False) -> Iterator[tuple[int, Document]]:
         """(number of the source's row, document) from row ``start`` on. ``dialogue``: with chat marks around every turn."""
-        pq = _parquet()
         for path in self.files:
             if (int(path.stem) + 1) * self.config.rows <= start:
                 continue
-            for record in pq.read_table(path).to_pylist():
+            for record in self.table([path]).to_pylist():
                 if record["row"] >= start:
                     yield record["row"], as_document(record["parts"], dialogue=dialogue)
 
 
 def as_document(parts: list[dict[str, Any]], *, dialogue: bool = False) -> Document:
-    """The document of a record's parts. ``dialogue``: with chat marks around every turn (:func:`turns`)."""
+    """The document of a record's parts. ``dialogue``: with chat marks around every turn (:func:`turns`).
+
+    A given picture is fed its plain codes (``clean``) where the shard has them beside self-corrected ones.
+    """
     pairs = [(part["role"], _segment(part)) for part in parts]
     return Document(turns(pairs) if dialogue else tuple(segment for _, segment in pairs))
 
@@ -342,6 +440,8 @@ def _segment(part: dict[str, Any]) -> Text | Image:
         return Text(part["text"], part["supervised"])
     height, width = part["final"]
     schedule = ScaleSchedule.from_final((height, width), part["scales"])
+    if not part["supervised"] and part.get("clean") is not None:
+        return Image(Codes.plain(schedule, torch.tensor(part["clean"])))
     target = torch.tensor(part["target"])
     fed = target if part["input"] is None else torch.tensor(part["input"])
     return Image(Codes(schedule, target, fed), part["supervised"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nextflow_ar.data.extraction import ShardWriter, note_broken
+from nextflow_ar.data.extraction import ShardWriter, note_broken, same_source
 from nextflow_ar.data.sources import SourceError, open_source
 from nextflow_ar.data.workers import Extraction, one_thread
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
@@ -22,7 +22,8 @@ class ShardActor:
 
     def __init__(self, job: Extraction) -> None:
         tokenizer = ImageTokenizer.from_pretrained(job.tokenizer, job.device)
-        self.writer = ShardWriter(open_source(job.place, job.video), tokenizer, Path(job.out), job.config)
+        source = open_source(job.place, job.video)
+        self.writer = ShardWriter(source, tokenizer, Path(job.out), job.config, job.place)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """{"shard": numbers} to what was written: rows, and the rows left out with their reasons."""
@@ -41,13 +42,14 @@ def extract_with_ray(job: Extraction, actors: int, *, gpus: float = 0.0) -> dict
     """Write the missing shards with ``actors`` actors, ``gpus`` of a GPU each; returns what ``extract`` returns.
 
     Uses the cluster that Ray is connected to, or starts one on this machine. Raises SourceError when Ray is not installed
-    or the source does not know its length.
+    or the source does not know its length, StorageError when the folder holds an extraction of another source.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SourceError("extraction with Ray needs it: pip install 'nextflow-ar[ray]'") from None
+    same_source(job.out, job.place)  # also where nothing is missing
     count = open_source(job.place, job.video).count()
     shards = -(-count // job.config.rows)
     missing = [n for n in range(shards) if not (job.out / f"{n:06d}.parquet").is_file()]

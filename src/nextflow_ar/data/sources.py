@@ -31,7 +31,7 @@ class SourceError(ValueError):
 
 
 class Source(Protocol):
-    """Rows in a fixed order."""
+    """Rows in a fixed order. One that starts anywhere at little cost says so by an attribute ``seeks = True``."""
 
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
         """Row ``start`` and all that follow; a broken one is its error."""
@@ -43,11 +43,13 @@ class Source(Protocol):
 
 
 def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
-    """The source at a path, by what is there; or ``hf://OWNER/NAME[/SPLIT]``. ``video``: how clips become rows.
+    """The source at a path, by what is there; or ``hf://OWNER/NAME[@CONFIG][/SPLIT]``. ``video``: how clips become rows.
 
     Raises SourceError.
     """
     if str(place).startswith("hf://"):
+        from nextflow_ar.data.hub_rows import HubSource
+
         return HubSource(str(place).removeprefix("hf://"))
     path = Path(place)
     if not path.exists():
@@ -81,6 +83,8 @@ def _only_rows(folder: Path) -> bool:
 
 class _Files(ABC):
     """A source of files that are read from their beginning. Whole files before ``start`` are counted, not read."""
+
+    seeks = True
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -197,6 +201,8 @@ def _row(values: Mapping[str, Any], where: str, folder: Path | None) -> Row | Ro
 class ParquetSource:
     """Parquet files; pictures as bytes, as Hugging Face's struct of bytes and path, or as paths relative to the file."""
 
+    seeks = True
+
     def __init__(self, files: list[Path]) -> None:
         self.files = files
 
@@ -247,6 +253,7 @@ class FolderSource:
         )
         if not self.files:
             raise SourceError(f"{folder}: neither pictures nor {', '.join(_KINDS)} files in this folder")
+        self.seeks = self.table is None
 
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
         """See :class:`Source`."""
@@ -280,13 +287,13 @@ class FolderSource:
                     yield RowError(f"{where}: not valid JSON ({error})")
                     continue
                 yield (
-                    _row(_image_folder(values), where, self.folder)
+                    _row(image_folder(values), where, self.folder)
                     if isinstance(values, dict)
                     else _no_mapping(values, where)
                 )
 
 
-def _image_folder(values: dict[str, Any]) -> dict[str, Any]:
+def image_folder(values: dict[str, Any]) -> dict[str, Any]:
     """Hugging Face's names as ours; several captions: the first."""
     found = dict(values)
     if "image" not in found and (file := found.get("file_name") or found.get("file")):
@@ -375,35 +382,6 @@ def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any
         for part in segments
     ]
     return {**values, "segments": filled}
-
-
-class HubSource:
-    """A Hugging Face data set, streamed: ``OWNER/NAME`` or ``OWNER/NAME/SPLIT`` (default: train)."""
-
-    def __init__(self, name: str) -> None:
-        parts = name.strip("/").split("/")
-        if len(parts) not in (2, 3):
-            raise SourceError(f"hf://{name}: hf://OWNER/NAME or hf://OWNER/NAME/SPLIT is accepted")
-        self.name, self.split = "/".join(parts[:2]), parts[2] if len(parts) == 3 else "train"
-
-    def rows(self, start: int = 0) -> Iterator[Row | RowError]:
-        """See :class:`Source`."""
-        try:
-            import datasets  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise SourceError("hf:// needs the package datasets: pip install 'nextflow-ar[train]'") from None
-        try:
-            found = datasets.load_dataset(self.name, split=self.split, streaming=True).skip(start)
-        except Exception as error:
-            raise SourceError(f"hf://{self.name}: {' '.join(str(error).split())[:140]}") from None
-        for number, values in enumerate(found, start=start):
-            yield _row(_image_folder(dict(values)), f"hf://{self.name}/{self.split}: row {number}", None)
-
-    def count(self) -> int:
-        """Raises SourceError: a stream does not know its length."""
-        raise SourceError(
-            f"hf://{self.name}: a streamed data set does not tell its length; download it first"
-        )
 
 
 _KINDS: dict[str, type[JsonlSource] | type[ParquetSource] | type[TarSource] | type[JsonSource]] = {

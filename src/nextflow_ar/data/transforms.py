@@ -21,7 +21,8 @@ def invert(parts: list[Part], question: str = "") -> list[Part]:
     is one, is asked between them.
 
     Text-to-image: texts as context, then one picture to be drawn, nothing else. System texts stay in front. Every other
-    record (edits, stories, plans before a picture) comes back as it is. What is fed of the picture stays the same.
+    record (edits, stories, plans before a picture) comes back as it is. A given picture is not self-corrected: an
+    extraction has its plain codes beside (:func:`nextflow_ar.data.extraction.as_document`).
     """
     prompt = _prompt(parts)
     if not prompt:
@@ -31,6 +32,11 @@ def invert(parts: list[Part], question: str = "") -> list[Part]:
     shown = {**last, "role": "user", "supervised": False}
     asked = [{**prompt[0], "role": "user", "supervised": False, "text": question}] if question else []
     return [*(part for part in before if part["role"] == "system"), shown, *asked, *told]
+
+
+def invertible(parts: list[Part]) -> bool:
+    """Whether :func:`invert` turns a record round."""
+    return bool(_prompt(parts))
 
 
 def plan(parts: list[Part]) -> list[Part]:

@@ -73,6 +73,8 @@ Look = tuple[int, PictureRef, np.ndarray]
 class VideoSource:
     """Clips in a fixed order, as rows."""
 
+    seeks = True
+
     def __init__(self, clips: list[Clip | RowError], config: VideoConfig) -> None:
         self.clips, self.config = clips, config
         self._windows: dict[int, int] = {}

@@ -45,6 +45,7 @@ class Extraction:
                 ImageTokenizer.from_pretrained(self.tokenizer, device),
                 self.out,
                 self.config,
+                place=self.place,
                 process=process,
                 processes=processes,
                 progress=progress,
