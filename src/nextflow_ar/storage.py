@@ -23,6 +23,7 @@ from torch import Tensor
 
 CHECKSUMS = "checksums.json"
 INDEX_SUFFIX = ".index.json"
+_BLOCK = 16 << 20
 
 
 class StorageError(RuntimeError):
@@ -87,18 +88,28 @@ def read_checked(folder: Path, name: str) -> bytes:
 
     Raises StorageError when the folder or file is missing, or its content is not what was saved.
     """
+    return b"".join(stream_checked(folder, name))
+
+
+def stream_checked(folder: Path, name: str) -> Iterator[bytes]:
+    """:func:`read_checked` in blocks, for files that are too large to hold: the checksum is known after the last one, so
+    read to the end before any of it is believed. Raises StorageError.
+    """
     if not folder.is_dir():
         raise StorageError(f"{folder}: no such checkpoint folder")
+    digest = hashlib.sha256()
     try:
-        data = (folder / name).read_bytes()
+        with (folder / name).open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                yield block
         sums = _sums(folder)
     except FileNotFoundError:
         raise StorageError(f"{folder}: the checkpoint lacks the file {name}") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder}: cannot be read: {error}") from None
-    if name in sums and hashlib.sha256(data).hexdigest() != sums[name]:
+    if name in sums and digest.hexdigest() != sums[name]:
         raise StorageError(f"{folder}: the file {name} is damaged (its checksum differs from {CHECKSUMS})")
-    return data
 
 
 def _sums(folder: Path) -> dict[str, str]:
