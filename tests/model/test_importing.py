@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.generation.pipeline import NextFlowPipeline
+from nextflow_ar.model import importing
+from nextflow_ar.model.backbone import load_language_model
 from nextflow_ar.model.importing import initialise_from
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.layout import build
@@ -78,6 +81,40 @@ def test_text_behaviour_is_unchanged(rows: int, tied: bool, shard: str, tmp_path
     mean = theirs.model.language_model.embed_tokens.weight[:290].mean(0)
     torch.testing.assert_close(bundle.model.backbone.embed_tokens.weight[290], mean, atol=1e-6, rtol=1e-5)
     assert torch.equal(bundle.model.scale_inputs.code_embed.weight, bundle.image_tokenizer.quantizer.codebook)
+
+
+def test_the_model_takes_over_the_loaded_weights_and_draws_only_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_qwen(tmp_path / "qwen", rows=320, tied=False)
+    language = load_language_model(tmp_path / "qwen", torch.bfloat16)
+    monkeypatch.setattr(importing, "load_language_model", lambda *_: language)
+    tokenizer, drawn = tiny_image_tokenizer(), set[tuple[int, ...]]()
+    normal = torch.Tensor.normal_
+
+    def noted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            drawn.add(tuple(tensor.shape))
+        return normal(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", noted)
+    models = [
+        initialise_from(tmp_path / "qwen", tokenizer, dtype=torch.bfloat16, seed=seed).model
+        for seed in (0, 0, 1)
+    ]
+    assert drawn == {(24, 10), (32, 10), (32, 32), (19, 32)}  # codes, connector, scale and length embeddings
+    for name, weight in language.weights.items():
+        own = models[0].backbone.state_dict()[name]
+        assert own.data_ptr() == weight.data_ptr() or name == "embed_tokens.weight", name
+    one, two, three = (dict(model.named_parameters()) for model in models)
+    assert {p.dtype for p in one.values()} == {torch.bfloat16}
+    assert models[0].backbone.rotary_emb.inv_freq.dtype == torch.float32
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+    differ = {name for name, p in one.items() if not torch.equal(p, three[name])}
+    assert differ == {
+        "scale_inputs.connector.0.weight", "scale_inputs.connector.2.weight", "scale_inputs.scale_embed.weight",
+        "scale_inputs.length_embed.weight",
+    }  # fmt: skip
 
 
 def test_init_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

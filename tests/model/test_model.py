@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
 from nextflow_ar.tokenizer.quantizer import resize
 from nextflow_ar.types import Codes, Document, Image, Text
-from tests.conftest import TINY_MODEL, tiny_model
+from tests.conftest import TINY_MODEL, tiny_bundle, tiny_model
 
 SQUARE = ScaleSchedule.square(4)
 
@@ -54,6 +55,21 @@ def test_every_axis_has_its_own_frequencies() -> None:
     )
     model = tiny_model()
     assert torch.equal(model.backbone.rotary_emb.inv_freq, ladder)
+
+
+@pytest.mark.parametrize("rope", ["qwen", "per_axis"])
+@torch.no_grad()
+def test_an_empty_model_becomes_the_one_whose_weights_it_is_given(rope: Literal["qwen", "per_axis"]) -> None:
+    model = tiny_model(replace(TINY_MODEL, rope=rope, rope_theta=1e6))
+    empty = NextFlowModel.empty(model.config)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    for name, buffer in model.named_buffers():
+        assert torch.equal(dict(empty.named_buffers())[name], buffer), name
+    weights = model.state_dict()
+    empty.load_state_dict(weights, assign=True)
+    assert all(p.data_ptr() == weights[name].data_ptr() for name, p in empty.named_parameters())
+    batch = collate([build(Document((Text("two dogs"),)), tiny_bundle().vocab, LayoutOptions(8.0))])
+    assert torch.equal(empty.eval().hidden(batch), model.hidden(batch))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -73,9 +73,18 @@ class Backbone(Qwen2_5_VLTextModel):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(text_config(config))
         if config.rope == "per_axis":
-            frequencies = axis_frequencies(config)
-            self.rotary_emb.register_buffer("inv_freq", frequencies, persistent=False)
-            self.rotary_emb.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+            self._set_frequencies(axis_frequencies(config))
+
+    def compute_frequencies(self, config: ModelConfig) -> None:
+        """What a stack made on the meta device lacks beside its weights: frequencies, which no file holds."""
+        if config.rope == "per_axis":
+            self._set_frequencies(axis_frequencies(config))
+        else:
+            self._set_frequencies(type(self.rotary_emb)(text_config(config)).inv_freq)
+
+    def _set_frequencies(self, frequencies: Tensor) -> None:
+        self.rotary_emb.register_buffer("inv_freq", frequencies, persistent=False)
+        self.rotary_emb.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the stack; frequencies stay in fp32: rounded to bf16 they are 0.4 % off, radians at far places."""

@@ -51,24 +51,27 @@ def initialise_from(
     rows = max(language.head.shape[0], core.get_vocab_size())
     rows = -(-rows // _ROW_STEP) * _ROW_STEP
     config = _config(language, image_tokenizer, rows, rope_range)
-    model = NextFlowModel(config)
-    model.initialise(torch.Generator().manual_seed(seed))
+    model = NextFlowModel.empty(config)
+    model.scale_inputs.to_empty(device="cpu")
+    model.initialise(torch.Generator().manual_seed(seed), prefix="scale_inputs.")
     model.scale_inputs.start_from(image_tokenizer.quantizer.codebook)
-    model = model.to(dtype)
+    model.scale_inputs.to(dtype)
     embeddings = _taller(language.weights["embed_tokens.weight"], rows, known)
-    model.backbone.load_state_dict(language.weights | {"embed_tokens.weight": embeddings})
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.weight[:rows] = _taller(language.head, rows, known)
+    # the tensors that were loaded become the model's: there is no second copy
+    model.backbone.load_state_dict(language.weights | {"embed_tokens.weight": embeddings}, assign=True)
+    head = _taller(language.head, rows, known, below=config.codes)
+    model.head.load_state_dict({"weight": head}, assign=True)
     vocab = Vocabulary(fast_tokenizer(core), rows, config.codes)
     return Bundle(model.eval().requires_grad_(False), image_tokenizer, vocab, {})
 
 
-def _taller(table: Tensor, rows: int, known: int) -> Tensor:
-    """A (V, D) table with ``rows`` rows, of which those from ``known`` on are new: the mean of the others."""
-    out = table.new_empty(rows, table.shape[1])
+def _taller(table: Tensor, rows: int, known: int, below: int = 0) -> Tensor:
+    """A (V, D) table with ``rows`` rows, of which those from ``known`` on are new: the mean of the others; ``below`` rows of
+    zeros follow.
+    """
+    out = table.new_zeros(rows + below, table.shape[1])
     out[: min(known, len(table))] = table[:known]
-    out[known:] = table[:known].float().mean(0).to(table.dtype)
+    out[known:rows] = table[:known].float().mean(0).to(table.dtype)
     return out
 
 
