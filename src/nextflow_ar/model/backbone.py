@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -80,7 +80,8 @@ class Backbone(Qwen2_5_VLTextModel):
         if config.rope == "per_axis":
             self._set_frequencies(axis_frequencies(config))
         else:
-            self._set_frequencies(type(self.rotary_emb)(text_config(config)).inv_freq)
+            rope: Any = type(self.rotary_emb)
+            self._set_frequencies(rope(text_config(config)).inv_freq)
 
     def _set_frequencies(self, frequencies: Tensor) -> None:
         self.rotary_emb.register_buffer("inv_freq", frequencies, persistent=False)

@@ -166,8 +166,8 @@ def _fill(
 def load_bundle(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Bundle:
-    """Load a checkpoint folder for inference. Every tensor goes to ``device`` and ``dtype`` as it is read: no second copy of
-    the weights is ever held.
+    """Load a checkpoint folder for inference. Every tensor goes to ``device`` and ``dtype`` as it is read: a second copy
+    of the weights is never held.
 
     Raises StorageError, one line, for a missing or damaged file or weights that do not fit the configuration.
     """

@@ -66,8 +66,8 @@ def initialise_from(
 
 
 def _taller(table: Tensor, rows: int, known: int, below: int = 0) -> Tensor:
-    """A (V, D) table with ``rows`` rows, of which those from ``known`` on are new: the mean of the others; ``below`` rows of
-    zeros follow.
+    """A (V, D) table with ``rows`` rows, of which those from ``known`` on are new: the mean of the others; ``below`` rows
+    of zeros follow.
     """
     out = table.new_zeros(rows + below, table.shape[1])
     out[: min(known, len(table))] = table[:known]
