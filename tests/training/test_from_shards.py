@@ -400,7 +400,8 @@ def test_the_self_test_passes_and_finds_each_mismatch(
     bundle = tiny_bundle()
     parts = (bundle.image_tokenizer, bundle.vocab, bundle.layout)
     assert check_generation(bundle.model, *parts) < 1e-4
-    model = tiny_model(replace(TINY_MODEL, closing_input="accumulated", scale_input="accumulated"))
+    baseline = {"closing_input": "accumulated", "scale_input": "accumulated", "positions": "learned_1d"}
+    model = tiny_model(replace(TINY_MODEL, **baseline))
     assert check_generation(model, *parts) < 1e-4
     for change, message in (
         ({"codes": 25}, "the image tokenizer has 24 codes, the model 25"),

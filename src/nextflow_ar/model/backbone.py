@@ -72,6 +72,7 @@ class Backbone(Qwen2_5_VLTextModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(text_config(config))
+        self.one_axis = config.positions == "learned_1d"
         if config.rope == "per_axis":
             self._set_frequencies(axis_frequencies(config))
 
@@ -107,10 +108,12 @@ class Backbone(Qwen2_5_VLTextModel):
     ) -> Float[Tensor, "b l d"]:
         """Hidden states after the last norm.
 
-        ``positions``: (row, column, scale), as the layout makes them. ``mask``: None when every query may see every
-        cached and new key.
+        ``positions``: (row, column, scale), as the layout makes them; of one axis, the scale coordinate is all three.
+        ``mask``: None when every query may see every cached and new key.
         """
         row, column, scale = positions.unbind(0)
+        if self.one_axis:
+            row = column = scale
         out = super().forward(
             inputs_embeds=embeddings,  # pyright: ignore[reportArgumentType]
             position_ids=torch.stack([scale, row, column]),  # pyright: ignore[reportArgumentType]

@@ -168,7 +168,7 @@ class NextFlowModel(nn.Module):
         vectors = self.scale_inputs.block(codes, schedule, k).flatten(2).transpose(1, 2)
         x = self.scale_inputs.connector(vectors)
         if self.scale_inputs.place_embed is not None:
-            x = x + self.scale_inputs.place_embed(torch.arange(x.shape[1], device=x.device))
+            x = x + self.scale_inputs.places(schedule, (k,))
         if copied is not None:
             x = x + self.scale_inputs.told(copied).to(x.dtype)
         device = x.device
@@ -180,14 +180,10 @@ class NextFlowModel(nn.Module):
         return hidden + self.scale_inputs.pointed(hidden, copied, self.head.weight[self.config.text_vocab :])
 
     def _places(self, group: ImageGroup) -> Tensor:
-        assert self.scale_inputs.place_embed is not None
-        sizes = list(group.schedule.sizes[1 : group.scales]) + (
-            [group.schedule.sizes[-1]] if group.closed else []
-        )
-        index = torch.cat([torch.arange(size) for size in sizes]).to(
-            self.scale_inputs.place_embed.weight.device
-        )
-        return self.scale_inputs.place_embed(index).repeat(len(group.rows), 1)
+        blocks = [*range(group.scales - 1), *([len(group.schedule) - 1] if group.closed else [])]
+        if not blocks:
+            return self.head.weight.new_zeros(0, self.config.hidden)
+        return self.scale_inputs.places(group.schedule, blocks).repeat(len(group.rows), 1)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
         """Hidden states of a whole batch (teacher forcing)."""
