@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
-from nextflow_ar.storage import StorageError, write_atomic, write_folder
+from nextflow_ar.storage import (
+    StorageError,
+    pack_weights,
+    weight_files,
+    write_atomic,
+    write_folder,
+    write_weights,
+)
+from tests.conftest import TINY_MODEL, tiny_bundle
 
 
 def saved(bundle: Bundle, folder: Path, card: str = "# card\n") -> Path:
@@ -67,6 +80,85 @@ def test_a_flipped_byte_is_found(bundle: Bundle, tmp_path: Path, name: str) -> N
     with pytest.raises(StorageError, match="damaged") as caught:
         load_bundle(tmp_path / "model")
     assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(4).bfloat16(),
+        "d": torch.tensor(2.5),
+        "c é": torch.arange(6).view(2, 3).T,
+        "e": torch.zeros(0, 3),
+    }
+    write_weights(tmp_path, "w.safetensors", tensors, lambda names: (tensors[name] for name in names))
+    assert (tmp_path / "w.safetensors").read_bytes() == pack_weights(tensors)
+    found = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match="is not"):
+        write_weights(tmp_path, "w.safetensors", tensors, lambda names: (torch.zeros(2) for _ in names))
+    assert (tmp_path / "w.safetensors").read_bytes() == pack_weights(tensors)  # the old file stays
+
+
+def test_large_weights_are_in_parts_that_are_verified(bundle: Bundle, tmp_path: Path) -> None:
+    folder = saved(bundle, tmp_path / "whole")
+    generation, tokenizer = bundle.generation, bundle.vocab.tokenizer
+    parts = tmp_path / "parts"
+    save_bundle(parts, bundle.model, bundle.image_tokenizer, tokenizer, generation, "# card\n", 40_000)
+    files = weight_files(parts, "model.safetensors")
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert not (parts / "model.safetensors").exists()
+    assert all((parts / file).stat().st_size < 42_000 for file in files)
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    whole = load_bundle(folder).model.state_dict()
+    assert index["metadata"]["total_size"] == 2 * sum(value.numel() for value in whole.values())
+    assert {name: file for file in files for name in load_file(parts / file)} == index["weight_map"]
+    for name, value in load_bundle(parts).model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    data = bytearray((parts / files[1]).read_bytes())
+    data[-3] ^= 4
+    (parts / files[1]).write_bytes(bytes(data))
+    with pytest.raises(StorageError, match=f"{files[1]} is damaged"):
+        load_bundle(parts)
+    (parts / files[1]).unlink()
+    with pytest.raises(StorageError, match=f"lacks the file {files[1]}"):
+        load_bundle(parts)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of what is copied or made on the CPU; a view, and what lies in a file, is neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = func.overloadpacket.__name__ in (
+            "_to_copy",
+            "clone",
+            "empty",
+            "zeros",
+            "ones",
+            "empty_strided",
+        )
+        if made and isinstance(out, torch.Tensor) and out.device.type == "cpu":
+            self.total += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_holds_no_second_copy(tmp_path: Path, dtype: torch.dtype) -> None:
+    small = tiny_bundle(replace(TINY_MODEL, hidden=192, intermediate=1024, layers=4))
+    folder = saved(small, tmp_path / "model")
+    own = sum(p.numel() for p in small.model.parameters()) * dtype.itemsize
+    rest = sum(p.nbytes for p in small.image_tokenizer.state_dict().values())
+    with Allocated() as seen:
+        loaded = load_bundle(folder, dtype=dtype)
+    assert own < seen.total < 1.1 * own + 8 * rest
+    assert {p.dtype for p in loaded.model.parameters()} == {dtype}
+    assert loaded.model.backbone.rotary_emb.inv_freq.dtype == torch.float32
+    saved(loaded, tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "generation.json", "text_tokenizer/tokenizer.json"])

@@ -88,9 +88,12 @@ class ModelConfig:
     grid k-1 alone (NextFlow) or the accumulated features (TokenFlow). ``closing_input``: what the block after the last
     grid is fed, that grid's residual alone or the sum over all scales, the whole picture. ``context_images``: a picture
     that is given, not drawn, is laid out with all its scales, or as its closing block alone (which then has to hold the
-    whole picture). ``positions``: 3D RoPE alone, or with TokenFlow's learned embedding per position added. ``copies``: a
-    picture that is drawn behind another one of its size is told, cell by cell, the code that would bring it nearer to that
-    one, and may point at it (not in the paper; absent in configurations from before it was there).
+    whole picture). ``positions``: where a cell's place comes from. "rope": Multiscale 3D RoPE. "learned_1d": the baseline
+    without it, as in VAR and TokenFlow: a learned embedding for every cell of every scale, and a RoPE of one axis, in
+    which all cells of a grid stand at one position, the grid's, as a word would. "learned": both 3D RoPE and an embedding
+    by a cell's number in its grid, whatever the grid. ``copies``: a picture that is drawn behind another one of its size is
+    told, cell by cell, the code that would bring it nearer to that one, and may point at it (not in the paper; absent in
+    configurations from before it was there).
     """
 
     __pydantic_config__ = _STRICT
@@ -112,7 +115,7 @@ class ModelConfig:
     scale_input: Literal["residual", "accumulated"]
     closing_input: Literal["residual", "accumulated"]
     context_images: Literal["scales", "closing"]
-    positions: Literal["rope", "learned"]
+    positions: Literal["rope", "learned", "learned_1d"]
     copies: bool = False
 
     def __post_init__(self) -> None:

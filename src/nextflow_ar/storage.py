@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 CHECKSUMS = "checksums.json"
 INDEX_SUFFIX = ".index.json"
+PART_BYTES = 4 << 30
+"""Weights above this are written in parts of at most this."""
+_BLOCK = 16 << 20
+_DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""The names that safetensors files have for dtypes."""
 
 
 class StorageError(RuntimeError):
@@ -31,11 +40,17 @@ class StorageError(RuntimeError):
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader or a crash sees the old or the new content, never a part. Raises StorageError."""
+    _write(path, [data])
+
+
+def _write(path: Path, pieces: Iterable[Any]) -> None:
+    """:func:`write_atomic` of what the ``pieces`` (anything with a buffer) are, one after the other."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -114,18 +129,28 @@ def read_checked(folder: Path, name: str) -> bytes:
 
     Raises StorageError when the folder or file is missing, or its content is not what was saved.
     """
+    return b"".join(stream_checked(folder, name))
+
+
+def stream_checked(folder: Path, name: str) -> Iterator[bytes]:
+    """:func:`read_checked` in blocks, for files that are too large to hold: the checksum is known after the last one, so
+    read to the end before any of it is believed. Raises StorageError.
+    """
     if not folder.is_dir():
         raise StorageError(f"{folder}: no such checkpoint folder")
+    digest = hashlib.sha256()
     try:
-        data = (folder / name).read_bytes()
+        with (folder / name).open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                yield block
         sums = _sums(folder)
     except FileNotFoundError:
         raise StorageError(f"{folder}: the checkpoint lacks the file {name}") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder}: cannot be read: {error}") from None
-    if name in sums and hashlib.sha256(data).hexdigest() != sums[name]:
+    if name in sums and digest.hexdigest() != sums[name]:
         raise StorageError(f"{folder}: the file {name} is damaged (its checksum differs from {CHECKSUMS})")
-    return data
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -199,14 +224,80 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
 
     Raises StorageError as :func:`read_checked` does.
     """
-    found: dict[str, Tensor] = {}
+    return {key: tensor.clone() for key, tensor in stream_weights(folder, name)}
+
+
+def stream_weights(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """:func:`read_weights` one by one, so that no more than the caller keeps is in memory. Each lies in the file, mapped:
+    copy what is to be kept. Every file is verified before the first of its tensors. Raises StorageError.
+    """
     for part in weight_files(folder, name):
-        data = read_checked(folder, part)
+        for _ in stream_checked(folder, part):
+            pass
         try:
-            found |= load_safetensors(data)
+            with safe_open(folder / part, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    yield key, file.get_tensor(key)
         except (SafetensorError, ValueError) as error:
             raise StorageError(f"{folder}: {part} is not a safetensors file: {error}") from None
-    return found
+
+
+def write_weights(
+    folder: Path,
+    name: str,
+    like: Mapping[str, Tensor],
+    read: Callable[[list[str]], Iterable[Tensor]],
+    part_bytes: int = PART_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file ``name`` into ``folder``, or, above ``part_bytes``, parts of at most that (a larger tensor
+    is a part of its own) and an index. A tensor is held only while it is written.
+
+    ``like``: tensors of the shapes and dtypes to write, on the meta device if need be. ``read``: called once for every
+    file, with names in the order in which their tensors are wanted. Raises StorageError.
+    """
+    sizes = {key: value.numel() * value.element_size() for key, value in like.items()}
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for key in sorted(like):
+        if groups[-1] and filled + sizes[key] > part_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(key)
+        filled += sizes[key]
+    stem, suffix = name.rsplit(".", 1)
+    listed: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"{stem}-{number:05d}-of-{len(groups):05d}.{suffix}" if len(groups) > 1 else name
+        group.sort(
+            key=lambda key: (-like[key].element_size(), key)
+        )  # as safetensors itself does, for alignment
+        head = _safetensors_head({key: like[key] for key in group}, metadata)
+        tensors = zip(group, read(group), strict=True)
+        _write(folder / file, itertools.chain([head], (_raw(tensor, like[key]) for key, tensor in tensors)))
+        listed |= dict.fromkeys(group, file)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(listed.items()))}
+        write_atomic(folder / f"{name}{INDEX_SUFFIX}", json.dumps(index, indent=1).encode())
+
+
+def _safetensors_head(like: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    """What a safetensors file of these, in this order, begins with: the length of a JSON table, and the table."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, value in like.items():
+        begin, end = end, end + value.numel() * value.element_size()
+        table[key] = {"dtype": _DTYPES[value.dtype], "shape": [*value.shape], "data_offsets": [begin, end]}
+    told = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    told += b" " * (-len(told) % 8)
+    return len(told).to_bytes(8, "little") + told
+
+
+def _raw(tensor: Tensor, like: Tensor) -> Any:
+    """A tensor's bytes, not copied where it lies on the CPU."""
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} is not {like.dtype} {tuple(like.shape)}")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 @contextlib.contextmanager

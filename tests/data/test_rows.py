@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 import types
@@ -175,6 +176,10 @@ def test_the_check_warns_about_a_one_sided_mix(tmp_path: Path, capsys: pytest.Ca
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"image": "a.png", "caption": "a dog"}) + "\n")
     assert run(["data", "check", str(path), "-m", str(GOLDEN)]) == 0
+    assert "warning: nothing in it teaches reading" in capsys.readouterr().out
+    bare = shutil.copytree(GOLDEN, tmp_path / "bare")  # nothing but tokenizer and configuration is looked at
+    (bare / "model.safetensors").unlink()
+    assert run(["data", "check", str(path), "-m", str(bare)]) == 0
     assert "warning: nothing in it teaches reading" in capsys.readouterr().out
     path.write_text(json.dumps({"image": "a.png", "question": "what", "answer": "a dog"}) + "\n")
     assert run(["data", "check", str(path), "-m", str(GOLDEN), "--json", "--headers"]) == 0

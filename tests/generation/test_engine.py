@@ -89,6 +89,10 @@ VARIANTS = {
         TINY_MODEL, closing_input="accumulated", context_images="closing", positions="learned"
     ),
     "learned positions": replace(TINY_MODEL, positions="learned"),
+    "learned positions on one axis": replace(TINY_MODEL, positions="learned_1d", scale_input="accumulated"),
+    "closing blocks on one axis": replace(
+        TINY_MODEL, closing_input="accumulated", context_images="closing", positions="learned_1d"
+    ),
     "grouped heads": replace(TINY_MODEL, kv_heads=1),
     "qwen sections": replace(TINY_MODEL, rope="qwen"),
     "copies": replace(TINY_MODEL, copies=True),

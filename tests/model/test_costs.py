@@ -73,7 +73,16 @@ def test_every_kind_of_document_counts_as_the_layout_lays_it_out(scales: int, co
         assert 3 * sum(forward_flops(found, config)) == sample_flops(sample, config)
 
 
-@pytest.mark.parametrize("config", [TINY_MODEL, replace(TINY_MODEL, positions="learned", copies=True), QWEN])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY_MODEL,
+        replace(TINY_MODEL, positions="learned", copies=True),
+        replace(TINY_MODEL, positions="learned_1d", max_scales=5),
+        replace(QWEN, positions="learned_1d"),
+        QWEN,
+    ],
+)
 def test_parameters_are_what_the_model_holds(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = NextFlowModel(config)

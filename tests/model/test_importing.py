@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.generation.pipeline import NextFlowPipeline
-from nextflow_ar.model.importing import initialise_from
+from nextflow_ar.model import importing
+from nextflow_ar.model.backbone import load_language_model
+from nextflow_ar.model.importing import Wiring, initialise_from
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.layout import build
 from nextflow_ar.storage import StorageError
@@ -58,15 +61,23 @@ def save_qwen(
 
 
 @pytest.mark.parametrize(
-    ("rows", "tied", "shard"), [(320, False, "5GB"), (290, False, "20KB"), (320, True, "5GB")],
-    ids=["spare rows", "rows added, sharded", "tied head"],
-)  # fmt: skip
+    ("rows", "tied", "shard", "wiring"),
+    [
+        (320, False, "5GB", Wiring()),
+        (290, False, "20KB", Wiring()),
+        (320, True, "5GB", Wiring()),
+        (320, False, "5GB", Wiring(scale_input="accumulated", positions="learned_1d")),
+    ],
+    ids=["spare rows", "rows added, sharded", "tied head", "baseline"],
+)
 @torch.no_grad()
-def test_text_behaviour_is_unchanged(rows: int, tied: bool, shard: str, tmp_path: Path) -> None:
+def test_text_behaviour_is_unchanged(
+    rows: int, tied: bool, shard: str, wiring: Wiring, tmp_path: Path
+) -> None:
     theirs = save_qwen(tmp_path / "qwen", rows=rows, tied=tied, shard=shard)
     if shard == "20KB":
         assert len(list((tmp_path / "qwen").glob("*.safetensors"))) > 1
-    bundle = initialise_from(tmp_path / "qwen", tiny_image_tokenizer())
+    bundle = initialise_from(tmp_path / "qwen", tiny_image_tokenizer(), wiring)
     assert bundle.model.config.text_vocab % 64 == 0 and bundle.model.config.rope_sections == (2, 3, 3)
     sample = build(Document((Text(SENTENCE),)), bundle.vocab, bundle.layout)
     ours = bundle.model.logits(bundle.model.hidden(collate([sample])))[0]
@@ -78,6 +89,40 @@ def test_text_behaviour_is_unchanged(rows: int, tied: bool, shard: str, tmp_path
     mean = theirs.model.language_model.embed_tokens.weight[:290].mean(0)
     torch.testing.assert_close(bundle.model.backbone.embed_tokens.weight[290], mean, atol=1e-6, rtol=1e-5)
     assert torch.equal(bundle.model.scale_inputs.code_embed.weight, bundle.image_tokenizer.quantizer.codebook)
+
+
+def test_the_model_takes_over_the_loaded_weights_and_draws_only_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_qwen(tmp_path / "qwen", rows=320, tied=False)
+    language = load_language_model(tmp_path / "qwen", torch.bfloat16)
+    monkeypatch.setattr(importing, "load_language_model", lambda *_: language)
+    tokenizer, drawn = tiny_image_tokenizer(), set[tuple[int, ...]]()
+    normal = torch.Tensor.normal_
+
+    def noted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            drawn.add(tuple(tensor.shape))
+        return normal(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", noted)
+    models = [
+        initialise_from(tmp_path / "qwen", tokenizer, dtype=torch.bfloat16, seed=seed).model
+        for seed in (0, 0, 1)
+    ]
+    assert drawn == {(24, 10), (32, 10), (32, 32), (19, 32)}  # codes, connector, scale and length embeddings
+    for name, weight in language.weights.items():
+        own = models[0].backbone.state_dict()[name]
+        assert own.data_ptr() == weight.data_ptr() or name == "embed_tokens.weight", name
+    one, two, three = (dict(model.named_parameters()) for model in models)
+    assert {p.dtype for p in one.values()} == {torch.bfloat16}
+    assert models[0].backbone.rotary_emb.inv_freq.dtype == torch.float32
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+    differ = {name for name, p in one.items() if not torch.equal(p, three[name])}
+    assert differ == {
+        "scale_inputs.connector.0.weight", "scale_inputs.connector.2.weight", "scale_inputs.scale_embed.weight",
+        "scale_inputs.length_embed.weight",
+    }  # fmt: skip
 
 
 def test_init_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +138,34 @@ def test_init_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(["init", "--language-model", str(tmp_path / "tokenizer"), *parts[2:], "-o", str(out)]) == 1
     line = capsys.readouterr().err
     assert line.startswith("nextflow-ar: ") and "no Qwen2.5-VL" in line and line.count("\n") == 1
+
+
+def test_init_reaches_the_baseline_s_wiring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_qwen(tmp_path / "qwen", rows=320, tied=False)
+    tiny_image_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "model"
+    parts = ["--language-model", str(tmp_path / "qwen"), "--image-tokenizer", str(tmp_path / "tokenizer")]
+    chosen = ["--positions", "learned_1d", "--scale-input", "accumulated", "--rope-range", "12"]
+    assert run(["init", *parts, "-o", str(out), *chosen]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["positions"], config["scale_input"], config["rope_range"]) == (
+        "learned_1d",
+        "accumulated",
+        12.0,
+    )
+    pipeline = NextFlowPipeline.from_pretrained(out)
+    table = pipeline.bundle.model.scale_inputs.place_embed.weight
+    assert table.shape == (10_083, 32) and 0.019 < float(table.float().std()) < 0.021
+    assert pipeline.generate("two dogs", seed=1)[0].size == (40, 40)
+    capsys.readouterr()
+    for wrong, told in (
+        (["--positions", "absolute"], "'positions': input should be 'rope', 'learned' or 'learned_1d' (got 'absolute')"),
+        (["--scale-input", "whole"], "'scale_input': input should be 'residual' or 'accumulated' (got 'whole')"),
+        (["--context-images", "closing", "--closing-input", "residual"], "closing needs closing_input: accumulated"),
+    ):  # fmt: skip
+        assert run(["init", *parts, "-o", str(tmp_path / "no"), *wrong]) == 2
+        line = capsys.readouterr().err
+        assert told in line and line.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 def test_a_text_tokenizer_without_chat_marks_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.embeddings import sinusoid
 from nextflow_ar.model.loss import Teacher, chunked_linear_cross_entropy
 from nextflow_ar.model.nextflow import NextFlowModel
-from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.scales import BASE_SIZES, ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
+from nextflow_ar.sequence.blocks import block_mask
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
 from nextflow_ar.tokenizer.quantizer import resize
 from nextflow_ar.types import Codes, Document, Image, Text
-from tests.conftest import TINY_MODEL, tiny_model
+from tests.conftest import TINY_MODEL, tiny_bundle, tiny_model
 
 SQUARE = ScaleSchedule.square(4)
 
@@ -54,6 +56,21 @@ def test_every_axis_has_its_own_frequencies() -> None:
     )
     model = tiny_model()
     assert torch.equal(model.backbone.rotary_emb.inv_freq, ladder)
+
+
+@pytest.mark.parametrize("rope", ["qwen", "per_axis"])
+@torch.no_grad()
+def test_an_empty_model_becomes_the_one_whose_weights_it_is_given(rope: Literal["qwen", "per_axis"]) -> None:
+    model = tiny_model(replace(TINY_MODEL, rope=rope, rope_theta=1e6))
+    empty = NextFlowModel.empty(model.config)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    for name, buffer in model.named_buffers():
+        assert torch.equal(dict(empty.named_buffers())[name], buffer), name
+    weights = model.state_dict()
+    empty.load_state_dict(weights, assign=True)
+    assert all(p.data_ptr() == weights[name].data_ptr() for name, p in empty.named_parameters())
+    batch = collate([build(Document((Text("two dogs"),)), tiny_bundle().vocab, LayoutOptions(8.0))])
+    assert torch.equal(empty.eval().hidden(batch), model.hidden(batch))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -228,7 +245,7 @@ def test_scale_and_length_tags() -> None:
         torch.testing.assert_close(tags[place], wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("positions", ["rope", "learned", "learned_1d"])
 def test_packing_and_padding_change_nothing(bundle: Bundle, positions: str) -> None:
     model = tiny_model(replace(TINY_MODEL, positions=positions))
     wide = ScaleSchedule.from_final((40, 100), 3)
@@ -247,6 +264,60 @@ def test_packing_and_padding_change_nothing(bundle: Bundle, positions: str) -> N
         start = 140 - sum(map(len, samples)) + at
         torch.testing.assert_close(ended[0, start : start + len(sample)], alone, atol=1e-4, rtol=1e-4)
         at += len(sample)
+
+
+@torch.no_grad()
+def test_learned_positions_of_one_axis(bundle: Bundle) -> None:
+    """RoPE has the count of blocks alone, and every cell of every scale a row; by hand for 2x2 and its wide sister 1x4."""
+    model = tiny_model(replace(TINY_MODEL, positions="learned_1d"))
+    table = model.scale_inputs.place_embed.weight
+    assert len(table) == ScaleSchedule.square(18).num_tokens - 1
+    square, wide = ScaleSchedule.square(3), ScaleSchedule.from_final((32, 128), 3)
+    assert (square.grids[1:], wide.grids[1:]) == (((2, 2), (3, 3)), ((1, 4), (2, 6)))
+    assert torch.equal(model.scale_inputs.places(square, (0, 1, 2)), table[[*range(13), *range(4, 13)]])
+    left, right = (table[0] + table[2]) / 2, (table[1] + table[3]) / 2  # the middle of both rows
+    wanted = torch.stack([left, 0.75 * left + 0.25 * right, 0.25 * left + 0.75 * right, right])
+    torch.testing.assert_close(model.scale_inputs.places(wide, (0,)), wanted)
+    batch = collate([build(Document.text_to_image("two dogs", codes(1)), bundle.vocab, bundle.layout)])
+    moved = batch.positions.clone()
+    moved[:2] += torch.rand(moved[:2].shape)  # rows and columns
+    flat, both = model, tiny_model(replace(TINY_MODEL, positions="learned"))
+    for one, same in ((flat, True), (both, False)):
+        x, mask = one.embed(batch), block_mask(batch.blocks, batch.documents)
+        found = one.backbone.run(x, batch.positions, mask), one.backbone.run(x, moved, mask)
+        assert torch.equal(*found) == same
+    later = batch.positions + torch.tensor([0.0, 0.0, 1.0])[:, None, None] * (batch.scales >= 1)
+    assert not torch.equal(flat.backbone.run(x, later, mask), flat.backbone.run(x, batch.positions, mask))
+
+
+@torch.no_grad()
+def test_a_place_in_the_picture_means_the_same_in_all_shapes() -> None:
+    """A table that says where a square grid's cells are says where the cells of other grids are; but beyond the middles of
+    the outermost cells, where it says what those say.
+    """
+    model = NextFlowModel(replace(TINY_MODEL, positions="learned_1d"))
+    table, start = model.scale_inputs.place_embed.weight.zero_(), 0
+    for side in BASE_SIZES[1:]:
+        middles = (torch.arange(side) + 0.5) / side
+        table[start : start + side * side, 0] = middles.repeat_interleave(side)
+        table[start : start + side * side, 1] = middles.repeat(side)
+        start += side * side
+    tall = ScaleSchedule.from_final((104, 36), 12)
+    for k in range(11):
+        (h, w), half = tall.grids[k + 1], 0.5 / BASE_SIZES[k + 1]
+        found = model.scale_inputs.places(tall, (k,)).view(h, w, -1)
+        rows, columns = ((torch.arange(n) + 0.5) / n for n in (h, w))
+        wanted = torch.stack([rows[:, None].expand(h, w), columns.expand(h, w)], -1).clamp(half, 1 - half)
+        torch.testing.assert_close(found[..., :2], wanted, atol=1e-5, rtol=0)
+
+
+def test_learned_positions_by_number_are_what_they_were() -> None:
+    inputs = tiny_model(replace(TINY_MODEL, positions="learned")).scale_inputs
+    wide = ScaleSchedule.from_final((32, 128), 3)
+    assert inputs.place_embed is not None and len(inputs.place_embed.weight) == 64 * 64
+    assert torch.equal(
+        inputs.places(wide, (0, 1, 2)), inputs.place_embed.weight[[*range(4), *range(12), *range(12)]]
+    )
 
 
 def test_a_fresh_model_is_exactly_undecided() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,8 @@ from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.sequence.layout import scale_block
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START
-from nextflow_ar.storage import StorageError
+from nextflow_ar.storage import StorageError, pack_weights, read_weights
+from nextflow_ar.training.adapters import weights_print
 from nextflow_ar.training.meters import Speedometer, measured_peak
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.parallel import World
@@ -298,6 +301,47 @@ def test_a_merged_adapter_says_what_the_adapted_model_said(
     torch.testing.assert_close(trainer.model.head(hidden), adapted, atol=0.1, rtol=0.05)
 
 
+def in_parts(base: Path, folder: Path) -> Path:
+    """A copy of a checkpoint folder whose weights are in three files and an index, as large ones are written."""
+    shutil.copytree(base, folder)
+    weights = read_weights(base, "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "checksums.json").unlink()
+    listed = {}
+    for number in range(3):
+        file = f"model-{number + 1:05d}-of-00003.safetensors"
+        some = sorted(weights)[number::3]
+        (folder / file).write_bytes(pack_weights({name: weights[name] for name in some}))
+        listed |= dict.fromkeys(some, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    return folder
+
+
+def test_adapters_on_a_start_whose_weights_are_in_parts(
+    make: Make, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = in_parts(place / "base", tmp_path / "parts")
+    parts = sorted(start.glob("model-*.safetensors"))
+    assert len(parts) == 3
+    wanted = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    final = make(**LORA, steps=2, start=str(start)).fit()
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "base.json").read_text()) == {"weights": wanted}
+    single = (place / "base" / "model.safetensors").read_bytes()  # as adapters from before name it
+    assert weights_print(place / "base") == hashlib.sha256(single).hexdigest() != wanted
+    out = tmp_path / "merged"
+    assert run(["export", str(start), "--adapter", str(adapter), "-o", str(out)]) == 0
+    trained = dict(load_bundle(final).model.named_parameters())
+    for name, p in load_bundle(out).model.named_parameters():
+        torch.testing.assert_close(p, trained[name], atol=1e-3, rtol=2**-7)
+    data = bytearray(parts[1].read_bytes())
+    data[-1] ^= 4  # another number in one of the parts: other weights
+    parts[1].write_bytes(data)
+    capsys.readouterr()
+    assert run(["export", str(start), "--adapter", str(adapter), "-o", str(tmp_path / "no")]) == 1
+    assert "it was trained on other weights than those of" in capsys.readouterr().err
+
+
 def test_adapters_resume_and_hold_little(make: Make) -> None:
     whole, first = make("a", **LORA), make("b", **LORA)
     for _ in range(4):
@@ -356,7 +400,8 @@ def test_the_self_test_passes_and_finds_each_mismatch(
     bundle = tiny_bundle()
     parts = (bundle.image_tokenizer, bundle.vocab, bundle.layout)
     assert check_generation(bundle.model, *parts) < 1e-4
-    model = tiny_model(replace(TINY_MODEL, closing_input="accumulated", scale_input="accumulated"))
+    baseline = {"closing_input": "accumulated", "scale_input": "accumulated", "positions": "learned_1d"}
+    model = tiny_model(replace(TINY_MODEL, **baseline))
     assert check_generation(model, *parts) < 1e-4
     for change, message in (
         ({"codes": 25}, "the image tokenizer has 24 codes, the model 25"),

@@ -235,8 +235,8 @@ def test_the_7b_recipes_are_the_paper_s_table(
             one = count(shapes)
             assert _tflops(stage, one) < source["packing"]["budget"], kind
             assert one.tokens < source["packing"]["longest"], kind
-    baseline = override(values, ["model.scale_input=accumulated", "model.positions=learned", "alpha=0"])
-    assert read_stage(baseline, "").model.positions == "learned"
+    baseline = override(values, ["model.scale_input=accumulated", "model.positions=learned_1d", "alpha=0"])
+    assert read_stage(baseline, "").model.positions == "learned_1d"
 
 
 def _tflops(stage: Stage, counts: Counts) -> float:

@@ -289,13 +289,40 @@ def init(
     rope_range: Annotated[
         float, typer.Option("--rope-range", min=1.0, help="Coordinate range C of every grid.")
     ] = 64.0,
+    positions: Annotated[
+        str,
+        typer.Option(
+            "--positions",
+            help="rope: Multiscale 3D RoPE; learned_1d: one axis and an embedding per cell, TokenFlow's; learned: both.",
+        ),
+    ] = "rope",
+    scale_input: Annotated[
+        str,
+        typer.Option("--scale-input", help="What a grid is fed: residual, or (TokenFlow's) accumulated."),
+    ] = "residual",
+    closing_input: Annotated[
+        str,
+        typer.Option(
+            "--closing-input", help="What the block behind a picture is fed: accumulated, residual."
+        ),
+    ] = "accumulated",
+    context_images: Annotated[
+        str,
+        typer.Option(
+            "--context-images", help="A given picture is laid out as: scales, closing (block alone)."
+        ),
+    ] = "scales",
     seed: Seed = 0,
 ) -> None:
     """Make an untrained model from a language model's weights and an image tokenizer, ready for alignment."""
     from nextflow_ar.app.stages import initialise_model
 
     with waiting(f"loading {language_model}", False):
-        initialise_model(language_model, image_tokenizer, out, rope_range, seed)
+        wiring = {
+            "rope_range": rope_range, "positions": positions, "scale_input": scale_input,
+            "closing_input": closing_input, "context_images": context_images,
+        }  # fmt: skip
+        initialise_model(language_model, image_tokenizer, out, seed, wiring)
     typer.echo(out)
 
 

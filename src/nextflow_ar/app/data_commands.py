@@ -77,11 +77,15 @@ def check(
     from nextflow_ar.data.check import check_rows
     from nextflow_ar.data.sources import SourceError, open_source
     from nextflow_ar.generation.pipeline import resolve_model
-    from nextflow_ar.model.checkpoint import load_bundle
+    from nextflow_ar.model.checkpoint import load_architecture
+    from nextflow_ar.sequence.vocab import Vocabulary
+    from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
     from nextflow_ar.training.runs import progress_bar
 
     source = open_source(place, _video(video))
-    bundle = load_bundle(resolve_model(model))
+    folder = resolve_model(model)
+    config, tokenizer = load_architecture(folder)
+    vocab = Vocabulary(tokenizer, config.text_vocab, config.codes)
     try:
         total = source.count()
     except SourceError:  # a stream
@@ -89,9 +93,9 @@ def check(
     with progress_bar("check", total) as update:
         report = check_rows(
             source,
-            num_scales=scales or bundle.image_tokenizer.config.num_scales,
-            most_tokens=most or bundle.model.config.max_positions,
-            count_text=lambda text: len(bundle.vocab.encode(text)),
+            num_scales=scales or tokenizer_config(folder).num_scales,
+            most_tokens=most or config.max_positions,
+            count_text=lambda text: len(vocab.encode(text)),
             deep=not headers,
             dialogue=dialogue,
             progress=lambda rows: update(rows, ""),

@@ -92,21 +92,22 @@ def _judge(values: dict[str, Any], where: str) -> Path:
 
 
 def initialise_model(
-    language_model: str, image_tokenizer: str, out: Path, rope_range: float, seed: int
+    language_model: str, image_tokenizer: str, out: Path, seed: int, wiring: Mapping[str, Any]
 ) -> None:
-    """A checkpoint folder whose text stack is a Qwen2.5-VL's. Raises StorageError."""
+    """A checkpoint folder whose text stack is a Qwen2.5-VL's. ``wiring``: what is not the paper's, by the keys of
+    :class:`~nextflow_ar.model.importing.Wiring`. Raises ConfigError, StorageError.
+    """
     import torch
 
     from nextflow_ar.model.checkpoint import save_bundle
-    from nextflow_ar.model.importing import initialise_from
+    from nextflow_ar.model.importing import Wiring, initialise_from
     from nextflow_ar.storage import check_replaceable
     from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
     check_replaceable(out)
+    chosen = from_dict(Wiring, dict(wiring), "init")  # before anything large is read
     tokenizer = ImageTokenizer.from_pretrained(image_tokenizer)
-    bundle = initialise_from(
-        language_model, tokenizer, rope_range=rope_range, dtype=torch.bfloat16, seed=seed
-    )
+    bundle = initialise_from(language_model, tokenizer, chosen, dtype=torch.bfloat16, seed=seed)
     parts = f"Text stack of {language_model}, image tokenizer {image_tokenizer}."
     card = f"# {out.name}\n\n{parts} Not aligned: it cannot draw yet.\n"
     save_bundle(out, bundle.model, tokenizer, bundle.vocab.tokenizer, {}, card)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -72,10 +72,21 @@ class Backbone(Qwen2_5_VLTextModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(text_config(config))
+        self.one_axis = config.positions == "learned_1d"
         if config.rope == "per_axis":
-            frequencies = axis_frequencies(config)
-            self.rotary_emb.register_buffer("inv_freq", frequencies, persistent=False)
-            self.rotary_emb.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+            self._set_frequencies(axis_frequencies(config))
+
+    def compute_frequencies(self, config: ModelConfig) -> None:
+        """What a stack made on the meta device lacks beside its weights: frequencies, which no file holds."""
+        if config.rope == "per_axis":
+            self._set_frequencies(axis_frequencies(config))
+        else:
+            rope: Any = type(self.rotary_emb)
+            self._set_frequencies(rope(text_config(config)).inv_freq)
+
+    def _set_frequencies(self, frequencies: Tensor) -> None:
+        self.rotary_emb.register_buffer("inv_freq", frequencies, persistent=False)
+        self.rotary_emb.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the stack; frequencies stay in fp32: rounded to bf16 they are 0.4 % off, radians at far places."""
@@ -97,10 +108,12 @@ class Backbone(Qwen2_5_VLTextModel):
     ) -> Float[Tensor, "b l d"]:
         """Hidden states after the last norm.
 
-        ``positions``: (row, column, scale), as the layout makes them. ``mask``: None when every query may see every
-        cached and new key.
+        ``positions``: (row, column, scale), as the layout makes them; of one axis, the scale coordinate is all three.
+        ``mask``: None when every query may see every cached and new key.
         """
         row, column, scale = positions.unbind(0)
+        if self.one_axis:
+            row = column = scale
         out = super().forward(
             inputs_embeds=embeddings,  # pyright: ignore[reportArgumentType]
             position_ids=torch.stack([scale, row, column]),  # pyright: ignore[reportArgumentType]

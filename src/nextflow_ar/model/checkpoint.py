@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.layout import LayoutOptions
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, Vocabulary, load_text_tokenizer
 from nextflow_ar.storage import (
+    PART_BYTES,
     StorageError,
     find_folder,
-    pack_weights,
     read_checked,
-    read_weights,
+    stream_weights,
     write_atomic,
     write_folder,
+    write_weights,
 )
 from nextflow_ar.tokenizer.image_tokenizer import CONFIG_FILE, WEIGHTS_FILE, ImageTokenizer
 
@@ -87,8 +89,12 @@ def save_bundle(
     text_tokenizer: PreTrainedTokenizerFast,
     generation: dict[str, Any],
     card: str,
+    part_bytes: int = PART_BYTES,
 ) -> None:
-    """Write a checkpoint folder atomically. Raises StorageError; the old folder then stays."""
+    """Write a checkpoint folder atomically, its weights in parts above ``part_bytes``.
+
+    Raises StorageError; the old folder then stays.
+    """
     bundle = Bundle(
         model,
         image_tokenizer,
@@ -96,22 +102,24 @@ def save_bundle(
         generation,
         card,
     )
-    write_folder(folder, lambda target: fill_bundle(target, bundle))
+    write_folder(folder, lambda target: fill_bundle(target, bundle, part_bytes))
 
 
-def fill_bundle(target: Path, bundle: Bundle) -> None:
-    """Write a bundle's files, weights in bf16, into a folder that is there."""
+def fill_bundle(target: Path, bundle: Bundle, part_bytes: int = PART_BYTES) -> None:
+    """Write a bundle's files, weights in bf16, into a folder that is there; one tensor at a time is converted."""
+    state = bundle.model.state_dict()
+    like = {
+        k: torch.empty(v.shape, dtype=torch.bfloat16 if v.is_floating_point() else v.dtype, device="meta")
+        for k, v in state.items()
+    }
 
-    def weights(folder: Path) -> None:
-        found = {
-            k: v.bfloat16() if v.is_floating_point() else v for k, v in bundle.model.state_dict().items()
-        }
-        write_atomic(folder / WEIGHTS_FILE, pack_weights(found))
+    def read(names: list[str]) -> Iterator[Tensor]:
+        return (state[name].to(like[name].dtype) for name in names)
 
     _fill(
         target,
         bundle.model.config,
-        weights,
+        lambda folder: write_weights(folder, WEIGHTS_FILE, like, read, part_bytes),
         bundle.image_tokenizer,
         bundle.vocab.tokenizer,
         bundle.generation,
@@ -158,17 +166,19 @@ def _fill(
 def load_bundle(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Bundle:
-    """Load a checkpoint folder for inference.
+    """Load a checkpoint folder for inference. Every tensor goes to ``device`` and ``dtype`` as it is read: a second copy
+    of the weights is never held.
 
     Raises StorageError, one line, for a missing or damaged file or weights that do not fit the configuration.
     """
     config = _config(folder)
-    model = NextFlowModel(config)
+    model = NextFlowModel.empty(config)
     weights = {
-        k: v.float() if v.is_floating_point() else v for k, v in read_weights(folder, WEIGHTS_FILE).items()
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+        for name, value in stream_weights(folder, WEIGHTS_FILE)
     }
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise StorageError(
             f"{folder}: the weights do not fit the configuration: {str(error)[:120]}"

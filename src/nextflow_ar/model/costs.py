@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.embeddings import learned_places
 from nextflow_ar.model.flops import pair_flops, token_flops
 from nextflow_ar.scales import ScaleSchedule
-
-LEARNED_PLACES = 64 * 64
-"""Rows of TokenFlow's learned position table."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,7 @@ def parameters(config: ModelConfig) -> Parameters:
     inputs += (config.max_scales + 1) * hidden + hidden * hidden
     if config.copies:
         inputs += config.code_dim * hidden + hidden + 1
-    if config.positions == "learned":
-        inputs += LEARNED_PLACES * hidden
+    inputs += learned_places(config) * hidden
     return Parameters(
         layer=layer,
         layers=config.layers * layer + hidden,

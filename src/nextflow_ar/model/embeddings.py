@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextflow_ar.config import ModelConfig
-from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.scales import BASE_SIZES, Grid, ScaleSchedule
 from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer, resize
 
 _LINEAR = 1024
@@ -50,6 +51,24 @@ def sinusoid(values: Int[Tensor, "*n"], dim: int) -> Float[Tensor, "*n d"]:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def learned_places(config: ModelConfig) -> int:
+    """Rows of the table of learned positions: none; one for every number that a cell of a grid can have ("learned"); or one
+    for every cell of every square grid that is ever fed, so of all scales but the first ("learned_1d").
+    """
+    if config.positions == "learned_1d":
+        return sum(side * side for side in BASE_SIZES[1 : config.max_scales])
+    return BASE_SIZES[-1] ** 2 if config.positions == "learned" else 0
+
+
+@lru_cache(maxsize=512)
+def stretching(base: int, side: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "side base"]:
+    """What turns ``base`` values along a line, by its cells' middles, into ``side`` values of the same line, linearly."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        cells = torch.eye(base)[None]
+        lines = nn.functional.interpolate(cells, side, mode="linear", align_corners=False)
+        return lines[0].T.contiguous().to(device, dtype)
+
+
 class ScaleInputs(nn.Module):
     """Codes of an image to the inputs of its blocks (paper section 2.2, residual features).
 
@@ -74,8 +93,9 @@ class ScaleInputs(nn.Module):
         self.scale_embed = nn.Embedding(config.max_scales + 1, config.hidden)
         self.length_embed = nn.Linear(config.hidden, config.hidden, bias=False)
         self.place_embed = None
-        if config.positions == "learned":
-            self.place_embed = nn.Embedding(64 * 64, config.hidden)
+        if config.positions != "rope":
+            self.place_embed = nn.Embedding(learned_places(config), config.hidden)
+        self.by_scale = config.positions == "learned_1d"
         self.copy_connector = self.copy_gate = None
         if config.copies:
             self.copy_connector = nn.Linear(config.code_dim, config.hidden, bias=False)
@@ -173,6 +193,27 @@ class ScaleInputs(nn.Module):
             return matrix @ rows
         return torch.cat([self.block(codes, schedule, k).flatten(2).transpose(1, 2) for k in blocks], dim=1)
 
+    def places(self, schedule: ScaleSchedule, blocks: Sequence[int]) -> Float[Tensor, "m d"]:
+        """Learned positions of the cells of the ``blocks`` that follow these scales (0-based), one block after the other.
+
+        Of "learned_1d", a scale's rows are the cells of its square grid; a grid of another shape is given what lies between
+        them: a place in the picture means the same in all shapes. The closing block stands where the last grid does.
+        """
+        assert self.place_embed is not None
+        device, last = self.place_embed.weight.device, len(schedule) - 1
+        scales = [min(k + 1, last) for k in blocks]
+        grids = [schedule.grids[scale] for scale in scales]
+        if not self.by_scale:
+            return self.place_embed(torch.cat([torch.arange(h * w, device=device) for h, w in grids]))
+        sides = [BASE_SIZES[scale] for scale in scales]
+        starts = [sum(side * side for side in BASE_SIZES[1:scale]) for scale in scales]
+        rows = [
+            torch.arange(start, start + side * side, device=device)
+            for start, side in zip(starts, sides, strict=True)
+        ]
+        tables = self.place_embed(torch.cat(rows)).split([side * side for side in sides])
+        return torch.cat([_stretched(*each) for each in zip(tables, sides, grids, strict=True)])
+
     def tags(self, scales: Int[Tensor, "b l"], lengths: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         """Scale and scale-length embeddings of every place of an image; zero elsewhere."""
         on = (scales >= 0)[..., None]
@@ -183,3 +224,12 @@ class ScaleInputs(nn.Module):
         )
         # not by an index, whose gradient is summed in any order by several threads
         return (scale + nn.functional.embedding(lengths, table)) * on
+
+
+def _stretched(table: Float[Tensor, "n d"], side: int, grid: Grid) -> Float[Tensor, "m d"]:
+    """A square grid's rows as those of another grid over the same picture."""
+    if grid == (side, side):
+        return table
+    down, across = (stretching(side, n, table.device, table.dtype) for n in grid)
+    rows = (down @ table.view(side, -1)).view(grid[0], side, -1)
+    return (across @ rows).flatten(0, 1)

@@ -6,10 +6,12 @@ So on text alone the new model says what the old one said.
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.backbone import LanguageModel, load_language_model
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.scales import BASE_SIZES
 from nextflow_ar.sequence.vocab import BOI, EOI, SPECIAL_TOKENS, Vocabulary, fast_tokenizer
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
@@ -25,19 +28,37 @@ _ROW_STEP = 64
 """Rows of an embedding table are kept at a multiple of this, as matrix products like it."""
 
 
+@dataclass(frozen=True)
+class Wiring:
+    """What a new model may have otherwise than the paper: keys of ModelConfig, with NextFlow's values as defaults.
+
+    ``scale_input`` "accumulated" and ``positions`` "learned_1d" are TokenFlow's.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    rope_range: float = 64.0
+    scale_input: Literal["residual", "accumulated"] = "residual"
+    closing_input: Literal["residual", "accumulated"] = "accumulated"
+    context_images: Literal["scales", "closing"] = "scales"
+    positions: Literal["rope", "learned", "learned_1d"] = "rope"
+
+    def __post_init__(self) -> None:
+        if self.context_images == "closing" and self.closing_input != "accumulated":
+            raise ValueError("context_images: closing needs closing_input: accumulated")
+
+
 def initialise_from(
     name: str | Path,
     image_tokenizer: ImageTokenizer,
+    wiring: Wiring = Wiring(),
     *,
-    rope_range: float = 64.0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Bundle:
     """Model, text tokenizer and image tokenizer, ready to be aligned. ``name``: Qwen2.5-VL's folder or Hub id.
 
     Code embeddings start as the codebook's vectors, the connector at random, the head's rows for codes at zero, and
-    ``<boi>`` and ``<eoi>`` as the mean of all text embeddings. ``rope_range``: the constant C of Multiscale 3D RoPE.
-    Raises StorageError.
+    ``<boi>`` and ``<eoi>`` as the mean of all text embeddings. Raises StorageError.
     """
     language = load_language_model(name, dtype)
     core = Tokenizer.from_str(language.tokenizer.backend_tokenizer.to_str())
@@ -50,30 +71,33 @@ def initialise_from(
     core.add_special_tokens([BOI, EOI])
     rows = max(language.head.shape[0], core.get_vocab_size())
     rows = -(-rows // _ROW_STEP) * _ROW_STEP
-    config = _config(language, image_tokenizer, rows, rope_range)
-    model = NextFlowModel(config)
-    model.initialise(torch.Generator().manual_seed(seed))
+    config = _config(language, image_tokenizer, rows, wiring)
+    model = NextFlowModel.empty(config)
+    model.scale_inputs.to_empty(device="cpu")
+    model.initialise(torch.Generator().manual_seed(seed), prefix="scale_inputs.")
     model.scale_inputs.start_from(image_tokenizer.quantizer.codebook)
-    model = model.to(dtype)
+    model.scale_inputs.to(dtype)
     embeddings = _taller(language.weights["embed_tokens.weight"], rows, known)
-    model.backbone.load_state_dict(language.weights | {"embed_tokens.weight": embeddings})
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.weight[:rows] = _taller(language.head, rows, known)
+    # the tensors that were loaded become the model's: there is no second copy
+    model.backbone.load_state_dict(language.weights | {"embed_tokens.weight": embeddings}, assign=True)
+    head = _taller(language.head, rows, known, below=config.codes)
+    model.head.load_state_dict({"weight": head}, assign=True)
     vocab = Vocabulary(fast_tokenizer(core), rows, config.codes)
     return Bundle(model.eval().requires_grad_(False), image_tokenizer, vocab, {})
 
 
-def _taller(table: Tensor, rows: int, known: int) -> Tensor:
-    """A (V, D) table with ``rows`` rows, of which those from ``known`` on are new: the mean of the others."""
-    out = table.new_empty(rows, table.shape[1])
+def _taller(table: Tensor, rows: int, known: int, below: int = 0) -> Tensor:
+    """A (V, D) table with ``rows`` rows, of which those from ``known`` on are new: the mean of the others; ``below`` rows
+    of zeros follow.
+    """
+    out = table.new_zeros(rows + below, table.shape[1])
     out[: min(known, len(table))] = table[:known]
-    out[known:] = table[:known].float().mean(0).to(table.dtype)
+    out[known:rows] = table[:known].float().mean(0).to(table.dtype)
     return out
 
 
 def _config(
-    language: LanguageModel, image_tokenizer: ImageTokenizer, rows: int, rope_range: float
+    language: LanguageModel, image_tokenizer: ImageTokenizer, rows: int, wiring: Wiring
 ) -> ModelConfig:
     text = language.config
     rope: Any = text.rope_parameters
@@ -92,10 +116,6 @@ def _config(
         rope="qwen",
         rope_theta=float(rope["rope_theta"]),
         rope_sections=(sections[0], sections[1], sections[2]),
-        rope_range=rope_range,
-        max_scales=18,
-        scale_input="residual",
-        closing_input="accumulated",
-        context_images="scales",
-        positions="rope",
+        max_scales=len(BASE_SIZES),
+        **asdict(wiring),
     )

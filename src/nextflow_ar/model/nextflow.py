@@ -55,11 +55,26 @@ class NextFlowModel(nn.Module):
         self.runner: Callable[..., Tensor] = self.backbone.run
         self.sparse = False
 
+    @classmethod
+    def empty(cls, config: ModelConfig) -> NextFlowModel:
+        """A model whose weights have shapes but no memory (the meta device), to be given them by
+        ``load_state_dict(weights, assign=True)``. What follows from the configuration alone is there, on the CPU.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.backbone.compute_frequencies(config)
+        model.scale_inputs.code_scale = torch.ones(())
+        return model
+
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Start from nothing: normal weights of deviation 0.02 (by depth for output projections), zero head and copies."""
+    def initialise(self, generator: torch.Generator, prefix: str = "") -> None:
+        """Start from nothing: normal weights of deviation 0.02 (by depth for output projections), zero head and copies.
+        With ``prefix``, only parameters whose names begin so.
+        """
         depth = (2 * self.config.layers) ** -0.5
         for name, parameter in self.named_parameters():
+            if not name.startswith(prefix):
+                continue
             if parameter.ndim < 2:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif ".copy_" in name:
@@ -69,7 +84,8 @@ class NextFlowModel(nn.Module):
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     spread *= depth
                 parameter.normal_(0.0, spread, generator=generator)
-        self.head.weight.zero_()
+        if "head.weight".startswith(prefix):
+            self.head.weight.zero_()
 
     @torch.no_grad()
     def codes_anew(self, codebook: Float[Tensor, "k c"]) -> None:
@@ -152,7 +168,7 @@ class NextFlowModel(nn.Module):
         vectors = self.scale_inputs.block(codes, schedule, k).flatten(2).transpose(1, 2)
         x = self.scale_inputs.connector(vectors)
         if self.scale_inputs.place_embed is not None:
-            x = x + self.scale_inputs.place_embed(torch.arange(x.shape[1], device=x.device))
+            x = x + self.scale_inputs.places(schedule, (k,))
         if copied is not None:
             x = x + self.scale_inputs.told(copied).to(x.dtype)
         device = x.device
@@ -164,14 +180,10 @@ class NextFlowModel(nn.Module):
         return hidden + self.scale_inputs.pointed(hidden, copied, self.head.weight[self.config.text_vocab :])
 
     def _places(self, group: ImageGroup) -> Tensor:
-        assert self.scale_inputs.place_embed is not None
-        sizes = list(group.schedule.sizes[1 : group.scales]) + (
-            [group.schedule.sizes[-1]] if group.closed else []
-        )
-        index = torch.cat([torch.arange(size) for size in sizes]).to(
-            self.scale_inputs.place_embed.weight.device
-        )
-        return self.scale_inputs.place_embed(index).repeat(len(group.rows), 1)
+        blocks = [*range(group.scales - 1), *([len(group.schedule) - 1] if group.closed else [])]
+        if not blocks:
+            return self.head.weight.new_zeros(0, self.config.hidden)
+        return self.scale_inputs.places(group.schedule, blocks).repeat(len(group.rows), 1)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "b l d"]:
         """Hidden states of a whole batch (teacher forcing)."""

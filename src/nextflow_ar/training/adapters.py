@@ -18,6 +18,8 @@ from nextflow_ar.storage import (
     pack_weights,
     read_checked,
     read_weights,
+    stream_checked,
+    weight_files,
     write_atomic,
     write_folder,
 )
@@ -93,8 +95,12 @@ def save_adapter(folder: Path, named: dict[str, Tensor], config: LoraConfig, sta
 
 
 def weights_print(folder: Path) -> str:
-    """Digest of a checkpoint folder's weights."""
-    return hashlib.sha256(read_checked(folder, WEIGHTS_FILE)).hexdigest()
+    """Digest of a checkpoint folder's weights: of its file, or of its parts one after the other. Raises StorageError."""
+    digest = hashlib.sha256()
+    for name in weight_files(folder, WEIGHTS_FILE):
+        for block in stream_checked(folder, name):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

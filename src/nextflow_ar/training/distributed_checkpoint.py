@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -33,13 +32,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.checkpoint import write_bundle
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast
-from nextflow_ar.storage import INDEX_SUFFIX, StorageError, write_atomic
+from nextflow_ar.storage import PART_BYTES, StorageError, write_atomic, write_weights
 from nextflow_ar.tokenizer.image_tokenizer import WEIGHTS_FILE, ImageTokenizer
 from nextflow_ar.training.parallel import World
 
 FACTS_FILE = "facts.json"
 _NAME = re.compile(r"step_(\d{8,})")
-_PART_BYTES = 4 << 30
 
 
 class _WholeFolderWriter(FileSystemWriter):
@@ -211,7 +209,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split())[:160] or type(error).__name__
 
 
-def export_weights(checkpoint: Path, target: Path, part_bytes: int = _PART_BYTES) -> None:
+def export_weights(checkpoint: Path, target: Path, part_bytes: int = PART_BYTES) -> None:
     """Write a checkpoint's model as bf16 safetensors into the folder ``target``, in parts with an index when large.
 
     Tensors ``averages.NAME`` are taken where there are any, ``model.NAME`` elsewhere. One process does it alone, from the
@@ -224,27 +222,21 @@ def export_weights(checkpoint: Path, target: Path, part_bytes: int = _PART_BYTES
     stored = cast(dict[str, TensorStorageMetadata], metadata)  # only tensors are saved
     names = sorted(key.removeprefix("model.") for key in stored if key.startswith("model."))
     keys = {name: f"averages.{name}" if f"averages.{name}" in stored else f"model.{name}" for name in names}
-    sizes = {name: stored[key].size.numel() * 2 for name, key in keys.items()}
-    groups: list[list[str]] = [[]]
-    for name in names:
-        if groups[-1] and sum(sizes[n] for n in groups[-1]) + sizes[name] > part_bytes:
-            groups.append([])
-        groups[-1].append(name)
-    stem, suffix = WEIGHTS_FILE.rsplit(".", 1)
-    listed: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        file = f"{stem}-{number:05d}-of-{len(groups):05d}.{suffix}" if len(groups) > 1 else WEIGHTS_FILE
+    like = {
+        name: torch.empty(stored[key].size, dtype=_kept(stored[key].properties.dtype), device="meta")
+        for name, key in keys.items()
+    }
+
+    def read(group: list[str]) -> Iterator[Tensor]:
         found = _read(checkpoint, {keys[name]: stored[keys[name]] for name in group})
-        values = {name: found[keys[name]] for name in group}
-        values = {k: v.bfloat16() if v.is_floating_point() else v for k, v in values.items()}
-        try:
-            save_file(values, target / file, metadata={"format": "pt"})
-        except Exception as error:  # safetensors has a kind of its own for a full disk
-            raise StorageError(f"{target / file}: cannot be written: {_reason(error)}") from None
-        listed |= dict.fromkeys(group, file)
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed}
-        write_atomic(target / f"{WEIGHTS_FILE}{INDEX_SUFFIX}", json.dumps(index, indent=1).encode())
+        return (found.pop(keys[name]).to(like[name].dtype) for name in group)
+
+    write_weights(target, WEIGHTS_FILE, like, read, part_bytes, {"format": "pt"})
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of a run is exported as."""
+    return torch.bfloat16 if dtype.is_floating_point else dtype
 
 
 def _read(checkpoint: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
@@ -267,7 +259,7 @@ def export_bundle(
     text_tokenizer: PreTrainedTokenizerFast,
     generation: dict[str, Any],
     card: str,
-    part_bytes: int = _PART_BYTES,
+    part_bytes: int = PART_BYTES,
 ) -> Path:
     """A checkpoint folder (:func:`~nextflow_ar.model.checkpoint.save_bundle`) from a sharded run's checkpoint.
 
