@@ -216,7 +216,7 @@ def _places(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> list[s
         else:
             written = isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
         if written:
-            values = values[part]
+            values = cast(Any, values)[part]
         elif not (missing and number == len(loc) - 1):
             continue
         found.append(str(part))

@@ -58,9 +58,8 @@ class Crew(Generic[T]):
 
     def _start(self, first: int) -> None:
         context = multiprocessing.get_context("spawn")
-        atexit.register(
-            self.close
-        )  # before multiprocessing's own farewell, which waits for what heeds no SIGTERM
+        # Comes before multiprocessing's own farewell, which sends SIGTERM and waits: these would not heed it.
+        atexit.register(self.close)
         self._ended = threading.Event()
         self._found = queue.Queue(_HELD)
         with _prepared():
