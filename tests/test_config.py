@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from nextflow_ar.config import (
     load_yaml,
     override,
     to_dict,
+    within,
 )
 from tests.conftest import TINY_MODEL, TINY_TOKENIZER
 
@@ -62,6 +64,51 @@ def test_overrides() -> None:
         override(values, ["a.b"])
     with pytest.raises(ConfigError, match="'c' is a value, not a group of keys"):
         override(values, ["c.d=1"])
+    with pytest.raises(ConfigError, match=r"^--set a=\[1,: the value is not valid YAML: [^\n]+$"):
+        override(values, ["a=[1,"])
+
+
+def test_ranges_say_what_they_accept() -> None:
+    for accepted, good, bad in (
+        ("above 0", (1e-9, math.inf), (0, -1, math.nan)),
+        ("at least 0", (0, 7), (-1, math.inf, math.nan)),
+        ("at least 1", (1, 7), (0, 0.5, math.inf)),
+        ("from 0 to 1", (0, 1), (-0.1, 1.1, math.nan)),
+        ("at least 0 and below 1", (0, 0.999), (1, -0.1)),
+        ("a number of seconds of at least 0", (0, math.inf), (-1, math.nan)),
+    ):
+        for value in good:
+            within(accepted, key=value, none=None)
+        for value in bad:
+            with pytest.raises(ConfigError, match=rf"^key is {accepted}, got {value}$"):
+                within(accepted, other=good[0], key=value)
+
+
+def test_sizes_that_no_network_has_are_refused() -> None:
+    model, tokenizer = to_dict(TINY_MODEL), to_dict(TINY_TOKENIZER)
+    for change, message in (
+        ({"layers": 0}, "layers is at least 1, got 0"),
+        ({"heads": 5}, "heads divides hidden, got 5 for a hidden of 48"),
+        ({"kv_heads": 2}, "kv_heads divides heads, got 2 for 3 heads"),
+        ({"rope_sections": [4, 4, 4]}, r"rope_sections add up to half a head, 8 of 48 / 3, got \(4, 4, 4\)"),
+        ({"rms_eps": -1.0}, "rms_eps is above 0, got -1.0"),
+    ):
+        with pytest.raises(ConfigError, match=f"^here: {message}$"):
+            from_dict(ModelConfig, model | change, "here")
+    for change, message in (
+        ({"num_scales": 0}, "num_scales is at least 1, got 0"),
+        ({"decoder_channels": []}, "decoder_channels is at least 1, got 0"),
+        (
+            {"semantic": {**tokenizer["semantic"], "heads": 3}},
+            "'semantic': heads divides hidden, got 3 for a .*",
+        ),
+        (
+            {"quantizer": {**tokenizer["quantizer"], "refine": 2}},
+            "'quantizer': refine is from 0 to 1, got 2.0",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"^here: {message}$"):
+            from_dict(ImageTokenizerConfig, tokenizer | change, "here")
 
 
 def test_yaml_files(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -22,6 +24,35 @@ class ConfigError(ValueError):
     """A configuration does not fit: the message is one line naming the place and what is accepted."""
 
 
+Accepted = Literal[
+    "above 0",
+    "at least 0",
+    "at least 1",
+    "from 0 to 1",
+    "at least 0 and below 1",
+    "a number of seconds of at least 0",
+]
+"""Ranges that settings have; endless ones only where that means something (no clipping, never)."""
+_RANGES: dict[Accepted, Callable[[float], bool]] = {
+    "above 0": lambda x: x > 0,
+    "at least 0": lambda x: 0 <= x < math.inf,
+    "at least 1": lambda x: 1 <= x < math.inf,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "a number of seconds of at least 0": lambda x: x >= 0,
+}
+
+
+def within(accepted: Accepted, **values: float | None) -> None:
+    """Raises ConfigError, one line, for the first value outside a range: its key, what is accepted, and the value.
+
+    None is a setting that is not there.
+    """
+    for key, value in values.items():
+        if value is not None and not _RANGES[accepted](value):
+            raise ConfigError(f"{key} is {accepted}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class SemanticConfig:
     """Tiny or full SigLIP2 vision tower (``Siglip2VisionModel``) and the decoder that reads its features back."""
@@ -34,6 +65,12 @@ class SemanticConfig:
     intermediate: int
     position_grid: int
     decoder_layers: int
+
+    def __post_init__(self) -> None:
+        within("at least 1", patch=self.patch, hidden=self.hidden, layers=self.layers, heads=self.heads)
+        within("at least 1", intermediate=self.intermediate, position_grid=self.position_grid)
+        within("at least 0", decoder_layers=self.decoder_layers)
+        _divides(self.hidden, heads=self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +88,11 @@ class QuantizerConfig:
     semantic_weight: float
     normalize: bool
     refine: float
+
+    def __post_init__(self) -> None:
+        within("at least 1", codebook_size=self.codebook_size, pixel_dim=self.pixel_dim)
+        within("at least 0", semantic_dim=self.semantic_dim, semantic_weight=self.semantic_weight)
+        within("from 0 to 1", refine=self.refine)
 
     @property
     def dim(self) -> int:
@@ -76,6 +118,12 @@ class ImageTokenizerConfig:
     decoder_sees_semantic: bool
     quantizer: QuantizerConfig
     semantic: SemanticConfig | None
+
+    def __post_init__(self) -> None:
+        within("at least 1", downsample=self.downsample, num_scales=self.num_scales)
+        within("at least 1", encoder_blocks=self.encoder_blocks, decoder_blocks=self.decoder_blocks)
+        for name in ("encoder_channels", "decoder_channels"):
+            within("at least 1", **{name: min(getattr(self, name), default=0)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +169,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.context_images == "closing" and self.closing_input != "accumulated":
             raise ValueError("context_images: closing needs closing_input: accumulated")
+        sizes = ("text_vocab", "codes", "code_dim", "hidden", "layers", "heads", "kv_heads", "intermediate")
+        places = ("max_positions", "max_scales")
+        within("at least 1", **{name: getattr(self, name) for name in (*sizes, *places)})
+        within("above 0", rms_eps=self.rms_eps, rope_theta=self.rope_theta, rope_range=self.rope_range)
+        within("at least 0", rope_sections=min(self.rope_sections))
+        _divides(self.hidden, heads=self.heads)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads divides heads, got {self.kv_heads} for {self.heads} heads")
+        half = self.hidden / self.heads / 2
+        if sum(self.rope_sections) != half:
+            raise ValueError(
+                f"rope_sections add up to half a head, {half:g} of {self.hidden} / {self.heads}, got {self.rope_sections}"
+            )
 
     @property
     def vocab(self) -> int:
@@ -128,14 +189,41 @@ class ModelConfig:
         return self.text_vocab + self.codes
 
 
-def _one_line(error: ValidationError, where: str) -> str:
+def _divides(hidden: int, *, heads: int) -> None:
+    if hidden % heads:
+        raise ValueError(f"heads divides hidden, got {heads} for a hidden of {hidden}")
+
+
+def _one_line(error: ValidationError, values: object, where: str) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or "top level"
-    if first["type"] == "unexpected_keyword_argument":
+    kind, details = first["type"], first.get("ctx", {})
+    place = ".".join(_places(first["loc"], values, missing=kind == "missing"))
+    if kind == "unexpected_keyword_argument":
         return f"{where}: unknown key '{place}'"
-    if first["type"] == "missing":
+    if kind == "missing":
         return f"{where}: missing key '{place}'"
-    return f"{where}: '{place}': {first['msg'].lower()} (got {first['input']!r:.80})"
+    if kind == "union_tag_invalid":
+        kinds = details["expected_tags"].replace("'", "")
+        return f"{where}: '{place}.kind' is one of {kinds}, got {details['tag']!r}"
+    if kind == "value_error":  # of a configuration's own: it says what it got
+        return f"{where}: {place and repr(place) + ': '}{details['error']}"
+    return f"{where}: '{place or 'top level'}': {first['msg'].lower()} (got {first['input']!r:.80})"
+
+
+def _places(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> list[str]:
+    """The keys that lead to an error. pydantic also names which of several types it tried, which nobody wrote."""
+    found = []
+    for number, part in enumerate(loc):
+        if isinstance(values, dict):
+            written = part in values
+        else:
+            written = isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
+        if written:
+            values = cast(Any, values)[part]
+        elif not (missing and number == len(loc) - 1):
+            continue
+        found.append(str(part))
+    return found
 
 
 def _accepted(kind: Any, loc: tuple[Any, ...]) -> str:
@@ -169,7 +257,7 @@ def from_dict(kind: type[T], values: object, where: str = "config") -> T:
     except ValidationError as error:
         first = error.errors()[0]
         extra = _accepted(kind, first["loc"]) if first["type"] == "unexpected_keyword_argument" else ""
-        raise ConfigError(_one_line(error, where) + extra) from None
+        raise ConfigError(_one_line(error, values, where) + extra) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -208,7 +296,11 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             node = _entry(node, parent, assignment) if isinstance(node, list) else node.setdefault(parent, {})
             if not isinstance(node, (dict, list)):
                 raise ConfigError(f"--set {assignment}: '{parent}' is a value, not a group of keys")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ConfigError(f"--set {assignment}: the value is not valid YAML: {reason}") from None
         if isinstance(value, str):
             with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
                 value = float(value)

@@ -263,6 +263,24 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     model = ROOT / "recipes" / "emoji_full.yaml"
     status, told = mistake(capsys, "train", model, "--set", "generation.thinc=true")
     assert status == 2 and "generation: unknown sampling default 'thinc'; accepted: guidance" in told
+    for change, wrong in (
+        ("top_k=-5", "top-k is a whole number of at least 0 (0: all), got -5"),
+        ("temperature=hot", "temperature is a number, or a list of them, got 'hot'"),
+        ("temperature=[1.0, hot]", "temperature is a number, or a list of them, got [1.0, 'hot']"),
+        ("top_p=[]", "top_p is a number, or a list of them, got []"),
+        ("guidance=true", "guidance is a number, or a list of them, got True"),
+        ("answer_guidance=-1", "answer_guidance: guidance is a number of at least 0, got -1"),
+        ("thought_temperature=[1.0]", "thought_temperature is a number, got [1.0]"),
+        ("think=3", "think is true or false, got 3"),
+        ("caption=7", "caption is a text, got 7"),
+        ("canvases=[64]", "canvases is a list of sizes in pixels such as [64x64, 96x64], got [64]"),
+    ):
+        status, told = mistake(capsys, "train", model, "--set", f"generation.{change}")
+        assert status == 2 and f"generation: {wrong}" in told, told
+    status, told = mistake(capsys, "train", model, "--set", "steps=[1,")
+    assert status == 2 and "--set steps=[1,: the value is not valid YAML" in told
+    status, told = mistake(capsys, "train", model, "--set", "sources.0.kind=shard")
+    assert status == 2 and "'sources.0.kind' is one of playground, shards, episodes, got 'shard'" in told
     status, told = mistake(capsys, "train", tmp_path / "none.yaml")
     assert status == 2 and "No such file" in told
     assert not (tmp_path / "run").exists()

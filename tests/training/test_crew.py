@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -30,6 +33,51 @@ def _squares(offset: int) -> Callable[[int], dict[str, object]]:
         }
 
     return make
+
+
+def _large(sleep: float) -> Callable[[int], np.ndarray]:
+    time.sleep(sleep)
+    return lambda unit: np.full(1 << 16, unit)  # more than a pipe holds
+
+
+_STOPPED = """
+import os, signal, threading, time
+from functools import partial
+from nextflow_ar.training.crew import Crew
+from tests.training.test_crew import _large
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+if __name__ == "__main__":
+    for number in STOPS:
+        signal.signal(number, lambda number, _: print(number, flush=True))
+    def all_hear():
+        for number in STOPS:
+            os.killpg(0, number)
+            time.sleep(0.1)
+    early = threading.Timer(0.2, all_hear)  # while the processes still import
+    early.start()
+    crew = Crew(partial(_large, 0.5), 10**6, 2)
+    crew.get(0)
+    early.join()
+    all_hear()
+    right = [int(crew.get(unit)[7]) == unit for unit in range(1, 60)]
+    print(all(right), *(process.pid for process in crew._processes), flush=True)
+"""
+
+
+def test_only_the_first_process_hears_a_request_to_stop() -> None:
+    """Clusters tell every process of a group; and a run that ends without close() leaves none behind, nor waits."""
+    command = [sys.executable, "-c", _STOPPED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, start_new_session=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *heard, told = done.stdout.splitlines()
+    asked = [int(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert sorted(int(number) for number in heard) == sorted(2 * asked)
+    right, *pids = told.split()
+    assert right == "True" and len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 def test_units_come_in_order_and_again_from_any() -> None:

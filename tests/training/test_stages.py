@@ -114,6 +114,63 @@ def test_another_recipe_in_the_same_folder_is_refused(tokenizer_folder: Path, tm
     trainer(tmp_path / "run", tokenizer_folder, steps=99)  # a longer run is the same run
 
 
+def test_a_text_tokenizer_left_by_another_recipe_is_made_anew(tokenizer_folder: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "run", tokenizer_folder)  # ended before its first checkpoint
+    path = tmp_path / "run" / "text_tokenizer" / "tokenizer.json"
+    small = path.read_bytes()
+    larger = {"text_entries": 320, "model": to_dict(replace(TINY_MODEL, max_positions=512, text_vocab=320))}
+    training = trainer(tmp_path / "run", tokenizer_folder, **larger)
+    made = path.read_bytes()
+    assert len(training.text_tokenizer) == 320 and made != small
+    training.save()
+    path.touch()
+    before = path.stat().st_mtime_ns
+    assert len(trainer(tmp_path / "run", tokenizer_folder, **larger).text_tokenizer) == 320
+    assert path.stat().st_mtime_ns == before  # a run that resumes keeps its own
+
+
+def test_senseless_values_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    values = model_recipe(tmp_path / "run", tokenizer_folder)
+    source, correction = values["sources"][0], values["correction"]
+    for changes, message in (
+        ({"steps": -1}, "steps is at least 1, got -1"),
+        ({"steps": 0}, "steps is at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate is at least 1, got 0"),
+        ({"text_weight": -1}, r"text_weight is at least 0, got -1\.0"),
+        ({"ema": 1}, r"ema is at least 0 and below 1, got 1\.0"),
+        ({"ema": -0.1}, r"ema is at least 0 and below 1, got -0\.1"),
+        ({"workers": -1}, "workers is at least 0, got -1"),
+        ({"save_seconds": -5}, r"save_seconds is a number of seconds of at least 0, got -5\.0"),
+        ({"peak": 0}, r"peak is above 0, got 0\.0"),
+        ({"optimizer": OPTIMIZER | {"clip": 0}}, r"r: 'optimizer': clip is above 0, got 0\.0"),
+        ({"optimizer": OPTIMIZER | {"lr": -1}}, r"r: 'optimizer': lr is at least 0, got -1\.0"),
+        (
+            {"optimizer": OPTIMIZER | {"beta2": 1}},
+            r"r: 'optimizer': beta2 is at least 0 and below 1, got 1\.0",
+        ),
+        ({"optimizer": OPTIMIZER | {"warmup": -1}}, "r: 'optimizer': warmup is at least 0, got -1"),
+        ({"optimizer": OPTIMIZER | {"decay": 2}}, r"r: 'optimizer': decay is from 0 to 1, got 2\.0"),
+        ({"correction": correction | {"share": 7}}, r"r: 'correction': share is from 0 to 1, got 7\.0"),
+        ({"correction": correction | {"top_k": 0}}, "r: 'correction': top_k is at least 1, got 0"),
+        (
+            {"correction": correction | {"temperature": 0}},
+            r"r: 'correction': temperature is above 0, got 0\.0",
+        ),
+        ({"sources": [source | {"rows": 0}]}, r"r: 'sources\.0': rows is at least 1, got 0"),
+        ({"sources": [source, source | {"scales": -2}]}, r"r: 'sources\.1': scales is at least 1, got -2"),
+        ({"sources": [source | {"length": "x"}]}, r"r: 'sources\.0\.length': .*\(got 'x'\)"),
+        ({"sources": [source | {"rovs": 3}]}, r"r: unknown key 'sources\.0\.rovs'"),
+        (
+            {"sources": [source | {"kind": "shard"}]},
+            r"r: 'sources\.0\.kind' is one of playground, shards, episodes, got 'shard'",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            from_dict(ModelRecipe, values | changes, "r").check()
+    named = from_dict(ModelRecipe, values | {"sources": [source | {"kind": "playground"}]})
+    assert named.sources == from_dict(ModelRecipe, values | {"sources": [source]}).sources
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import contrastive_model
 from nextflow_ar.training.growth import start_from, without_semantics
+from nextflow_ar.training.parallel import World
 from nextflow_ar.training.tokenizer_stage import ScaleDropout, TokenizerRecipe, TokenizerTrainer
 from tests.conftest import TINY_SEMANTIC, TINY_TOKENIZER
 
@@ -166,6 +171,83 @@ def test_a_resumed_run_equals_one_that_never_stopped(adversarial: float, tmp_pat
     )
 
 
+class _Both(World):
+    """One of two processes, in this one: what the other one would say is ``theirs``."""
+
+    def __init__(self, rank: int, theirs: Any = None, heard: bool = False) -> None:
+        super().__init__(rank, 2)
+        self.theirs, self.heard, self.asked = theirs, heard, 0
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def average_gradients(self, parameters: Any) -> None:
+        return
+
+    def any(self, said: bool) -> bool:
+        self.asked += 1
+        return bool(said) or self.heard
+
+    def gather(self, said: Any) -> list[Any]:
+        return [said, self.theirs] if self.rank == 0 else [self.theirs, said]
+
+    def leave(self) -> None:
+        return
+
+
+def of_two(monkeypatch: pytest.MonkeyPatch, rank: int, out: Path, **changes: Any) -> TokenizerTrainer:
+    monkeypatch.setattr(World, "join", lambda: _Both(rank))
+    return trainer(out, "pixel", PIXEL, **changes)
+
+
+def test_every_process_goes_on_with_its_own_random_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = (of_two(monkeypatch, rank, tmp_path) for rank in (0, 1))
+    for one in (first, second):
+        one.advance()
+    states = [one.generator.get_state() for one in (first, second)]
+    assert not torch.equal(*states)
+    assert isinstance(first.world, _Both) and isinstance(second.world, _Both)
+    first.world.theirs = states[1]
+    second.world.theirs = states[0]
+    first.save()
+    second.save()
+    for rank in (0, 1):
+        again = of_two(monkeypatch, rank, tmp_path)
+        assert again.step == 1 and torch.equal(again.generator.get_state(), states[rank])
+    # A checkpoint of a single generator: the second process has to draw other numbers than the first.
+    old = torch.load(tmp_path / "checkpoint.pt")
+    del old["generators"]
+    torch.save(old, tmp_path / "checkpoint.pt")
+    found = [of_two(monkeypatch, rank, tmp_path).generator.get_state() for rank in (0, 1)]
+    assert not torch.equal(*found)
+
+
+def test_processes_stop_together_where_the_signal_reaches_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = of_two(monkeypatch, 1, tmp_path, save_seconds=0.0)
+    assert isinstance(one.world, _Both)
+    saved: list[int] = []
+    monkeypatch.setattr(one, "save", lambda: saved.append(one.step))
+    advance = one.advance
+
+    def step() -> dict[str, float]:
+        found = advance()
+        assert isinstance(one.world, _Both)
+        one.world.heard = one.step == 3  # the other one has been asked
+        return found
+
+    monkeypatch.setattr(one, "advance", step)
+    with pytest.raises(KeyboardInterrupt):
+        one.fit()
+    assert one.step == 3 and saved == [3]  # by the first process's clock, not by its own
+
+
 def test_metrics_of_a_killed_run_are_neither_lost_nor_told_twice(tmp_path: Path) -> None:
     first = trainer(tmp_path, "pixel", PIXEL, steps=3)
     first.advance()
@@ -271,6 +353,22 @@ def test_recipes_whose_parts_do_not_fit_say_so(teacher: str, tmp_path: Path) -> 
             {"codebook": {"kind": "gradient", "decay": 0.9, "revive_below": 0}},
             "loss.codebook",
         ),
+        ("pixel", PIXEL, {"steps": -1}, "^steps is at least 1, got -1$"),
+        ("pixel", PIXEL, {"ema": 1.5}, r"^ema is at least 0 and below 1, got 1\.5$"),
+        ("pixel", PIXEL, {"workers": -2}, "^workers is at least 0, got -2$"),
+        (
+            "pixel",
+            PIXEL,
+            {"dropout": {"kind": "nested", "share": 7}},
+            "'dropout': share is from 0 to 1, got 7",
+        ),
+        ("pixel", PIXEL, {"optimizer": OPTIMIZER | {"clip": 0}}, "'optimizer': clip is above 0, got 0"),
+        (
+            "pixel",
+            PIXEL,
+            {"loss": {"mse": -1, "l1": 0, "commitment": 0}},
+            "'loss': mse is at least 0, got -1",
+        ),
     ):
         with pytest.raises(ConfigError, match=told):
             trainer(tmp_path / "run", trains, config, **changes)
@@ -313,23 +411,66 @@ def test_the_recipes_are_complete(name: str) -> None:
         ImageTokenizer(recipe.tokenizer)
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_tokenizer(tmp_path: Path) -> None:
+def two_process_recipe(out: Path, **changes: Any) -> Path:
     values = {
-        "kind": "tokenizer", "out": str(tmp_path / "run"), "seed": 1, "trains": "pixel", "start": None, "teacher": None,
+        "kind": "tokenizer", "out": str(out), "seed": 1, "trains": "pixel", "start": None, "teacher": None,
         "steps": 4, "pixels": 8192, "optimizer": OPTIMIZER, "ema": 0.9, "dropout": {"kind": "nested", "share": 0.5},
         "codebook": {"kind": "ema", "decay": 0.9, "revive_below": 0.05}, "compile": False, "sheet_seconds": 1e9,
         "save_seconds": 1e9, "loss": {"mse": 1.0, "l1": 0.1, "commitment": 0.25}, "data": {"a": SCENES, "b": LEAVES},
         "heldout": {"scenes": SCENES}, "heldout_pixels": 8192, "tokenizer": to_dict(PIXEL),
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    } | changes  # fmt: skip
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_tokenizer(tmp_path: Path) -> None:
     programs = Path(sys.executable).parent
     command = [
         str(programs / "torchrun"), "--nproc-per-node", "2", "--standalone", "--no-python",
-        str(programs / "nextflow-ar"), "train", str(tmp_path / "recipe.yaml"),
+        str(programs / "nextflow-ar"), "train", str(two_process_recipe(tmp_path / "run")),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2  # one process writes
     ImageTokenizer.from_pretrained(tmp_path / "run" / "final")
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_by_one_signal_end_as_if_never_stopped(tmp_path: Path) -> None:
+    """Only the second process hears it: both save and leave together, and go on with what each had drawn from."""
+
+    def start(path: Path) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "nextflow_ar.app.cli", "train", str(path)],
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+
+    def end(processes: list[subprocess.Popen[str]], status: int) -> None:
+        for process in processes:
+            told = process.communicate(timeout=240)[1]
+            assert process.returncode == status, told[-2000:]
+
+    end(start(two_process_recipe(tmp_path / "whole", steps=40)), 0)
+    path = two_process_recipe(tmp_path / "stopped", steps=40, save_seconds=0.0)
+    processes = start(path)
+    while not (tmp_path / "stopped" / "checkpoint.pt").is_file():
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    end(processes, 130)
+    step = torch.load(tmp_path / "stopped" / "checkpoint.pt")["step"]
+    assert 0 < step < 40
+    end(start(path), 0)
+    found = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert found[0] == found[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nextflow_ar.config import ConfigError, from_dict, load_yaml, override, to_dict
-from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.generation.sampling import SamplingSettings, SettingError
 from nextflow_ar.types import ImageReady
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
 KINDS = ("teacher", "tokenizer", "model", "judge", "world_judge")
+_CANVAS = re.compile(r"[1-9]\d*x[1-9]\d*")
 SHEET_PROMPTS = (
     "a red circle on a blue background",
     "a dog on a white background",
@@ -114,15 +116,47 @@ def initialise_model(
 
 
 def _known_defaults(generation: Mapping[str, Any], where: str) -> None:
-    """Raises ConfigError for a key that generation.json does not have."""
+    """Raises ConfigError, one line, for a key that generation.json does not have, or a value that it cannot have there."""
     from nextflow_ar.generation.pipeline import OPTIONS
 
-    accepted = [*SamplingSettings.__dataclass_fields__, *OPTIONS]
+    settings = SamplingSettings.__dataclass_fields__
+    accepted = [*settings, *OPTIONS]
     unknown = sorted(set(generation) - set(accepted))
     if unknown:
         raise ConfigError(
             f"{where}: unknown sampling default {unknown[0]!r}; accepted: {', '.join(accepted)}"
         )
+    for key, value in generation.items():
+        said = _wrongly(key, value)
+        if said:
+            raise ConfigError(f"{where}: {key} is {said}, got {value!r}")
+    numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in generation.items() if k in settings}
+    alike = {"thought_temperature": "temperature", "answer_guidance": "guidance"}
+    tried = [("", numbers), *((f"{k}: ", {s: generation[k]}) for k, s in alike.items() if k in generation)]
+    for key, values in tried:
+        try:
+            SamplingSettings(**values)
+        except SettingError as error:
+            raise ConfigError(f"{where}: {key}{error}") from None
+
+
+def _wrongly(key: str, value: Any) -> str:
+    """What the value of a sampling default should be, or nothing where it is of that kind."""
+    if key in ("think", "think_edits", "think_told", "dialogue"):
+        return "" if isinstance(value, bool) else "true or false"
+    if key in ("caption", "video", "next_frame"):
+        return "" if isinstance(value, str) else "a text"
+    if key == "canvases":
+        sizes = value if isinstance(value, list) else [None]
+        fit = all(isinstance(size, str) and _CANVAS.fullmatch(size) for size in sizes)
+        return "" if fit else "a list of sizes in pixels such as [64x64, 96x64]"
+    several = isinstance(value, list) and value and key in SamplingSettings.__dataclass_fields__
+    for number in value if several else [value]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            return "a number" + (
+                ", or a list of them" if key in SamplingSettings.__dataclass_fields__ else ""
+            )
+    return ""
 
 
 def export_bundle(

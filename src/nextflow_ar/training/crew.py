@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +22,8 @@ from nextflow_ar.wire import packed
 
 T = TypeVar("T")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to save and stop. They may reach every process of a group; only the first one answers them."""
 _HELD = 8
 """Finished units that are held unpacked, so that the reader never waits for one to be unpacked."""
 
@@ -54,24 +58,19 @@ class Crew(Generic[T]):
 
     def _start(self, first: int) -> None:
         context = multiprocessing.get_context("spawn")
-        # One thread each, in every library: sixteen processes of sixteen threads do a sixth of the work (docs/log.md).
-        before = {name: os.environ.get(name) for name in _THREADS}
-        os.environ.update(dict.fromkeys(_THREADS, "1"))
+        # Comes before multiprocessing's own farewell, which sends SIGTERM and waits: these would not heed it.
+        atexit.register(self.close)
         self._ended = threading.Event()
         self._found = queue.Queue(_HELD)
-        for worker in range(self._workers):
-            mine, theirs = context.Pipe(duplex=False)
-            numbers = range(first + worker, self._units, self._workers)
-            process = context.Process(target=_work, args=(self._begin, numbers, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(mine)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        with _prepared():
+            for worker in range(self._workers):
+                mine, theirs = context.Pipe(duplex=False)
+                numbers = range(first + worker, self._units, self._workers)
+                process = context.Process(target=_work, args=(self._begin, numbers, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(mine)
         self._reader = threading.Thread(
             target=_read, args=(self._pipes, self._units - first, self._found, self._ended), daemon=True
         )
@@ -80,8 +79,9 @@ class Crew(Generic[T]):
     def close(self) -> None:
         """End the processes; what they made ahead is lost."""
         self._ended.set()
+        atexit.unregister(self.close)
         for process in self._processes:
-            process.terminate()
+            process.kill()  # they heed nothing less
         for process in self._processes:
             process.join()
         if self._reader is not None:
@@ -92,6 +92,27 @@ class Crew(Generic[T]):
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes, self._reader, self._next = [], [], None, -1
+
+
+@contextmanager
+def _prepared() -> Iterator[None]:
+    """Within it, a process that is started has one thread and hears nothing of :data:`_STOPS`."""
+    # One thread each, in every library: sixteen processes of sixteen threads do a sixth of the work (docs/log.md).
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    # Blocked from birth, since a signal may come while a process still imports; this one gets its own afterwards. The
+    # tracker is a process of multiprocessing's, too, whose start would unblock them again: it comes first.
+    resource_tracker.ensure_running()
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 def _read(
@@ -110,9 +131,8 @@ def _read(
 
 
 def _work(begin: Callable[[], Callable[[int], Any]], numbers: range, told: Connection) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process; the first one ends the others
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         make = begin()

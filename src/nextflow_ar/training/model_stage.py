@@ -202,7 +202,8 @@ class ModelTrainer:
     def _text_tokenizer(self) -> PreTrainedTokenizerFast:
         """The run's own text tokenizer, trained on what the sources say; the first process makes it."""
         folder = self.recipe.out / "text_tokenizer"
-        if self.world.rank == 0 and not folder.is_dir():
+        kept = self.run.resumes and folder.is_dir()  # one left without a checkpoint may be of other sources
+        if self.world.rank == 0 and not kept:
             texts = [text for scenes in self.scenes.values() for text in scenes.texts(CORPUS)]
             own_tokenizer(self.recipe, texts, self.image_tokenizer, folder)
         self.world.add(torch.zeros(1, device=self.device))  # all wait for it

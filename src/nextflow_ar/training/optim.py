@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from nextflow_ar.config import ConfigError
+from nextflow_ar.config import ConfigError, within
 from nextflow_ar.precision import best_dtype
 
 _NOT_HIDDEN = ("embed", "head", "lm_head", "copy_gate")
@@ -36,6 +36,14 @@ class OptimizerConfig:
     decay: float
     final: float
     clip: float
+
+    def __post_init__(self) -> None:
+        within(
+            "at least 0", lr=self.lr, muon_lr=self.muon_lr, weight_decay=self.weight_decay, warmup=self.warmup
+        )
+        within("at least 0 and below 1", beta1=self.beta1, beta2=self.beta2)
+        within("from 0 to 1", decay=self.decay, final=self.final)
+        within("above 0", clip=self.clip)
 
     def factor(self, step: int, steps: int) -> float:
         """Share of the peak rate at ``step`` of ``steps``."""

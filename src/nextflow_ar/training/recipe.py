@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
-from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
+from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict, within
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
@@ -38,8 +38,10 @@ class Source:
     data: MixtureConfig
     scales: int | None = None
     swap: float = 0.0
+    kind: Literal["playground"] = "playground"
 
     def __post_init__(self) -> None:
+        within("at least 1", rows=self.rows, length=self.length, scales=self.scales)
         if self.swap and self.task in ("text_to_image", "think_to_image"):
             raise ValueError(f"swap is for responses in words, not for {self.task}")
         if not 0 <= self.swap <= 1:
@@ -47,8 +49,9 @@ class Source:
 
 
 def _kind(source: Any) -> str:
-    kind = source.get("kind", "playground") if isinstance(source, dict) else getattr(source, "kind", None)
-    return kind if kind in ("shards", "episodes") else "playground"
+    if isinstance(source, dict):
+        return str(source.get("kind", "playground"))
+    return getattr(source, "kind", "playground")
 
 
 AnySource = Annotated[
@@ -83,6 +86,12 @@ class CorrectionConfig:
     start: int
     ramp: int
 
+    def __post_init__(self) -> None:
+        within("from 0 to 1", share=self.share)
+        within("at least 1", top_k=self.top_k)
+        within("above 0", temperature=self.temperature)
+        within("at least 0", start=self.start, ramp=self.ramp)
+
     def at(self, step: int) -> SelfCorrection | None:
         """Self-correction at a step, or None while it is off."""
         reached = min(1.0, max(0.0, (step - self.start) / max(1, self.ramp)))
@@ -102,6 +111,7 @@ class LoraConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        within("above 0", alpha=self.alpha)
         if self.rank < 1 or not self.targets:
             raise ValueError("lora needs a rank of at least 1 and at least one target")
 
@@ -205,7 +215,15 @@ class ModelRecipe:
         return self.precision if self.sharding is None else self.sharding.params
 
     def check(self, processes: int = 1) -> None:
-        """Raises ConfigError, one line, where parts do not go together."""
+        """Raises ConfigError, one line, for a senseless value, and where parts do not go together."""
+        within("at least 1", steps=self.steps, text_entries=self.text_entries, accumulate=self.accumulate)
+        within(
+            "at least 0", seed=self.seed, text_weight=self.text_weight, alpha=self.alpha, workers=self.workers
+        )
+        within("at least 0 and below 1", ema=self.ema)
+        within("above 0", peak=None if self.peak == "measured" else self.peak)
+        seconds = {"sheet_seconds": self.sheet_seconds, "save_seconds": self.save_seconds}
+        within("a number of seconds of at least 0", **seconds)
         if self.start is None and (self.model is None or self.trains != "everything"):
             raise ConfigError(f"trains: {self.trains} and model: null need a checkpoint folder to start from")
         if (self.trains == "lora") != (self.lora is not None):
@@ -236,11 +254,9 @@ class ModelRecipe:
             raise ConfigError("together is for runs that are not sharded: leave it out")
         if not self.sources:
             raise ConfigError("a recipe needs at least one source")
-        if self.workers < 0:
-            raise ConfigError(f"workers is a number of processes, got {self.workers}")
         parts = self.accumulate * processes
         for number, source in enumerate(self.sources):
-            if self.accumulate < 1 or source.rows % parts:
+            if source.rows % parts:
                 raise ConfigError(
                     f"sources.{number}: {source.rows} rows do not divide into {self.accumulate} parts of {processes} "
                     "processes"

@@ -18,7 +18,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nextflow_ar.config import SemanticConfig
+from nextflow_ar.config import SemanticConfig, within
 from nextflow_ar.data.grounded import CLASSES, Pairs, PairSource, SmallWorld, WideWorld, WorldPairs
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
 from nextflow_ar.data.playground.world import COLOUR_NAMES
@@ -44,6 +44,9 @@ class TextTower:
     length: int
     layers: int
 
+    def __post_init__(self) -> None:
+        within("at least 1", entries=self.entries, length=self.length, layers=self.layers)
+
 
 @dataclass(frozen=True)
 class TeacherRecipe:
@@ -66,6 +69,8 @@ class TeacherRecipe:
     world: WorldPairs | None = None
 
     def __post_init__(self) -> None:
+        within("at least 1", steps=self.steps, batch=self.batch)
+        within("at least 0", seed=self.seed, grounding=self.grounding)
         if self.data is None and self.world is None:
             raise ValueError("a teacher needs data, world or both")
 
@@ -98,7 +103,9 @@ class TeacherTrainer:
 
     def _text_tokenizer(self) -> PreTrainedTokenizerFast:
         folder = self.recipe.out / "text_tokenizer"
-        if not folder.is_dir():
+        if not (
+            self.run.resumes and folder.is_dir()
+        ):  # one left without a checkpoint may be of another recipe
             corpus = itertools.chain.from_iterable(source.corpus(_CORPUS) for source in self.sources)
             made = train_text_tokenizer(corpus, self.recipe.text.entries)
 

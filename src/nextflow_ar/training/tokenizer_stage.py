@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from nextflow_ar.config import ConfigError, ImageTokenizerConfig
-from nextflow_ar.data.pictures import PictureBatch, PictureMixture, PictureSource
-from nextflow_ar.precision import Precision, mixed_precision, precision_name
+from nextflow_ar.config import ConfigError
+from nextflow_ar.data.pictures import PictureBatch, PictureMixture
+from nextflow_ar.precision import mixed_precision, precision_name
 from nextflow_ar.storage import write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.losses import (
@@ -41,133 +40,12 @@ from nextflow_ar.tokenizer.semantic import SemanticEncoder
 from nextflow_ar.training.crew import Crew
 from nextflow_ar.training.growth import start_from, without_semantics
 from nextflow_ar.training.memory import keep_freed_memory
-from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
+from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.prefetch import Ahead
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.sharded import move_averages
-
-
-@dataclass(frozen=True)
-class TokenizerLoss:
-    """Weights of the losses; 0 leaves one out.
-
-    ``mse``, ``l1``: on pixels in -1..1. ``ssim``: 1 - SSIM. ``perceptual``: by
-    ``perceptual_kind``, the frozen teacher's features or LPIPS.
-    ``semantic``: distillation by ``semantic_kind``. ``commitment``: features to their codes; ``codebook``: codes to their
-    features (needed where the codebook learns by gradient). ``entropy``: clear choices, all codes in use.
-    ``adversarial``: PatchGAN, from step ``adversarial_start`` on, times the adaptive weight.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    mse: float
-    l1: float
-    commitment: float
-    ssim: float = 0.0
-    semantic: float = 0.0
-    semantic_kind: Literal["cosine", "l2"] = "cosine"
-    perceptual: float = 0.0
-    perceptual_kind: Literal["teacher", "lpips"] = "teacher"
-    codebook: float = 0.0
-    entropy: float = 0.0
-    adversarial: float = 0.0
-    adversarial_start: int = 0
-    discriminator_channels: int = 64
-
-
-@dataclass(frozen=True)
-class ScaleDropout:
-    """Which scales are decoded in training. ``share``: of the pictures for "nested", of the scales for "independent".
-
-    "nested": such a picture is decoded from its first k scales, k uniform, so that coarse scales carry what matters.
-    "independent": every scale but the first is left out with that chance (TokenFlow).
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    kind: Literal["nested", "independent"]
-    share: float
-
-    def mask(self, count: int, scales: int, generator: torch.Generator, share: float | None = None) -> Tensor:
-        """(count, scales) bool; the first scale is always in. ``share``: instead of the recipe's own."""
-        places, share = torch.arange(scales), self.share if share is None else share
-        if self.kind == "independent":
-            return (torch.rand(count, scales, generator=generator) >= share) | (places == 0)
-        if scales == 1:
-            return torch.ones(count, 1, dtype=torch.bool)
-        nested = torch.rand(count, generator=generator) < share
-        fewer = torch.randint(1, scales, (count,), generator=generator)
-        return places < torch.where(nested, fewer, torch.full_like(fewer, scales))[:, None]
-
-
-@dataclass(frozen=True)
-class CodebookLearning:
-    """``kind``: "ema" moves codes by moving averages of what they are assigned, with ``decay``; "gradient" by the
-    optimiser. A code assigned less than ``revive_below`` times per step, in moving average, goes onto a cell of the batch.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    kind: Literal["ema", "gradient"]
-    decay: float
-    revive_below: float
-
-
-@dataclass(frozen=True)
-class TokenizerRecipe:
-    """Recipe of one tokenizer stage.
-
-    ``trains``: "pixel" (the pixel branch alone), "joint" (all; goes on from a "pixel" tokenizer, or from nothing), or
-    "decoder" (the pixel decoder alone; encoder, codebook and so all codes stay as in ``start``; ``tokenizer`` may ask
-    for more decoder blocks, which start as the identity, or for wider ones, which start anew; "joint" may ask for more
-    blocks of both). ``teacher``: folder or
-    Hub id of a SigLIP2. ``pixels``: per step and process. ``prefetch``: a thread of its own makes the next step's pictures.
-    ``workers``: or so many processes do, for a GPU. ``precision``: see :class:`ModelRecipe`.
-    ``fresh_semantics`` ("joint"): only the pixel branch is taken from ``start``; the student begins as the teacher again.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    kind: str
-    out: Path
-    seed: int
-    trains: Literal["pixel", "joint", "decoder"]
-    start: Path | None
-    teacher: str | None
-    steps: int
-    pixels: int
-    optimizer: OptimizerConfig
-    ema: float
-    dropout: ScaleDropout
-    codebook: CodebookLearning
-    compile: bool
-    sheet_seconds: float
-    save_seconds: float
-    loss: TokenizerLoss
-    data: dict[str, PictureSource]
-    heldout: dict[str, PictureSource]
-    heldout_pixels: int
-    tokenizer: ImageTokenizerConfig
-    prefetch: bool = False
-    fresh_semantics: bool = False
-    workers: int = 0
-    precision: Precision = "auto"
-
-    def check(self) -> None:
-        """Raises ConfigError, one line, where parts do not go together."""
-        semantic = self.tokenizer.semantic is not None
-        if self.trains == "pixel" and semantic:
-            raise ConfigError(
-                "trains: pixel goes with tokenizer.semantic: null and quantizer.semantic_dim: 0"
-            )
-        if self.trains == "joint" and not (semantic and self.teacher):
-            raise ConfigError("trains: joint needs tokenizer.semantic and a teacher")
-        if self.fresh_semantics and (self.trains != "joint" or self.start is None):
-            raise ConfigError("fresh_semantics goes with trains: joint and a tokenizer to start from")
-        if self.trains == "decoder" and self.start is None:
-            raise ConfigError("trains: decoder needs a tokenizer to start from")
-        if self.loss.perceptual and self.loss.perceptual_kind == "teacher" and not self.teacher:
-            raise ConfigError("loss.perceptual needs a teacher, or perceptual_kind: lpips")
-        gradient = self.codebook.kind == "gradient" or self.tokenizer.quantizer.refine > 0
-        if gradient and self.trains != "decoder" and not self.loss.codebook:
-            raise ConfigError("a codebook that learns by gradient, or refine, needs loss.codebook above 0")
+from nextflow_ar.training.tokenizer_recipe import ScaleDropout, TokenizerLoss, TokenizerRecipe
 
 
 class TokenizerTrainer:
@@ -264,11 +142,18 @@ class TokenizerTrainer:
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.critic.load_state_dict(state["critic"])
-        self.generator.set_state(state["generator"])
         self.step = state["step"]
+        # One state per process; a single one where one process ran, and of older checkpoints. A process that has none
+        # there draws numbers of its own, not the first one's again.
+        states, rank = state.get("generators", [state["generator"]]), self.world.rank
+        if rank < len(states):
+            self.generator.set_state(states[rank])
+        else:
+            self.generator.manual_seed(self.recipe.seed + rank + self.world.size * self.step)
 
     def save(self) -> None:
-        """Checkpoint everything that a bit-exact resume needs."""
+        """Checkpoint everything that a bit-exact resume needs. All processes call this together."""
+        states = self.world.gather(self.generator.get_state())
         if self.world.rank:
             return
         q = self.model.quantizer
@@ -277,9 +162,11 @@ class TokenizerTrainer:
             "quantizer": {name: getattr(q, name) for name in ("ema_count", "ema_sum", "scale_counts")},
             "averages": self.averages,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
+            "generator": states[0],
             "step": self.step,
         }
+        if self.world.size > 1:
+            state["generators"] = states
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["critic"] = self.critic.state_dict()
@@ -378,7 +265,7 @@ class TokenizerTrainer:
         terms, pixels, out = self.losses(batch)
         self._adversarial(terms, out)
         loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
+        if self.world.any(not torch.isfinite(loss)):  # for all: the others would wait for ever
             raise FloatingPointError(
                 f"the loss is not finite at step {self.step}: the last checkpoint is kept"
             )
@@ -426,7 +313,7 @@ class TokenizerTrainer:
             self.run.rewind(self.step)
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
         told = precision_name(self.device, recipe.precision)
-        bar = progress_bar(f"tokenizer ({recipe.trains}, {told})", recipe.steps, self.step)
+        bar = progress_bar(f"tokenizer ({recipe.trains}, {told})", recipe.steps, self.step, shown=first)
         with bar as update, stop_request() as stop:
             while self.step < self.pace.steps:
                 terms = self.advance()
@@ -436,11 +323,12 @@ class TokenizerTrainer:
                     broken = len(self.data.broken())
                     self.run.log(step=self.step, revived=self.revived, broken=broken, **terms)
                     update(self.step, " ".join(f"{k} {v:.4f}" for k, v in terms.items() if v))
-                if save() or last or stop():
+                asked = self.world.any(stop())  # a signal may reach one process a step before the others
+                if self.world.any(first and save()) or last or asked:
                     self.save()
                 if first and (sheet() or last):
                     self.run.log(step=self.step, **self.evaluate())
-                if stop() and not last:
+                if asked and not last:
                     raise KeyboardInterrupt
         for maker in (self._ahead, self._crew):
             if maker is not None:
@@ -497,3 +385,13 @@ def evaluate_tokenizer(
 def train_tokenizer(recipe: TokenizerRecipe, values: dict[str, Any], seconds: float | None = None) -> Path:
     """Run one tokenizer stage, resuming from its folder; returns the finished tokenizer's folder."""
     return TokenizerTrainer(recipe, values, seconds).fit()
+
+
+__all__ = [
+    "ScaleDropout",
+    "TokenizerLoss",
+    "TokenizerRecipe",
+    "TokenizerTrainer",
+    "evaluate_tokenizer",
+    "train_tokenizer",
+]
