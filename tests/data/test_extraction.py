@@ -179,6 +179,31 @@ def test_a_stopped_extraction_goes_on_and_processes_share_the_work(rows: Path, t
     assert extract(open_source(rows), tokenizer, parts, CONFIG)["rows"] == 0
 
 
+def test_a_source_that_has_grown_is_extracted_to_its_end(rows: Path, tmp_path: Path) -> None:
+    """The last shard of before is short of the new rows; what it left out is told with it, not at the end."""
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "out"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    before = [path.read_bytes() for path in sorted(out.glob("*.parquet"))]
+    with rows.open("a") as file:
+        file.write("".join(f'\n{{"text": "row {i}"}}' for i in range(8, 13)))
+    assert extract(open_source(rows), tokenizer, out, CONFIG)["rows"] == 2 + 5  # the last of before anew
+    records = CodeShards(out, tokenizer)
+    found = [r["row"] for r in records.table(records.files).to_pylist()]
+    assert found == [0, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
+    after = [path.read_bytes() for path in sorted(out.glob("*.parquet"))]
+    assert after[:2] == before[:2] and len(after) == 5
+    assert extract(open_source(rows), tokenizer, out, CONFIG)["rows"] == 0
+    (out / "000000.parquet").unlink()
+    (out / "broken_000.json").unlink()
+
+    def stop(shard: int, written: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(open_source(rows), tokenizer, out, CONFIG, progress=stop)
+    assert list(json.loads((out / "broken_000.json").read_text())) == ["1"]
+
+
 @pytest.mark.parametrize("seeks", [True, False])
 def test_a_stream_is_not_begun_anew_for_every_shard(rows: Path, tmp_path: Path, seeks: bool) -> None:
     class Counted:

@@ -104,6 +104,11 @@ def test_every_form_is_a_row(values: dict[str, Any], wanted: list[tuple[str, str
         ({"segments": [{"text": "a", "supervised": 1}]}, "x:1: segment 0: supervised is true or false"),
         ({"segments": ["a"]}, "x:1: segment 0 is a mapping, got str"),
         ({"text": 5}, "x:1: text is text, got int"),
+        (
+            {"image": {"bytes": "iVBOR", "path": "x.png"}, "caption": "a"},
+            "image: bytes are a picture file's, got str",
+        ),
+        ({"image": {"bytes": 5}, "caption": "a"}, "image: bytes are a picture file's, got int"),
     ],
 )
 def test_broken_rows_say_what_and_where(values: dict[str, Any], message: str) -> None:
@@ -250,6 +255,15 @@ def test_shards_of_webdataset(tmp_path: Path) -> None:
     assert "2.tar: the shard is damaged" in texts(open_source(tmp_path / "2.tar"))[-1]
 
 
+def test_a_row_of_no_shape_at_all_is_its_own_error(tmp_path: Path) -> None:
+    lines = [
+        {"text": "a"}, {"conversations": [{"from": ["user"], "value": "x"}]}, {"text": "b"},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    found = texts(open_source(tmp_path / "a.jsonl"))
+    assert (found[0], found[2]) == ("a", "b") and found[1].startswith(f"!{tmp_path / 'a.jsonl'}:2")
+
+
 def test_parquet(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
@@ -260,6 +274,14 @@ def test_parquet(tmp_path: Path) -> None:
     assert found[3] == "row 3" and found[4] == f"!{tmp_path / 'a.parquet'}: row 4: caption is empty"
     for start in range(8):
         assert texts(open_source(tmp_path), start) == found[start:]
+    damaged = bytearray((tmp_path / "a.parquet").read_bytes())
+    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1)
+    at = min(group.column(i).data_page_offset for i in range(group.num_columns))
+    damaged[at : at + 60] = b"\xff" * 60
+    (tmp_path / "c.parquet").write_bytes(damaged)
+    left = texts(open_source(tmp_path / "c.parquet"))
+    assert left[:3] + left[6:] == found[:3] + found[6:]  # rows 3 to 5 are of the damaged group
+    assert all("its part of the file is damaged" in line for line in left[3:6])
     (tmp_path / "b.parquet").write_bytes(b"x")
     with pytest.raises(SourceError, match=r"b.parquet: not a parquet file"):
         list(open_source(tmp_path / "b.parquet").rows())

@@ -37,6 +37,8 @@ from nextflow_ar.types import Codes, Document, Image, Text
 MANIFEST = "manifest.json"
 _TOKENIZER = b"nextflow_ar.tokenizer"
 """Key in a shard's own metadata: fingerprint of the tokenizer that made it."""
+_READ = b"nextflow_ar.rows"
+"""Another: how many rows of the source it is of, broken ones too."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ def extract(
     written, broken, number = 0, {}, process
     while (found := writer.write(number)) is not None:
         written, broken = written + found["rows"], broken | found["broken"]
+        note_broken(out, f"{process:03d}", found["broken"])  # with its shard: a stop loses neither
         if found["wrote"]:
             progress(number, written)
         number += processes
-    note_broken(out, f"{process:03d}", broken)
     return {"rows": written, "broken": broken}
 
 
@@ -127,13 +129,13 @@ class ShardWriter:
         _claim(out, manifest, config, place)
 
     def write(self, number: int) -> dict[str, Any] | None:
-        """Write shard ``number`` if it is missing: {"wrote", "rows", "broken"}; None when the source has no such rows.
+        """Write shard ``number`` if it is missing, or short of rows that a grown source has by now: {"wrote", "rows",
+        "broken"}; None when the source has no such rows.
 
         Raises StorageError when it is there, but damaged or of another tokenizer.
         """
         name = self.out / f"{number:06d}.parquet"
-        if name.is_file():
-            _shard(name, self.fingerprint, head=True)
+        if name.is_file() and not self.short(number):
             return {"wrote": False, "rows": 0, "broken": {}}
         first = number * self.config.rows
         rows = self._rows(first)
@@ -143,10 +145,25 @@ class ShardWriter:
             return None
         records, wrong = _records(found, first, self.tokenizer, self.config)
         buffer = io.BytesIO()
-        table = _table(records).replace_schema_metadata({_TOKENIZER: self.fingerprint})
+        table = _table(records).replace_schema_metadata(
+            {_TOKENIZER: self.fingerprint, _READ: str(len(found))}
+        )
         _parquet().write_table(table, buffer, compression="zstd")
         write_atomic(name, buffer.getvalue())
         return {"wrote": True, "rows": len(records), "broken": wrong}
+
+    def short(self, number: int) -> bool:
+        """Whether a shard that is there ended with the source, which has more rows now. Not seen of a source that does not
+        know its length, and of shards that do not say how many they read. Raises StorageError as :meth:`write` does.
+        """
+        schema = _shard(self.out / f"{number:06d}.parquet", self.fingerprint, head=True)
+        held = int((schema.metadata or {}).get(_READ, self.config.rows))
+        if held >= self.config.rows:
+            return False
+        try:
+            return self.source.count() > number * self.config.rows + held
+        except SourceError:
+            return False
 
     def _rows(self, first: int) -> Iterator[Row | RowError]:
         """The source from a row on: by going on where the last shard ended, unless it starts anywhere at little cost."""

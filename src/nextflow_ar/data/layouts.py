@@ -139,7 +139,7 @@ def _turn(turn: object, place: str) -> tuple[str, list[dict[str, Any]]]:
     if not isinstance(turn, Mapping):
         raise LayoutError(f"{place} is a mapping, got {type(turn).__name__}")
     name = turn.get("from") or turn.get("role")
-    if name not in _ROLES:
+    if not isinstance(name, str) or name not in _ROLES:
         raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {name!r}")
     content = turn.get("value") if turn.get("value") is not None else turn.get("content")
     if content is None or isinstance(content, str):

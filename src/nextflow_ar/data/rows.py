@@ -144,9 +144,12 @@ class _Reader:
         if isinstance(value, Mapping) and (
             "bytes" in value or "path" in value
         ):  # as Hugging Face stores pictures
-            if value.get("bytes"):
+            data = value.get("bytes")
+            if data is not None and not isinstance(data, bytes | bytearray):
+                raise self.fail(f"{key}: bytes are a picture file's, got {type(data).__name__}")
+            if data:
                 name = f"{self.where}: {value.get('path') or key}"
-                return PicturePart(PictureRef(name, data=bytes(value["bytes"])), role, supervised)
+                return PicturePart(PictureRef(name, data=bytes(data)), role, supervised)
             value = value.get("path")
         if isinstance(value, bytes | bytearray):
             return PicturePart(PictureRef(f"{self.where}: {key}", data=bytes(value)), role, supervised)

@@ -196,6 +196,25 @@ def _row(values: Mapping[str, Any], where: str, folder: Path | None) -> Row | Ro
         return parse_row(values, where, folder)
     except RowError as error:
         return error
+    except Exception as error:  # of a shape that nobody thought of: one row, not the end of the source
+        reason = " ".join(str(error).split())[:200]
+        return RowError(f"{where}: cannot be read ({type(error).__name__}: {reason})")
+
+
+def _group_rows(file: Any, group: int, size: int) -> Iterator[dict[str, Any] | RowError]:
+    """The rows of a parquet file's row group, in parts, since one may be gigabytes; where it is damaged, an error for
+    every row that cannot be read any more.
+    """
+    seen = 0
+    try:
+        for batch in file.iter_batches(batch_size=64, row_groups=[group]):
+            for values in batch.to_pylist():
+                yield values
+                seen += 1
+    except (OSError, ValueError, RuntimeError) as error:  # pyarrow's own are among these
+        reason = " ".join(str(error).split())[:200]
+        for _ in range(size - seen):
+            yield RowError(f"its part of the file is damaged ({reason})")
 
 
 class ParquetSource:
@@ -221,11 +240,16 @@ class ParquetSource:
                 if passed + size <= start:
                     passed, number = passed + size, number + size
                     continue
-                for batch in file.iter_batches(batch_size=64, row_groups=[group]):  # a group may be gigabytes
-                    for values in batch.to_pylist():
-                        if passed >= start:
-                            yield _row(values, f"{path}: row {number}", path.parent)
-                        passed, number = passed + 1, number + 1
+                for values in _group_rows(file, group, size):
+                    where = f"{path}: row {number}"
+                    if passed >= start:
+                        reason = str(values) if isinstance(values, RowError) else None
+                        yield (
+                            _row(values, where, path.parent)
+                            if reason is None
+                            else RowError(f"{where}: {reason}")
+                        )
+                    passed, number = passed + 1, number + 1
 
     def _opened(self, path: Path) -> Any:
         try:
