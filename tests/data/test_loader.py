@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from nextflow_ar.data.extraction import as_document
+from nextflow_ar.data import loader as loader_module
+from nextflow_ar.data import shard_order
+from nextflow_ar.data.extraction import CodeShards, as_document
 from nextflow_ar.data.loader import PackedRow, Packing, ShardFolder, ShardLoader, ShardSource
+from nextflow_ar.data.packing import Packer
 from nextflow_ar.data.transforms import draws, drop_condition, invert, plan, reads, task_of
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.flops import sample_flops
-from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
+from nextflow_ar.sequence.batch import pack
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build
 from nextflow_ar.storage import StorageError
 from nextflow_ar.types import Document, Image, Mark, Text
 from tests.conftest import TINY_MODEL, tiny_image_tokenizer
@@ -120,6 +127,128 @@ def test_processes_share_the_rows_of_one_stream(bundle: Bundle, folders: tuple[P
         shares = [columns(part.rows(rank, 3)) for rank, part in enumerate(parts)]
         assert [shares[i % 3][i // 3] for i in range(6)] == whole
     assert all(part.state() == alone.state() for part in parts)  # so another number of them may go on
+
+
+def slowly(bundle: Bundle, source: ShardSource, layout: LayoutOptions) -> Iterator[PackedRow]:
+    """The stream as it was first written: everything is laid out, and packed by what the samples themselves cost."""
+    packing, compute = source.packing, source.packing.mode == "compute"
+    budget = packing.budget * (1e12 if compute else 1)
+    packer = Packer(budget, longest=packing.longest, open_rows=packing.open_rows)
+    edges = np.cumsum(np.array([f.weight for f in source.folders]) / sum(f.weight for f in source.folders))
+
+    def order(number: int) -> Iterator[list[dict[str, Any]]]:
+        shards = CodeShards(source.folders[number].folder, bundle.image_tokenizer)
+        for epoch in count():
+            files = np.random.default_rng([1, source.seed, number, epoch]).permutation(len(shards.files))
+            for group in range(-(-len(files) // 4)):
+                table = shards.table([shards.files[i] for i in files[group * 4 : group * 4 + 4]])
+                records = table.to_pylist()
+                rng = np.random.default_rng([2, source.seed, number, epoch, group])
+                yield from (records[i]["parts"] for i in rng.permutation(len(records)))
+
+    orders, waiting = [order(i) for i in range(len(source.folders))], dict[int, tuple[Sample, str]]()
+    for number in count():
+        draw = np.random.default_rng([3, source.seed, number]).random()
+        chosen = min(int(np.searchsorted(edges, draw, side="right")), len(orders) - 1)
+        settings, parts = source.folders[chosen], next(orders[chosen])
+        turned, without, planned = np.random.default_rng([4, source.seed, number]).random(3)
+        if turned < settings.invert:
+            parts = invert(parts, settings.question)
+        elif planned < settings.planned:
+            parts = plan(parts)
+        if without < settings.condition_dropout:
+            parts = drop_condition(parts)
+        document = as_document(parts, dialogue=settings.dialogue)
+        sample = build(document, bundle.vocab, layout)
+        cost = sample_flops(sample, TINY_MODEL) if compute else len(sample)
+        if cost > budget or (packing.longest is not None and len(sample) > packing.longest):
+            continue
+        waiting[number] = sample, task_of(document)
+        row = [number] if packing.mode == "pad" else packer.add(number, cost, len(sample))
+        if row is not None:
+            found = [waiting.pop(n) for n in row]
+            yield PackedRow(pack([s for s, _ in found]), tuple(task for _, task in found))
+
+
+def same(a: PackedRow, b: PackedRow) -> bool:
+    names = ("tokens", "targets", "weights", "positions", "blocks", "scales", "lengths", "documents")
+    spans = [[(s.boi, s.scales, s.closed, s.codes.schedule) for s in row.sample.images] for row in (a, b)]
+    codes = [[c for s in row.sample.images for c in s.codes.input.tolist()] for row in (a, b)]
+    columns = all(torch.equal(getattr(a.sample, name), getattr(b.sample, name)) for name in names)
+    return columns and a.tasks == b.tasks and spans[0] == spans[1] and codes[0] == codes[1]
+
+
+PACKINGS = {
+    "pad": Packing("pad", 200), "length": Packing("length", 220, open_rows=3),
+    "compute": Packing("compute", 0.00005, longest=240, open_rows=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", list(PACKINGS))
+@pytest.mark.parametrize("context", ["scales", "closing"])
+@pytest.mark.parametrize("dialogue", [False, True])
+def test_rows_are_those_of_a_stream_that_lays_everything_out(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, mode: str, context: str,
+    dialogue: bool,
+) -> None:  # fmt: skip
+    """For any number of processes, started anew in mid-shard by another number of them; texts counted in several goes."""
+    monkeypatch.setattr(shard_order, "_SLAB", 3)
+    changes = {"invert": 0.3, "planned": 0.5, "condition_dropout": 0.3, "question": "what is <boi> it?"}
+    source = source_of(*folders, packing=PACKINGS[mode], rows=6, dialogue=dialogue, **changes)
+    layout = LayoutOptions(12.0, alpha=0.9, context_images=context)  # type: ignore[arg-type]
+
+    def made() -> ShardLoader:
+        return ShardLoader(source, bundle.image_tokenizer, bundle.vocab, layout, TINY_MODEL)
+
+    reference = slowly(bundle, source, layout)
+    state, kinds = made().state(), Counter[str]()
+    for step, processes in enumerate([1, 2, 3, 6, 2, 1, 3]):
+        loaders = [made() for _ in range(processes)] if step % 3 != 1 else loaders[:1] * processes
+        if step % 3 != 1:
+            for one in loaders:
+                one.restore(json.loads(json.dumps(state)))
+            shares = [one.rows(rank, processes) for rank, one in enumerate(loaders)]
+            assert all(one.state() == loaders[0].state() for one in loaders)
+        else:  # goes on without having been started anew: as one process
+            processes, shares = 1, [loaders[0].rows()]
+        for i in range(6):
+            expected = next(reference)
+            kinds.update(expected.tasks)
+            assert same(shares[i % processes][i // processes], expected), (step, i)
+        state = loaders[0].state()
+    assert {"draw", "edit", "read", "write"} <= set(kinds) and state["folders"][1]["epoch"] > 1
+
+
+def test_what_is_another_process_s_is_never_laid_out(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid: list[Document] = []
+
+    def noted(document: Document, *others: Any) -> Sample:
+        laid.append(document)
+        return build(document, *others)
+
+    monkeypatch.setattr(loader_module, "build", noted)
+    stream = loader(bundle, source_of(*folders, rows=12))
+    kept = [row for _ in range(3) for row in stream.rows(5, 12)]
+    assert len(kept) == 3 and len(laid) == sum(len(row.tasks) for row in kept)
+
+
+def test_texts_are_counted_once_for_all_passes(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, counted = loader(bundle, source_of(folders[1], packing=PACKINGS["pad"])), []
+
+    class Core:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+            assert not add_special_tokens
+            counted.extend(texts)
+            return [bundle.vocab.encode(text) for text in texts]
+
+    monkeypatch.setattr(stream, "_core", Core())
+    for _ in range(12):
+        stream.rows()
+    assert stream.orders[0].epoch > 3 and len(counted) == len(set(counted)) == 5
 
 
 def test_weights_are_shares_of_the_documents(bundle: Bundle, folders: tuple[Path, Path]) -> None:
