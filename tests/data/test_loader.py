@@ -381,6 +381,21 @@ def test_widths_of_batches() -> None:
         Packing("length", 100, longest=50)
 
 
+@pytest.mark.parametrize("longest", [None, 98304, 32768, 20000, 300])
+def test_rows_of_equal_compute_have_few_widths(longest: int | None) -> None:
+    packing, most = Packing("compute", 1.0, longest=longest), longest or 50000
+    widths = [packing.width(length) for length in range(1, most + 1)]
+    assert widths == sorted(widths) and all(w % 64 == 0 for w in widths)
+    assert all(n <= w <= n * 2 ** (1 / 7) + 64 for n, w in enumerate(widths, 1))
+    assert all(packing.width(w) == w for w in set(widths))
+    if longest:
+        assert widths[-1] == -(-longest // 64) * 64
+    for least in range(100, most // 2, 997):  # of rows whose lengths differ by not quite a factor of two
+        assert len(set(widths[least - 1 : int(1.9 * least)])) <= 8
+    assert len({w for w in widths if w >= most / 4}) <= 15
+    assert len(set(widths)) <= 70
+
+
 def test_peeking_moves_nothing(bundle: Bundle, folders: tuple[Path, Path]) -> None:
     stream, other = (loader(bundle, source_of(*folders)) for _ in range(2))
     stream.rows()

@@ -8,9 +8,11 @@ needs their texts' lengths and no codes, and lays out its share of the rows.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,8 @@ from nextflow_ar.data.extraction import CodeShards, as_document
 from nextflow_ar.data.packing import Packer
 from nextflow_ar.data.shard_order import Place, ShardOrder
 from nextflow_ar.data.transforms import drop_condition, invert, plan, task_of
-from nextflow_ar.model.costs import count, shapes, training_flops
+from nextflow_ar.model.costs import count as counts
+from nextflow_ar.model.costs import shapes, training_flops
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import pack
 from nextflow_ar.sequence.dialogue import turns
@@ -37,6 +40,14 @@ from nextflow_ar.types import Codes, Document, Image, Text
 _LOG = logging.getLogger(__name__)
 _STEP = 64
 """Rows of varying length are padded to a multiple of this many places, which keeps the number of shapes small."""
+_WIDTHS = 7
+"""Widths from one length to twice it, of rows of equal compute. Those whose lengths differ by not quite a factor of two have
+at most eight: torch compiles a layer for so many (``recompile_limit``), and runs it uncompiled for others, unsaid.
+"""
+
+
+def _up(places: int) -> int:
+    return -(-places // _STEP) * _STEP
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,18 @@ class Packing:
             raise ValueError("longest goes with the mode compute; in the others the budget is the length")
 
     def width(self, longest: int) -> int:
-        """Places of a batch whose longest row has ``longest``."""
+        """Places of a batch whose longest row has ``longest``: at most a tenth more, and 64, in "compute"."""
         if self.mode == "length":
             return int(self.budget)
-        wide = -(-longest // _STEP) * _STEP
-        return max(longest, min(wide, int(self.budget))) if self.mode == "pad" else wide
+        if self.mode == "pad":
+            return max(longest, min(_up(longest), int(self.budget)))
+        top = _up(self.longest or _STEP)
+        halvings = (
+            math.floor(_WIDTHS * math.log2(top / longest)) + 1
+        )  # in parts; one too far down, for what is rounded
+        return next(
+            wide for k in count(halvings, -1) if (wide := _up(round(top * 2 ** (-k / _WIDTHS)))) >= longest
+        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +223,7 @@ class ShardLoader:
                 n = self._other[text] = len(self.vocab.encode(text))
             return n
 
-        found = count(shapes(_outlined(parts, dialogue=dialogue), tokens), self.layout.context_images)
+        found = counts(shapes(_outlined(parts, dialogue=dialogue), tokens), self.layout.context_images)
         length = int(found.tokens)
         if not length:
             raise ValueError("a document needs at least one token")
