@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -41,8 +42,8 @@ _LOG = logging.getLogger(__name__)
 _STEP = 64
 """Rows of varying length are padded to a multiple of this many places, which keeps the number of shapes small."""
 _WIDTHS = 7
-"""Widths from one length to twice it, of rows of equal compute. Those whose lengths differ by not quite a factor of two have
-at most eight: torch compiles a layer for so many (``recompile_limit``), and runs it uncompiled for others, unsaid.
+"""Widths from one length to twice it, of rows of equal compute. Those whose lengths differ by not quite a factor of two
+have at most eight: torch compiles a layer for so many (``recompile_limit``), and runs it uncompiled for others, unsaid.
 """
 
 
@@ -138,6 +139,10 @@ class PackedRow:
     tasks: tuple[str, ...]
 
 
+_Made = tuple[list[PackedRow], dict[str, Any]]
+"""A step's rows, and the stream's state behind them."""
+
+
 @lru_cache(maxsize=4096)
 def _blank(final: tuple[int, int], scales: int) -> Codes:
     """A picture of which nothing but its schedule is known."""
@@ -157,8 +162,8 @@ def _outlined(parts: list[dict[str, Any]], *, dialogue: bool) -> Document:
     return Document(turns(pairs) if dialogue else tuple(segment for _, segment in pairs))
 
 
-class ShardLoader:
-    """The rows of one source. Raises StorageError when a folder holds no extraction or one of another tokenizer."""
+class _Stream:
+    """The rows of one source, one step after the other."""
 
     def __init__(
         self,
@@ -181,11 +186,6 @@ class ShardLoader:
         self._core = _counting(vocab)
         self._other: dict[str, int] = {}  # tokens of what stands in no record: roles, questions
         self.drawn = 0
-
-    @property
-    def skipped(self) -> int:
-        """Documents that no row could hold, so far."""
-        return sum(order.skipped for order in self.orders)
 
     def _draw(self) -> tuple[int, Place]:
         """Number and place of the stream's next document."""
@@ -265,10 +265,8 @@ class ShardLoader:
         samples = [build(document, self.vocab, self.layout) for document in documents]
         return PackedRow(pack(samples), tuple(map(task_of, documents)))
 
-    def rows(self, process: int = 0, processes: int = 1) -> list[PackedRow]:
-        """One step's rows: those of ``process``. Every process goes through the whole stream, so that its state is the same
-        for all and a run may go on with another number of them.
-        """
+    def rows(self, process: int, processes: int) -> list[PackedRow]:
+        """One step's rows: those of ``process``."""
         out = []
         for i in range(self.source.rows):
             found = [(number, self._pending.pop(number)) for number in self._numbers()]
@@ -279,18 +277,22 @@ class ShardLoader:
                     self.orders[place.folder].leave(place)
         return out
 
-    def peek(self, count: int) -> Iterator[Document]:
-        """The first ``count`` documents from here on, as they would be laid out; the loader stays where it is."""
+    def ahead(self, state: dict[str, Any], count: int) -> list[Document]:
+        """The first ``count`` documents behind ``state``, as they would be laid out; the stream stays where it is."""
         drawn, positions = self.drawn, [order.position for order in self.orders]
+        self.drawn = state["drawn"]
+        for order, there in zip(self.orders, state["folders"], strict=True):
+            order.position = there["epoch"], there["group"], there["offset"]
         places = [self._draw() for _ in range(count)]
         self.drawn = drawn
         for order, position in zip(self.orders, positions, strict=True):
             order.position = position
-        for number, place in places:
-            yield self._document(number, place, self.orders[place.folder].parts(place))
+        return [
+            self._document(number, place, self.orders[place.folder].parts(place)) for number, place in places
+        ]
 
     def state(self) -> dict[str, Any]:
-        """Plain values: how far every folder is, and which documents wait in open rows."""
+        """How far every folder is, and which documents wait in open rows."""
         return {
             "drawn": self.drawn,
             "folders": [order.state() for order in self.orders],
@@ -299,7 +301,6 @@ class ShardLoader:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state` was taken. Raises StorageError when the shards are others by now."""
         if len(state["folders"]) != len(self.orders):
             raise StorageError("the checkpoint was made with another number of shard folders")
         for order, values in zip(self.orders, state["folders"], strict=True):
@@ -309,6 +310,79 @@ class ShardLoader:
         self._pending = {number: Place(*place) for number, *place in state["pending"]}
         for order in self.orders:
             order.wait_for([place for place in self._pending.values() if place.folder == order.number])
+
+
+class ShardLoader:
+    """The rows of one source. Raises StorageError when a folder holds no extraction or one of another tokenizer.
+
+    ``prefetch``: a thread makes a step's rows while the step before it is computed. They are the same, the state is that of
+    the rows that were given out, and an error is raised where the rows that it kept from being made are asked for.
+    """
+
+    def __init__(
+        self,
+        source: ShardSource,
+        tokenizer: ImageTokenizer,
+        vocab: Vocabulary,
+        layout: LayoutOptions,
+        model: ModelConfig,
+        *,
+        prefetch: bool = False,
+    ) -> None:
+        self._stream = _Stream(source, tokenizer, vocab, layout, model)
+        self._state = self._stream.state()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards") if prefetch else None
+        self._next: tuple[tuple[int, int], Future[_Made]] | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Documents that no row could hold, so far."""
+        return sum(folder["skipped"] for folder in self._state["folders"])
+
+    def rows(self, process: int = 0, processes: int = 1) -> list[PackedRow]:
+        """One step's rows: those of ``process``. Every process goes through the whole stream, so that its state is the same
+        for all and a run may go on with another number of them.
+        """
+        share = process, processes
+        if self._thread is None:
+            rows, self._state = self._make(share)
+            return rows
+        if self._next is not None and self._next[0] != share:
+            self.restore(self._state)
+        if self._next is None:
+            self._next = share, self._thread.submit(self._make, share)
+        rows, self._state = self._next[1].result()
+        self._next = share, self._thread.submit(self._make, share)
+        return rows
+
+    def _make(self, share: tuple[int, int]) -> _Made:
+        return self._stream.rows(*share), self._stream.state()
+
+    def _wait(self) -> None:
+        """Until nobody moves the stream."""
+        if self._next is not None:
+            wait([self._next[1]])
+
+    def peek(self, count: int) -> Iterator[Document]:
+        """The first ``count`` documents from here on, as they would be laid out; the loader stays where it is."""
+        self._wait()
+        return iter(self._stream.ahead(self._state, count))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values: how far every folder is, and which documents wait in open rows, behind the rows given out."""
+        return self._state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state` was taken. Raises StorageError when the shards are others by now."""
+        self._wait()
+        self._next = None
+        self._stream.restore(state)
+        self._state = self._stream.state()
+
+    def close(self) -> None:
+        """Wait for what is being made, and end the thread. The loader gives out no more rows then."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 def _counting(vocab: Vocabulary) -> Tokenizer:
