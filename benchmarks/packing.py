@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 from nextflow_ar.config import ModelConfig, from_dict, load_yaml
+from nextflow_ar.data.loader import Packing
 from nextflow_ar.data.packing import Packer
 from nextflow_ar.model.costs import ImageShape, TextShape, count, forward_flops
 from nextflow_ar.model.flops import token_flops
@@ -82,7 +83,10 @@ def main():
     by_length = Packer(float(longest), open_rows=given.open_rows)
     equal = [row(r, longest) for r in by_length.pack((n, length, length) for n, length in enumerate(lengths))]
     by_cost = Packer(max(costs), open_rows=given.open_rows)
-    balanced = [row(r) for r in by_cost.pack((n, c, lengths[n]) for n, c in enumerate(costs))]
+    packed = list(by_cost.pack((n, c, lengths[n]) for n, c in enumerate(costs)))
+    width = Packing("compute", 1.0).width
+    widths = [width(sum(lengths[n] for n in r)) for r in packed]
+    balanced, few = [row(r) for r in packed], [row(r, w) for r, w in zip(packed, widths, strict=True)]
     whole = [row([n], longest) for n in range(given.documents)]
     print(
         f"{given.documents} documents, mean {statistics.mean(lengths):,.0f} places, longest {longest:,}; "
@@ -95,6 +99,7 @@ def main():
         "padded to the longest of all": whole,
         "fixed length": equal,
         "fixed compute": balanced,
+        f"the same in {len(set(widths))} widths": few,
     }
     for name, rows in cases.items():
         useful = paid = work = 0.0

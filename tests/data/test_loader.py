@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from nextflow_ar.data.extraction import as_document
+from nextflow_ar.data import loader as loader_module
+from nextflow_ar.data import shard_order
+from nextflow_ar.data.extraction import CodeShards, as_document
 from nextflow_ar.data.loader import PackedRow, Packing, ShardFolder, ShardLoader, ShardSource
+from nextflow_ar.data.packing import Packer
 from nextflow_ar.data.transforms import draws, drop_condition, invert, plan, reads, task_of
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.flops import sample_flops
-from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
+from nextflow_ar.sequence.batch import pack
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build
 from nextflow_ar.storage import StorageError
 from nextflow_ar.types import Document, Image, Mark, Text
 from tests.conftest import TINY_MODEL, tiny_image_tokenizer
@@ -36,8 +44,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
 
 
-def loader(bundle: Bundle, source: ShardSource) -> ShardLoader:
-    return ShardLoader(source, bundle.image_tokenizer, bundle.vocab, LAYOUT, TINY_MODEL)
+def loader(bundle: Bundle, source: ShardSource, *, prefetch: bool = False) -> ShardLoader:
+    return ShardLoader(source, bundle.image_tokenizer, bundle.vocab, LAYOUT, TINY_MODEL, prefetch=prefetch)
 
 
 def source_of(*folders: Path, packing: Packing = LENGTH, rows: int = 2, **options: Any) -> ShardSource:
@@ -122,9 +130,131 @@ def test_processes_share_the_rows_of_one_stream(bundle: Bundle, folders: tuple[P
     assert all(part.state() == alone.state() for part in parts)  # so another number of them may go on
 
 
+def slowly(bundle: Bundle, source: ShardSource, layout: LayoutOptions) -> Iterator[PackedRow]:
+    """The stream as it was first written: everything is laid out, and packed by what the samples themselves cost."""
+    packing, compute = source.packing, source.packing.mode == "compute"
+    budget = packing.budget * (1e12 if compute else 1)
+    packer = Packer(budget, longest=packing.longest, open_rows=packing.open_rows)
+    edges = np.cumsum(np.array([f.weight for f in source.folders]) / sum(f.weight for f in source.folders))
+
+    def order(number: int) -> Iterator[list[dict[str, Any]]]:
+        shards = CodeShards(source.folders[number].folder, bundle.image_tokenizer)
+        for epoch in count():
+            files = np.random.default_rng([1, source.seed, number, epoch]).permutation(len(shards.files))
+            for group in range(-(-len(files) // 4)):
+                table = shards.table([shards.files[i] for i in files[group * 4 : group * 4 + 4]])
+                records = table.to_pylist()
+                rng = np.random.default_rng([2, source.seed, number, epoch, group])
+                yield from (records[i]["parts"] for i in rng.permutation(len(records)))
+
+    orders, waiting = [order(i) for i in range(len(source.folders))], dict[int, tuple[Sample, str]]()
+    for number in count():
+        draw = np.random.default_rng([3, source.seed, number]).random()
+        chosen = min(int(np.searchsorted(edges, draw, side="right")), len(orders) - 1)
+        settings, parts = source.folders[chosen], next(orders[chosen])
+        turned, without, planned = np.random.default_rng([4, source.seed, number]).random(3)
+        if turned < settings.invert:
+            parts = invert(parts, settings.question)
+        elif planned < settings.planned:
+            parts = plan(parts)
+        if without < settings.condition_dropout:
+            parts = drop_condition(parts)
+        document = as_document(parts, dialogue=settings.dialogue)
+        sample = build(document, bundle.vocab, layout)
+        cost = sample_flops(sample, TINY_MODEL) if compute else len(sample)
+        if cost > budget or (packing.longest is not None and len(sample) > packing.longest):
+            continue
+        waiting[number] = sample, task_of(document)
+        row = [number] if packing.mode == "pad" else packer.add(number, cost, len(sample))
+        if row is not None:
+            found = [waiting.pop(n) for n in row]
+            yield PackedRow(pack([s for s, _ in found]), tuple(task for _, task in found))
+
+
+def same(a: PackedRow, b: PackedRow) -> bool:
+    names = ("tokens", "targets", "weights", "positions", "blocks", "scales", "lengths", "documents")
+    spans = [[(s.boi, s.scales, s.closed, s.codes.schedule) for s in row.sample.images] for row in (a, b)]
+    codes = [[c for s in row.sample.images for c in s.codes.input.tolist()] for row in (a, b)]
+    columns = all(torch.equal(getattr(a.sample, name), getattr(b.sample, name)) for name in names)
+    return columns and a.tasks == b.tasks and spans[0] == spans[1] and codes[0] == codes[1]
+
+
+PACKINGS = {
+    "pad": Packing("pad", 200), "length": Packing("length", 220, open_rows=3),
+    "compute": Packing("compute", 0.00005, longest=240, open_rows=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", list(PACKINGS))
+@pytest.mark.parametrize("context", ["scales", "closing"])
+@pytest.mark.parametrize("dialogue", [False, True])
+def test_rows_are_those_of_a_stream_that_lays_everything_out(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, mode: str, context: str,
+    dialogue: bool,
+) -> None:  # fmt: skip
+    """For any number of processes, started anew in mid-shard by another number of them; texts counted in several goes."""
+    monkeypatch.setattr(shard_order, "_SLAB", 3)
+    changes = {"invert": 0.3, "planned": 0.5, "condition_dropout": 0.3, "question": "what is <boi> it?"}
+    source = source_of(*folders, packing=PACKINGS[mode], rows=6, dialogue=dialogue, **changes)
+    layout = LayoutOptions(12.0, alpha=0.9, context_images=context)  # type: ignore[arg-type]
+
+    def made() -> ShardLoader:
+        return ShardLoader(source, bundle.image_tokenizer, bundle.vocab, layout, TINY_MODEL)
+
+    reference = slowly(bundle, source, layout)
+    state, kinds = made().state(), Counter[str]()
+    for step, processes in enumerate([1, 2, 3, 6, 2, 1, 3]):
+        loaders = [made() for _ in range(processes)] if step % 3 != 1 else loaders[:1] * processes
+        if step % 3 != 1:
+            for one in loaders:
+                one.restore(json.loads(json.dumps(state)))
+            shares = [one.rows(rank, processes) for rank, one in enumerate(loaders)]
+            assert all(one.state() == loaders[0].state() for one in loaders)
+        else:  # goes on without having been started anew: as one process
+            processes, shares = 1, [loaders[0].rows()]
+        for i in range(6):
+            expected = next(reference)
+            kinds.update(expected.tasks)
+            assert same(shares[i % processes][i // processes], expected), (step, i)
+        state = loaders[0].state()
+    assert {"draw", "edit", "read", "write"} <= set(kinds) and state["folders"][1]["epoch"] > 1
+
+
+def test_what_is_another_process_s_is_never_laid_out(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid: list[Document] = []
+
+    def noted(document: Document, *others: Any) -> Sample:
+        laid.append(document)
+        return build(document, *others)
+
+    monkeypatch.setattr(loader_module, "build", noted)
+    stream = loader(bundle, source_of(*folders, rows=12))
+    kept = [row for _ in range(3) for row in stream.rows(5, 12)]
+    assert len(kept) == 3 and len(laid) == sum(len(row.tasks) for row in kept)
+
+
+def test_texts_are_counted_once_for_all_passes(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, counted = loader(bundle, source_of(folders[1], packing=PACKINGS["pad"])), []
+
+    class Core:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+            assert not add_special_tokens
+            counted.extend(texts)
+            return [bundle.vocab.encode(text) for text in texts]
+
+    monkeypatch.setattr(stream._stream, "_core", Core())
+    for _ in range(12):
+        stream.rows()
+    assert stream.state()["folders"][0]["epoch"] > 3 and len(counted) == len(set(counted)) == 5
+
+
 def test_weights_are_shares_of_the_documents(bundle: Bundle, folders: tuple[Path, Path]) -> None:
     stream = loader(bundle, source_of(*folders))
-    chosen = Counter(stream._draw()[1].folder for _ in range(1000))
+    chosen = Counter(stream._stream._draw()[1].folder for _ in range(1000))
     assert 0.70 < chosen[1] / 1000 < 0.80  # weights 1 and 3
 
 
@@ -252,6 +382,21 @@ def test_widths_of_batches() -> None:
         Packing("length", 100, longest=50)
 
 
+@pytest.mark.parametrize("longest", [None, 98304, 32768, 20000, 300])
+def test_rows_of_equal_compute_have_few_widths(longest: int | None) -> None:
+    packing, most = Packing("compute", 1.0, longest=longest), longest or 50000
+    widths = [packing.width(length) for length in range(1, most + 1)]
+    assert widths == sorted(widths) and all(w % 64 == 0 for w in widths)
+    assert all(n <= w <= n * 2 ** (1 / 7) + 64 for n, w in enumerate(widths, 1))
+    assert all(packing.width(w) == w for w in set(widths))
+    if longest:
+        assert widths[-1] == -(-longest // 64) * 64
+    for least in range(100, most // 2, 997):  # of rows whose lengths differ by not quite a factor of two
+        assert len(set(widths[least - 1 : int(1.9 * least)])) <= 8
+    assert len({w for w in widths if w >= most / 4}) <= 15
+    assert len(set(widths)) <= 70
+
+
 def test_peeking_moves_nothing(bundle: Bundle, folders: tuple[Path, Path]) -> None:
     stream, other = (loader(bundle, source_of(*folders)) for _ in range(2))
     stream.rows()
@@ -261,3 +406,81 @@ def test_peeking_moves_nothing(bundle: Bundle, folders: tuple[Path, Path]) -> No
     assert stream.state() == other.state()
     assert columns(stream.rows()) == columns(other.rows())
     assert torch.equal(stream.rows()[0].sample.weights, other.rows()[0].sample.weights)
+
+
+def test_a_thread_ahead_changes_neither_rows_nor_state(bundle: Bundle, folders: tuple[Path, Path]) -> None:
+    """Killed after any step, the next one's rows made already: what a checkpoint held goes on, with a thread or without."""
+    source = source_of(*folders, rows=4, packing=PACKINGS["compute"], invert=0.4, dialogue=True)
+    whole, ahead = loader(bundle, source), loader(bundle, source, prefetch=True)
+
+    def peeked(one: ShardLoader) -> list[list[type]]:
+        return [[type(s) for s in told.segments] for told in one.peek(5)]
+
+    for step in range(8):
+        assert columns(ahead.rows(1, 2)) == columns(whole.rows(1, 2))
+        if ahead._thread is not None:
+            ahead._wait()
+            assert ahead._stream.state() != whole.state()  # is a step further
+        assert ahead.state() == whole.state() and ahead.skipped == whole.skipped
+        assert peeked(ahead) == peeked(whole)
+        if step % 2:
+            kept = json.loads(json.dumps(ahead.state()))
+            ahead.close()
+            ahead = loader(bundle, source, prefetch=step != 3)
+            ahead.restore(kept)
+    assert columns(ahead.rows(0, 1)) == columns(whole.rows(0, 1))
+    assert columns(ahead.rows(2, 4)) == columns(whole.rows(2, 4))  # another share than the one made ahead
+    assert ahead.state() == whole.state()
+    ahead.close()
+
+
+def test_rows_are_made_while_a_step_is_computed(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(*given: Any) -> Sample:
+        threads.append(threading.current_thread().name)
+        return build(*given)
+
+    monkeypatch.setattr(loader_module, "build", noted)
+    alone = loader(bundle, source_of(*folders))
+    alone.rows()
+    alone.rows()
+    two_steps = len(threads)
+    assert not any(name.startswith("shards") for name in threads)
+    threads.clear()
+    ahead = loader(bundle, source_of(*folders), prefetch=True)
+    ahead.rows()
+    ahead._wait()
+    assert len(threads) == two_steps and all(name.startswith("shards") for name in threads)
+    ahead.close()
+    assert not any(thread.name.startswith("shards") for thread in threading.enumerate())
+
+
+def test_an_error_of_the_thread_is_raised_at_the_step_it_belongs_to(
+    bundle: Bundle, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[0], tmp_path / "copy")
+    source = source_of(tmp_path / "copy", rows=1, packing=PACKINGS["pad"])
+    alone, ahead = loader(bundle, source), loader(bundle, source, prefetch=True)
+    assert columns(alone.rows()) == columns(ahead.rows())
+    ahead._wait()
+    for path in (tmp_path / "copy").glob("*.parquet"):  # the first four are read already
+        path.write_bytes(path.read_bytes()[:-40])
+    steps, told = 1, ""
+    while not told:
+        try:
+            expected = columns(alone.rows())
+        except StorageError as error:
+            told = str(error)
+        else:
+            assert columns(ahead.rows()) == expected
+            steps += 1
+    assert 8 <= steps <= 12 and "the shard cannot be read" in told and ahead.state() == alone.state()
+    for _ in range(2):  # it does not go on behind what it could not make
+        with pytest.raises(StorageError) as caught:
+            ahead.rows()
+        assert str(caught.value) == told and "\n" not in told
+    assert ahead.state() == alone.state()
+    ahead.close()

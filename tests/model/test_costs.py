@@ -6,23 +6,30 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.costs import (
     Counts,
     ImageShape,
+    MarkShape,
     Shape,
     TextShape,
     count,
     forward_flops,
     parameters,
     saved_bytes,
+    shapes,
+    training_flops,
 )
 from nextflow_ar.model.flops import sample_flops, visible_pairs
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
-from nextflow_ar.types import Codes, Document, Image, Segment, Text
+from nextflow_ar.sequence.vocab import TURN_END
+from nextflow_ar.types import Codes, Document, Image, Mark, Segment, Text
 from tests.conftest import TINY_MODEL, tiny_bundle
 
 QWEN = replace(
@@ -65,12 +72,62 @@ def test_every_kind_of_document_counts_as_the_layout_lays_it_out(scales: int, co
         ),
     ]
     config = replace(TINY_MODEL, closing_input="accumulated")
-    for segments, shapes in kinds:
+    for segments, expected in kinds:
         options = LayoutOptions(12.0, context_images=context)  # type: ignore[arg-type]
-        sample, found = build(Document(tuple(segments)), bundle.vocab, options), count(shapes, context)
+        sample, found = build(Document(tuple(segments)), bundle.vocab, options), count(expected, context)
         predicted = int((sample.targets != IGNORED).sum())
-        assert found == Counts(len(sample), visible_pairs(sample.blocks), predicted), shapes
+        assert found == Counts(len(sample), visible_pairs(sample.blocks), predicted), expected
         assert 3 * sum(forward_flops(found, config)) == sample_flops(sample, config)
+
+
+def blank(scales: int) -> Codes:
+    schedule = ScaleSchedule.from_final((60, 68) if scales % 2 else (64, 64), scales)
+    return Codes.plain(schedule, torch.zeros(schedule.num_tokens, dtype=torch.long))
+
+
+BLANK = {scales: blank(scales) for scales in (1, 2, 3, 5)}
+SEGMENTS = st.one_of(
+    st.builds(Text, st.sampled_from(["", "a", "two dogs", "a red cat on it"]), st.booleans()),
+    st.builds(Mark, st.just(TURN_END), st.booleans()),
+    st.builds(
+        Image, st.sampled_from(list(BLANK.values())), st.booleans(), st.none(), st.booleans()
+    ),
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(SEGMENTS, max_size=6), st.sampled_from([0, 1, 2, 5]), st.booleans(), st.booleans())
+def test_any_document_counts_and_costs_what_its_sample_does(
+    bundle: Bundle, segments: list[Segment], cut: int, supervised: bool, closing: bool
+) -> None:
+    """Empty texts, marks, begun and cut pictures, in any order."""
+    if cut:
+        segments = [*segments, Image(BLANK[5], supervised, cut)]
+    vocab, context = bundle.vocab, "closing" if closing else "scales"
+    document = Document(tuple(segments))
+    found = count(shapes(document, lambda text: len(vocab.encode(text))), context)
+    if not found.tokens:
+        with pytest.raises(ValueError, match="at least one token"):
+            build(document, vocab, LayoutOptions(12.0))
+        return
+    sample = build(document, vocab, LayoutOptions(12.0, context_images=context))  # type: ignore[arg-type]
+    predicted = int((sample.targets != IGNORED).sum())
+    assert found == Counts(len(sample), visible_pairs(sample.blocks), predicted)
+    for config in (TINY_MODEL, QWEN):  # as whole numbers: packing compares sums of them
+        cost = training_flops(found, config)
+        assert isinstance(cost, int) and cost == sample_flops(sample, config)
+
+
+def test_marks_and_cut_pictures_by_hand() -> None:
+    three = ScaleSchedule.square(3)  # 1 + 4 + 9 cells
+    # two tokens 1 + 2, <boi> 3, 2x2 block 4 x 7; the last token predicts <boi>, which and the block predict the codes
+    assert count([TextShape(2), ImageShape(three, True, 2)]) == Counts(7, 3 + 3 + 28, 1 + 5)
+    # a response that learns the mark behind it: its first token from the mark before it, then the mark, no end
+    turn = [MarkShape(), TextShape(2, True), MarkShape(True)]
+    assert count(turn) == Counts(4, 10, 3)
+    assert count([TextShape(1), ImageShape(three, begun=True)]) == Counts(15, 1 + 2 + 4 * 6 + 9 * 15, 1)
+    with pytest.raises(ValueError, match="nothing can follow an image"):
+        count([ImageShape(three, True, 2), TextShape(2)])
 
 
 @pytest.mark.parametrize(

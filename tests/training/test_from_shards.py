@@ -83,15 +83,17 @@ def same(one: ModelTrainer, two: ModelTrainer) -> None:
         assert torch.equal(a, b), name
 
 
-def test_resuming_in_mid_shard_equals_never_stopping(make: Make) -> None:
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_resuming_in_mid_shard_equals_never_stopping(make: Make, prefetch: bool) -> None:
     whole = make("a")
     told = [whole.advance() for _ in range(7)]
-    first = make("b")
+    first = make("b", prefetch=prefetch)
+    assert (first.loaders[0]._thread is not None) == prefetch
     for _ in range(3):
         first.advance()
-    first.save()
+    first.save()  # with prefetch the next step's rows are made, or being made
     first.advance()  # lost: killed after the save
-    second = make("b")
+    second = make("b", prefetch=prefetch)
     assert second.step == 3 and [second.advance() for _ in range(4)] == told[3:]
     same(whole, second)
     assert (second.documents, second.tokens) == (whole.documents, whole.tokens) and whole.documents > 14

@@ -1,40 +1,54 @@
 """Extracted shards as an endless stream of packed rows, whose state is a few plain values (paper section 3.3).
 
 Everything follows from the source's settings and the state: which document comes next, what is done to it, which row it is
-packed into. The stream is the same for any number of processes; each takes its share of the rows.
+packed into. The stream is the same for any number of processes: each goes through all of it by what documents cost, which
+needs their texts' lengths and no codes, and lays out its share of the rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections import OrderedDict
+import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import ConfigDict
+from tokenizers import Tokenizer
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.data.extraction import CodeShards, as_document
 from nextflow_ar.data.packing import Packer
+from nextflow_ar.data.shard_order import Place, ShardOrder
 from nextflow_ar.data.transforms import drop_condition, invert, plan, task_of
-from nextflow_ar.model.flops import sample_flops
+from nextflow_ar.model.costs import count as counts
+from nextflow_ar.model.costs import shapes, training_flops
+from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import pack
+from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.sequence.layout import LayoutOptions, Sample, build
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-from nextflow_ar.types import Document
+from nextflow_ar.types import Codes, Document, Image, Text
 
 _LOG = logging.getLogger(__name__)
-_GROUP = 4
-"""Shards that are read together and whose rows are shuffled among each other."""
 _STEP = 64
 """Rows of varying length are padded to a multiple of this many places, which keeps the number of shapes small."""
+_WIDTHS = 7
+"""Widths from one length to twice it, of rows of equal compute. Those whose lengths differ by not quite a factor of two
+have at most eight: torch compiles a layer for so many (``recompile_limit``), and runs it uncompiled for others, unsaid.
+"""
+
+
+def _up(places: int) -> int:
+    return -(-places // _STEP) * _STEP
 
 
 @dataclass(frozen=True)
@@ -87,11 +101,18 @@ class Packing:
             raise ValueError("longest goes with the mode compute; in the others the budget is the length")
 
     def width(self, longest: int) -> int:
-        """Places of a batch whose longest row has ``longest``."""
+        """Places of a batch whose longest row has ``longest``: at most a tenth more, and 64, in "compute"."""
         if self.mode == "length":
             return int(self.budget)
-        wide = -(-longest // _STEP) * _STEP
-        return max(longest, min(wide, int(self.budget))) if self.mode == "pad" else wide
+        if self.mode == "pad":
+            return max(longest, min(_up(longest), int(self.budget)))
+        top = _up(self.longest or _STEP)
+        halvings = (
+            math.floor(_WIDTHS * math.log2(top / longest)) + 1
+        )  # in parts; one too far down, for what is rounded
+        return next(
+            wide for k in count(halvings, -1) if (wide := _up(round(top * 2 ** (-k / _WIDTHS)))) >= longest
+        )
 
 
 @dataclass(frozen=True)
@@ -110,15 +131,6 @@ class ShardSource:
             raise ValueError("a source of shards has at least one row and one folder")
 
 
-class Place(NamedTuple):
-    """Where a document stands: number of the folder, pass over it, group of shards, place in the group's order."""
-
-    folder: int
-    epoch: int
-    group: int
-    offset: int
-
-
 @dataclass(frozen=True, eq=False)
 class PackedRow:
     """One row. ``tasks``: of its documents, in order."""
@@ -127,67 +139,31 @@ class PackedRow:
     tasks: tuple[str, ...]
 
 
-class _Folder:
-    """The endless order of one extraction: every pass shuffles the shards, and the rows of a few shards together."""
-
-    def __init__(self, settings: ShardFolder, shards: CodeShards, number: int, seed: int) -> None:
-        self.settings, self.shards, self.number, self.seed = settings, shards, number, seed
-        listed = [(path.name, path.stat().st_size) for path in shards.files]
-        self.print = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-        self.groups = -(-len(shards.files) // _GROUP)
-        self.epoch = self.group = self.offset = self.accepted = self.skipped = 0
-        self._read: OrderedDict[tuple[int, int], tuple[Any, np.ndarray]] = OrderedDict()
-
-    def _group(self, epoch: int, group: int) -> tuple[Any, np.ndarray]:
-        """Table of a group of shards, and the order of its rows; the last two groups are kept."""
-        if (epoch, group) not in self._read:
-            order = np.random.default_rng([1, self.seed, self.number, epoch]).permutation(
-                len(self.shards.files)
-            )
-            chosen = order[group * _GROUP : (group + 1) * _GROUP]
-            table = self.shards.table([self.shards.files[i] for i in chosen])
-            rng = np.random.default_rng([2, self.seed, self.number, epoch, group])
-            self._read[epoch, group] = (table, rng.permutation(table.num_rows))
-            while len(self._read) > 2:
-                self._read.popitem(last=False)
-        return self._read[epoch, group]
-
-    def next(self) -> Place:
-        """The place of the next document. Raises StorageError where there is none."""
-        for _ in range(2 * self.groups):
-            _, order = self._group(self.epoch, self.group)
-            place = Place(self.number, self.epoch, self.group, self.offset)
-            found = self.offset < len(order)
-            self.offset += 1
-            if self.offset >= len(order):
-                self.group, self.offset = self.group + 1, 0
-            if self.group == self.groups:
-                self.epoch, self.group = self.epoch + 1, 0
-            if found:
-                return place
-        raise StorageError(f"{self.settings.folder}: the extraction holds no document")
-
-    def parts(self, place: Place) -> list[dict[str, Any]]:
-        """The record at a place."""
-        table, order = self._group(place.epoch, place.group)
-        return table.slice(int(order[place.offset]), 1).to_pylist()[0]["parts"]
-
-    def state(self) -> dict[str, Any]:
-        names = ("print", "epoch", "group", "offset", "accepted", "skipped")
-        return {name: getattr(self, name) for name in names}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        if state["print"] != self.print:
-            raise StorageError(
-                f"{self.settings.folder}: its shards are not those that the checkpoint was made with: "
-                "train in another run folder"
-            )
-        for name, value in state.items():
-            setattr(self, name, value)
+_Made = tuple[list[PackedRow], dict[str, Any]]
+"""A step's rows, and the stream's state behind them."""
 
 
-class ShardLoader:
-    """The rows of one source. Raises StorageError when a folder holds no extraction or one of another tokenizer."""
+@lru_cache(maxsize=4096)
+def _blank(final: tuple[int, int], scales: int) -> Codes:
+    """A picture of which nothing but its schedule is known."""
+    schedule = ScaleSchedule.from_final(final, scales)
+    return Codes.plain(schedule, torch.zeros(1, dtype=torch.long).expand(schedule.num_tokens))
+
+
+def _outlined(parts: list[dict[str, Any]], *, dialogue: bool) -> Document:
+    """What ``as_document`` makes of a record, with blank pictures."""
+    pairs: list[tuple[str, Text | Image]] = []
+    for part in parts:
+        if part["text"] is not None:
+            pairs.append((part["role"], Text(part["text"], part["supervised"])))
+        else:
+            height, width = part["final"]
+            pairs.append((part["role"], Image(_blank((height, width), part["scales"]), part["supervised"])))
+    return Document(turns(pairs) if dialogue else tuple(segment for _, segment in pairs))
+
+
+class _Stream:
+    """The rows of one source, one step after the other."""
 
     def __init__(
         self,
@@ -198,32 +174,32 @@ class ShardLoader:
         model: ModelConfig,
     ) -> None:
         self.source, self.vocab, self.layout, self.model = source, vocab, layout, model
-        self.folders = [
-            _Folder(f, CodeShards(f.folder, tokenizer), i, source.seed) for i, f in enumerate(source.folders)
+        self.orders = [
+            ShardOrder(CodeShards(f.folder, tokenizer), i, source.seed) for i, f in enumerate(source.folders)
         ]
         weights = np.array([f.weight for f in source.folders])
         self._edges = np.cumsum(weights / weights.sum())
         packing = source.packing
         self._budget = packing.budget * (1e12 if packing.mode == "compute" else 1)
         self._packer = Packer(self._budget, longest=packing.longest, open_rows=packing.open_rows)
-        self._pending: dict[int, tuple[Place, Sample, str]] = {}
+        self._pending: dict[int, Place] = {}
+        self._core = _counting(vocab)
+        self._other: dict[str, int] = {}  # tokens of what stands in no record: roles, questions
         self.drawn = 0
-
-    @property
-    def skipped(self) -> int:
-        """Documents that no row could hold, so far."""
-        return sum(folder.skipped for folder in self.folders)
 
     def _draw(self) -> tuple[int, Place]:
         """Number and place of the stream's next document."""
-        number, self.drawn = self.drawn, self.drawn + 1
-        draw = np.random.default_rng([3, self.source.seed, number]).random()
-        chosen = min(int(np.searchsorted(self._edges, draw, side="right")), len(self.folders) - 1)
-        return number, self.folders[chosen].next()
+        number, self.drawn, chosen = self.drawn, self.drawn + 1, 0
+        if len(self.orders) > 1:
+            draw = np.random.default_rng([3, self.source.seed, number]).random()
+            chosen = min(int(np.searchsorted(self._edges, draw, side="right")), len(self.orders) - 1)
+        return number, self.orders[chosen].next()
 
-    def _document(self, number: int, place: Place) -> Document:
-        folder = self.folders[place.folder]
-        settings, parts = folder.settings, folder.parts(place)
+    def _changed(self, number: int, place: Place, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A record as this document of the stream has it."""
+        settings = self.source.folders[place.folder]
+        if not (settings.invert or settings.planned or settings.condition_dropout):
+            return parts  # most of the time goes into setting up a generator
         turned, without, planned = np.random.default_rng([4, self.source.seed, number]).random(3)
         if turned < settings.invert:
             parts = invert(parts, settings.question)
@@ -231,11 +207,28 @@ class ShardLoader:
             parts = plan(parts)
         if without < settings.condition_dropout:
             parts = drop_condition(parts)
-        return as_document(parts, dialogue=settings.dialogue)
+        return parts
 
-    def _laid_out(self, number: int, place: Place) -> tuple[Place, Sample, str]:
-        document = self._document(number, place)
-        return place, build(document, self.vocab, self.layout), task_of(document)
+    def _document(self, number: int, place: Place, parts: list[dict[str, Any]]) -> Document:
+        dialogue = self.source.folders[place.folder].dialogue
+        return as_document(self._changed(number, place, parts), dialogue=dialogue)
+
+    def _measured(self, number: int, place: Place) -> tuple[float, int]:
+        """Cost and length of a document: those of the sample that would be laid out, found without it."""
+        order, dialogue = self.orders[place.folder], self.source.folders[place.folder].dialogue
+        known, parts = order.tokens(place, self._core), self._changed(number, place, order.outline(place))
+
+        def tokens(text: str) -> int:
+            if (n := known.get(text)) is None and (n := self._other.get(text)) is None:
+                n = self._other[text] = len(self.vocab.encode(text))
+            return n
+
+        found = counts(shapes(_outlined(parts, dialogue=dialogue), tokens), self.layout.context_images)
+        length = int(found.tokens)
+        if not length:
+            raise ValueError("a document needs at least one token")
+        in_compute = self.source.packing.mode == "compute"
+        return training_flops(found, self.model) if in_compute else length, length
 
     def _fits(self, cost: float, length: int) -> bool:
         longest = self.source.packing.longest
@@ -243,67 +236,159 @@ class ShardLoader:
 
     def _numbers(self) -> list[int]:
         """The documents of the next row."""
-        mode = self.source.packing.mode
         while True:
             number, place = self._draw()
-            found = self._laid_out(number, place)
-            length, folder = len(found[1]), self.folders[place.folder]
-            cost = sample_flops(found[1], self.model) if mode == "compute" else length
+            order, (cost, length) = self.orders[place.folder], self._measured(number, place)
             if not self._fits(cost, length):
-                folder.skipped += 1
-                if folder.skipped == 1:
+                order.skipped += 1
+                if order.skipped == 1:
                     _LOG.warning(
-                        "%s: a document of %d tokens fits no row and is left out",
-                        folder.settings.folder,
-                        length,
+                        "%s: a document of %d tokens fits no row and is left out", order.folder, length
                     )
-                if folder.epoch and not folder.accepted:
+                if order.epoch and not order.accepted:
                     raise StorageError(
-                        f"{folder.settings.folder}: no document of it fits a row ({folder.skipped} are too long): "
+                        f"{order.folder}: no document of it fits a row ({order.skipped} are too long): "
                         "raise the packing's budget"
                     )
                 continue
-            folder.accepted += 1
-            self._pending[number] = found
-            row = [number] if mode == "pad" else self._packer.add(number, cost, length)
+            order.accept(place)
+            self._pending[number] = place
+            pad = self.source.packing.mode == "pad"
+            row = [number] if pad else self._packer.add(number, cost, length)
             if row is not None:
                 return row
+
+    def _row(self, found: list[tuple[int, Place]]) -> PackedRow:
+        documents = [
+            self._document(number, place, self.orders[place.folder].take(place)) for number, place in found
+        ]
+        samples = [build(document, self.vocab, self.layout) for document in documents]
+        return PackedRow(pack(samples), tuple(map(task_of, documents)))
+
+    def rows(self, process: int, processes: int) -> list[PackedRow]:
+        """One step's rows: those of ``process``."""
+        out = []
+        for i in range(self.source.rows):
+            found = [(number, self._pending.pop(number)) for number in self._numbers()]
+            if i % processes == process:
+                out.append(self._row(found))
+            else:
+                for _, place in found:
+                    self.orders[place.folder].leave(place)
+        return out
+
+    def ahead(self, state: dict[str, Any], count: int) -> list[Document]:
+        """The first ``count`` documents behind ``state``, as they would be laid out; the stream stays where it is."""
+        drawn, positions = self.drawn, [order.position for order in self.orders]
+        self.drawn = state["drawn"]
+        for order, there in zip(self.orders, state["folders"], strict=True):
+            order.position = there["epoch"], there["group"], there["offset"]
+        places = [self._draw() for _ in range(count)]
+        self.drawn = drawn
+        for order, position in zip(self.orders, positions, strict=True):
+            order.position = position
+        return [
+            self._document(number, place, self.orders[place.folder].parts(place)) for number, place in places
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """How far every folder is, and which documents wait in open rows."""
+        return {
+            "drawn": self.drawn,
+            "folders": [order.state() for order in self.orders],
+            "packer": self._packer.state(),
+            "pending": [[number, *place] for number, place in self._pending.items()],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if len(state["folders"]) != len(self.orders):
+            raise StorageError("the checkpoint was made with another number of shard folders")
+        for order, values in zip(self.orders, state["folders"], strict=True):
+            order.restore(values)
+        self.drawn = state["drawn"]
+        self._packer.restore(state["packer"])
+        self._pending = {number: Place(*place) for number, *place in state["pending"]}
+        for order in self.orders:
+            order.wait_for([place for place in self._pending.values() if place.folder == order.number])
+
+
+class ShardLoader:
+    """The rows of one source. Raises StorageError when a folder holds no extraction or one of another tokenizer.
+
+    ``prefetch``: a thread makes a step's rows while the step before it is computed. They are the same, the state is that of
+    the rows that were given out, and an error is raised where the rows that it kept from being made are asked for.
+    """
+
+    def __init__(
+        self,
+        source: ShardSource,
+        tokenizer: ImageTokenizer,
+        vocab: Vocabulary,
+        layout: LayoutOptions,
+        model: ModelConfig,
+        *,
+        prefetch: bool = False,
+    ) -> None:
+        self._stream = _Stream(source, tokenizer, vocab, layout, model)
+        self._state = self._stream.state()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards") if prefetch else None
+        self._next: tuple[tuple[int, int], Future[_Made]] | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Documents that no row could hold, so far."""
+        return sum(folder["skipped"] for folder in self._state["folders"])
 
     def rows(self, process: int = 0, processes: int = 1) -> list[PackedRow]:
         """One step's rows: those of ``process``. Every process goes through the whole stream, so that its state is the same
         for all and a run may go on with another number of them.
         """
-        out = []
-        for i in range(self.source.rows):
-            found = [self._pending.pop(number) for number in self._numbers()]
-            if i % processes == process:
-                out.append(PackedRow(pack([f[1] for f in found]), tuple(f[2] for f in found)))
-        return out
+        share = process, processes
+        if self._thread is None:
+            rows, self._state = self._make(share)
+            return rows
+        if self._next is not None and self._next[0] != share:
+            self.restore(self._state)
+        if self._next is None:
+            self._next = share, self._thread.submit(self._make, share)
+        rows, self._state = self._next[1].result()
+        self._next = share, self._thread.submit(self._make, share)
+        return rows
+
+    def _make(self, share: tuple[int, int]) -> _Made:
+        return self._stream.rows(*share), self._stream.state()
+
+    def _wait(self) -> None:
+        """Until nobody moves the stream."""
+        if self._next is not None:
+            wait([self._next[1]])
 
     def peek(self, count: int) -> Iterator[Document]:
         """The first ``count`` documents from here on, as they would be laid out; the loader stays where it is."""
-        state = self.state()
-        for _ in range(count):
-            yield self._document(*self._draw())
-        self.restore(state)
+        self._wait()
+        return iter(self._stream.ahead(self._state, count))
 
     def state(self) -> dict[str, Any]:
-        """Plain values: how far every folder is, and which documents wait in open rows."""
-        return {
-            "drawn": self.drawn,
-            "folders": [folder.state() for folder in self.folders],
-            "packer": self._packer.state(),
-            "pending": [[number, *found[0]] for number, found in self._pending.items()],
-        }
+        """Plain values: how far every folder is, and which documents wait in open rows, behind the rows given out."""
+        return self._state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state` was taken. Raises StorageError when the shards are others by now."""
-        if len(state["folders"]) != len(self.folders):
-            raise StorageError("the checkpoint was made with another number of shard folders")
-        for folder, values in zip(self.folders, state["folders"], strict=True):
-            folder.restore(values)
-        self.drawn = state["drawn"]
-        self._packer.restore(state["packer"])
-        waiting = sorted((Place(*place), number) for number, *place in state["pending"])
-        found = {number: self._laid_out(number, place) for place, number in waiting}
-        self._pending = {number: found[number] for number, *_ in state["pending"]}
+        self._wait()
+        self._next = None
+        self._stream.restore(state)
+        self._state = self._stream.state()
+
+    def close(self) -> None:
+        """Wait for what is being made, and end the thread. The loader gives out no more rows then."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _counting(vocab: Vocabulary) -> Tokenizer:
+    """A tokenizer of its own that makes what ``vocab.encode`` makes, of many texts at once, on all cores."""
+    core = Tokenizer.from_str(vocab.tokenizer.backend_tokenizer.to_str())
+    core.encode_special_tokens = True  # as text: see Vocabulary.encode
+    core.no_truncation()
+    core.no_padding()
+    return core

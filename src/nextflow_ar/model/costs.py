@@ -4,13 +4,15 @@ whose parts are known by size only. Equal to :mod:`nextflow_ar.model.flops` on s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.embeddings import learned_places
 from nextflow_ar.model.flops import pair_flops, token_flops
 from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.types import Document, Image, Text
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,22 @@ class TextShape:
 
 @dataclass(frozen=True)
 class ImageShape:
-    """An image on all grids of ``schedule``; it is closed when anything follows it."""
+    """An image on the grids of ``schedule``, closed when anything follows it. ``scales``, ``begun``: as in Image."""
 
     schedule: ScaleSchedule
     supervised: bool = False
+    scales: int | None = None
+    begun: bool = False
 
 
-Shape = TextShape | ImageShape
+@dataclass(frozen=True)
+class MarkShape:
+    """A special token, such as those around a turn."""
+
+    supervised: bool = False
+
+
+Shape = TextShape | ImageShape | MarkShape
 
 
 @dataclass(frozen=True)
@@ -50,27 +61,56 @@ class Counts:
         return Counts(n * self.tokens, n * self.pairs, n * self.predicted)
 
 
+def shapes(document: Document, tokens: Callable[[str], int]) -> list[Shape]:
+    """What a document's counts follow from; no code is looked at. ``tokens``: how many a text has."""
+    found: list[Shape] = []
+    for segment in document.segments:
+        if isinstance(segment, Text):
+            found.append(TextShape(tokens(segment.text), segment.supervised))
+        elif isinstance(segment, Image):
+            schedule = segment.codes.schedule
+            found.append(ImageShape(schedule, segment.supervised, segment.scales, segment.begun))
+        else:
+            found.append(MarkShape(segment.supervised))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _grids(schedule: ScaleSchedule, scales: int) -> tuple[int, int]:
+    """Places of the first ``scales`` grids, and the visible pairs among them."""
+    ends = schedule.offsets[1 : scales + 1]
+    return ends[-1], sum(size * end for size, end in zip(schedule.sizes, ends, strict=False))
+
+
 def count(shapes: Sequence[Shape], context_images: str = "scales") -> Counts:
-    """Counts of one document in the layout's order, without marks of dialogue. ``context_images``: as in LayoutOptions."""
+    """Counts of one document in the layout's order. ``context_images``: as in LayoutOptions.
+
+    Raises ValueError where something follows an image of which only the first scales are laid out.
+    """
     tokens = pairs = predicted = 0
     free = False  # whether the last place predicts nothing yet
-    for number, shape in enumerate(shapes):
-        if isinstance(shape, TextShape):
-            n = shape.tokens
+    for shape, after in zip(shapes, [*shapes, None][1:], strict=True):
+        if not isinstance(shape, ImageShape):
+            n = shape.tokens if isinstance(shape, TextShape) else 1
+            if shape.supervised and n:
+                predicted += free + n - 1  # every token by the place before it
             pairs += n * tokens + n * (n + 1) // 2
-            tokens += n
-            if shape.supervised:
-                predicted += n - 1 + free + 1  # every token by the place before it, and the end
-            free = not shape.supervised
+            tokens, free = tokens + n, free or n > 0
+            if shape.supervised and isinstance(shape, TextShape) and not _goes_on(after):
+                predicted, free = predicted + free, False  # the end of the response
             continue
-        if shape.supervised:
-            predicted += free + shape.schedule.num_tokens  # <boi> by the place before it, and every cell
-        closed = number < len(shapes) - 1
-        alone = closed and not shape.supervised and context_images == "closing"
-        for size in (1,) if alone else shape.schedule.sizes:
-            tokens += size
-            pairs += size * tokens
-        if closed:
+        laid = shape.scales or len(shape.schedule)
+        predicted += free and (shape.supervised or shape.begun)  # <boi> by the place before it
+        free = False
+        if after is not None and not shape.supervised and context_images == "closing":
+            laid = 1
+        elif after is not None and laid < len(shape.schedule):
+            raise ValueError("nothing can follow an image of which only the first scales are laid out")
+        places, among = _grids(shape.schedule, laid)
+        predicted += places * shape.supervised
+        pairs += places * tokens + among
+        tokens += places
+        if after is not None:
             for size in (shape.schedule.sizes[-1], 1):  # the closing block and <eoi>
                 tokens += size
                 pairs += size * tokens
@@ -78,10 +118,22 @@ def count(shapes: Sequence[Shape], context_images: str = "scales") -> Counts:
     return Counts(tokens, pairs, predicted)
 
 
+def _goes_on(after: Shape | None) -> bool:
+    """Whether a response learns what stands behind it instead of its own end."""
+    if isinstance(after, ImageShape):
+        return after.supervised or after.begun
+    return isinstance(after, MarkShape) and after.supervised
+
+
 def forward_flops(counts: Counts, config: ModelConfig) -> tuple[float, float]:
     """(FLOPs of the layers, FLOPs of the head), forward; a multiply-add counts two."""
     layers = counts.tokens * token_flops(config) + counts.pairs * pair_flops(config)
     return layers, counts.predicted * 2 * config.hidden * config.vocab
+
+
+def training_flops(counts: Counts, config: ModelConfig) -> float:
+    """FLOPs of training on a document, three times the forward's: what ``sample_flops`` finds on its sample."""
+    return 3 * sum(forward_flops(counts, config))
 
 
 @dataclass(frozen=True)

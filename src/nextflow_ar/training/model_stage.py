@@ -113,7 +113,7 @@ class ModelTrainer:
         c, weights = self.config, (recipe.alpha, recipe.text_weight)
         self.layout = LayoutOptions(c.rope_range, *weights, c.context_images, c.copies)
         self.loaders = {
-            i: ShardLoader(source, self.image_tokenizer, self.vocab, self.layout, self.config)
+            i: ShardLoader(source, self.image_tokenizer, self.vocab, self.layout, c, prefetch=recipe.prefetch)
             for i, source in enumerate(recipe.sources)
             if isinstance(source, ShardSource)
         }
@@ -466,7 +466,8 @@ class ModelTrainer:
                     raise KeyboardInterrupt
         if board is not None:
             board.close()
-        self.episodes.close()
+        for feed in (self.episodes, *self.loaders.values()):
+            feed.close()
         if first:
             card = f"# {recipe.out.name}\n\nTrained for {self.step} steps.\n"
             self.export(recipe.out / "final", card)
