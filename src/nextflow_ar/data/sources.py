@@ -243,12 +243,8 @@ class ParquetSource:
                 for values in _group_rows(file, group, size):
                     where = f"{path}: row {number}"
                     if passed >= start:
-                        reason = str(values) if isinstance(values, RowError) else None
-                        yield (
-                            _row(values, where, path.parent)
-                            if reason is None
-                            else RowError(f"{where}: {reason}")
-                        )
+                        damaged = isinstance(values, RowError)
+                        yield RowError(f"{where}: {values}") if damaged else _row(values, where, path.parent)
                     passed, number = passed + 1, number + 1
 
     def _opened(self, path: Path) -> Any:

@@ -155,9 +155,9 @@ class ModelRecipe:
 
     ``sharding``: weights, moments and averages are spread over the processes, checkpoints are written by all and read by
     any number of them, one alone too; null: every process holds all of them. ``prefetch``:
-    episodes of the next step are made by a thread while this one is computed; worth it where a device or a core is idle.
-    ``together``: what several sources of episodes have of one width is computed at once (null: on a GPU);
-    ``prefetch`` has nothing to do then.
+    episodes, and rows of shards, of the next step are made by a thread while this one is computed; worth it where a device
+    or a core is idle. ``together``: what several sources of episodes have of one width is computed at once (null: on a
+    GPU); ``prefetch`` is for shards alone then.
     ``flex``: compiled training on a GPU attends by FlexAttention.
     ``workers``: or by so many processes, for a GPU that is faster than one; it is the same data.
 
