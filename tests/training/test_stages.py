@@ -23,6 +23,7 @@ from nextflow_ar.tokenizer.semantic import SemanticEncoder
 from nextflow_ar.training.carrying import carry_codes, playground_pictures
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer, Source, swap_words
 from nextflow_ar.training.optim import OptimizerConfig
+from nextflow_ar.training.teacher import TeacherRecipe, TeacherTrainer
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_image_tokenizer
 
 CURVE = Path(__file__).parent.parent / "golden" / "loss_curve.json"
@@ -169,6 +170,32 @@ def test_senseless_values_are_refused(tokenizer_folder: Path, tmp_path: Path) ->
             from_dict(ModelRecipe, values | changes, "r").check()
     named = from_dict(ModelRecipe, values | {"sources": [source | {"kind": "playground"}]})
     assert named.sources == from_dict(ModelRecipe, values | {"sources": [source]}).sources
+
+
+def test_a_teacher_makes_its_text_tokenizer_anew_unless_it_resumes(tmp_path: Path) -> None:
+    values = {
+        "kind": "teacher", "out": str(tmp_path), "seed": 1, "steps": 2, "batch": 2, "grounding": 1.0, "data": SHAPES,
+        "optimizer": OPTIMIZER, "semantic": to_dict(TINY_SEMANTIC), "text": {"entries": 280, "length": 32, "layers": 1},
+    }  # fmt: skip
+
+    def made(entries: int) -> TeacherTrainer:
+        recipe = from_dict(TeacherRecipe, values | {"text": {"entries": entries, "length": 32, "layers": 1}})
+        return TeacherTrainer(recipe, to_dict(recipe))
+
+    assert len(made(280).text_tokenizer) == 280
+    again = made(290)  # the first one ended before its first checkpoint
+    assert len(again.text_tokenizer) == 290
+    again.save()
+    path = tmp_path / "text_tokenizer" / "tokenizer.json"
+    before = path.stat().st_mtime_ns
+    assert len(made(290).text_tokenizer) == 290 and path.stat().st_mtime_ns == before
+    for change, message in (
+        ({"steps": 0}, "r: steps is at least 1, got 0"),
+        ({"grounding": -1}, r"r: grounding is at least 0, got -1\.0"),
+        ({"text": {"entries": 280, "length": 0, "layers": 1}}, "r: 'text': length is at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            from_dict(TeacherRecipe, values | change, "r")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(

@@ -246,6 +246,9 @@ def test_processes_stop_together_where_the_signal_reaches_one(
     with pytest.raises(KeyboardInterrupt):
         one.fit()
     assert one.step == 3 and saved == [3]  # by the first process's clock, not by its own
+    one.world.heard = True  # that its loss is not finite: this one would wait for its gradients for ever
+    with pytest.raises(FloatingPointError, match="not finite at step 3"):
+        advance()
 
 
 def test_metrics_of_a_killed_run_are_neither_lost_nor_told_twice(tmp_path: Path) -> None:
