@@ -416,3 +416,9 @@ def test_the_whole_tour_through_the_command(tmp_path: Path, capsys: pytest.Captu
     final = str(tmp_path / "model" / "final")
     assert run(["generate", "a red circle", "-o", str(tmp_path / "a.png"), "-m", final, "--think"]) == 0
     assert run(["describe", str(tmp_path / "a.png"), "-m", final]) == 0
+
+
+def test_more_scales_than_the_tokenizer_has_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = {"task": "text_to_image", "rows": 2, "length": 120, "data": SHAPES, "scales": 99}
+    with pytest.raises(ConfigError, match=r"scales are from 1 to the image tokenizer's \d+, got 99"):
+        trainer(tmp_path / "run", tokenizer_folder, sources=[source])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nextflow_ar.config import ConfigError
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.data.tasks import WORD_CLASSES, caption_corpus, document, plan_document
 from nextflow_ar.precision import mixed_precision
@@ -29,6 +30,10 @@ class SceneBatches:
         self.source, self.tokenizer = source, tokenizer
         self.mixture = SceneMixture(source.data)
         self.schedule = ScaleSchedule.square(tokenizer.config.num_scales)
+        if source.scales is not None and not 1 <= source.scales <= len(self.schedule):
+            raise ConfigError(
+                f"a source's scales are from 1 to the image tokenizer's {len(self.schedule)}, got {source.scales}"
+            )
 
     @torch.no_grad()
     def batch(
