@@ -173,14 +173,15 @@ class ModelTrainer:
             )
             check_agreement(model, self.image_tokenizer, self.vocab, learnt)
             return model, chosen[0]
-        model = NextFlowModel(self.config)
         if self.base is not None:
+            model = NextFlowModel.empty(self.config)
             begin_with(model, load_bundle(self.base).model)
             if recipe.codes == "anew" and fits:
                 model.codes_anew(codebook)
             if recipe.codes == "carried" and fits and not self.run.resumes:
                 carry_from(self.base, model, self.image_tokenizer, recipe.seed)
         else:
+            model = NextFlowModel(self.config)
             model.initialise(self.generator)
             if fits:
                 model.scale_inputs.start_from(codebook)

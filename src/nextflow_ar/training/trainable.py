@@ -53,15 +53,16 @@ def agreed(recipe: ModelRecipe, stored: ModelConfig) -> ModelConfig:
 
 
 def begin_with(model: NextFlowModel, old: NextFlowModel) -> None:
-    """Take over the weights of a model of the same shapes. Where the old one had no ``copies``, they begin at zero, so that
-    the new one does what the old one did. Raises ConfigError where they would be lost.
+    """Take over the weights of a model of the same shapes, its very tensors: there is no second copy. Where the old one had
+    no ``copies``, they begin at zero, so that the new one does what the old one did. Raises ConfigError where they would be
+    lost.
     """
     if old.config.copies and not model.config.copies:
         raise ConfigError("the model to start from has copies, the recipe's has not: set copies: true")
     state = old.state_dict()
     if model.config.copies and not old.config.copies:
-        state |= {k: torch.zeros_like(v) for k, v in model.state_dict().items() if ".copy_" in k}
-    model.load_state_dict(state)
+        state |= {k: torch.zeros(v.shape) for k, v in model.state_dict().items() if ".copy_" in k}
+    model.load_state_dict(state, assign=True)
 
 
 def choose(model: NextFlowModel, vocab: Vocabulary, recipe: ModelRecipe) -> Trainable:
