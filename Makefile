@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself; all it needs is Python 3.11 or later.
 #   PYTHON       interpreter of the new .venv (default: the first suitable one found)
 #   TORCH        what to install when .venv has no torch >= 2.11
+#   WORKERS      processes that `make test` runs in, one thread and up to three gigabytes each (default: 2)
 #   TORCH_INDEX  package index to take torch from, for instance PyTorch's own CPU index, which spares Linux
 #                the gigabytes of CUDA (default: pip's own settings)
 
@@ -8,6 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 NANO_RECIPES := $(addprefix recipes/,$(addsuffix .yaml,nano_teacher nano_pixel nano_tokenizer nano_decoder nano_decoder_ssim \
@@ -25,7 +27,7 @@ demo: .venv/.ready
 	$(BIN)/python examples/tasks.py
 
 test: .venv/.ready-dev
-	$(BIN)/pytest --cov=nextflow_ar --cov-report=term:skip-covered --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --cov=nextflow_ar --cov-report=term:skip-covered --cov-fail-under=85
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff format --check

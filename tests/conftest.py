@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from nextflow_ar.config import ImageTokenizerConfig, ModelConfig, QuantizerConfig, SemanticConfig
+from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.vocab import Vocabulary, train_text_tokenizer
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training import material
+from nextflow_ar.training.scenes import SceneBatches
 
 CORPUS = [
     "a red circle on a blue background",
@@ -96,3 +101,29 @@ def tiny_bundle(config: ModelConfig = TINY_MODEL) -> Bundle:
 @pytest.fixture(scope="session")
 def bundle() -> Bundle:
     return tiny_bundle()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def corpora() -> Iterator[None]:
+    """What a source says to train a text tokenizer on takes seconds to write and follows from its settings alone: every
+    source's is written once.
+    """
+    scenes, episodes = SceneBatches.texts, material.episode_texts
+    known: dict[str, list[str]] = {}
+
+    def texts(self: SceneBatches, count: int) -> list[str]:
+        key = f"{self.source} {count}"
+        if key not in known:
+            known[key] = list(scenes(self, count))
+        return list(known[key])
+
+    def episode_texts(source: EpisodeSource, number: int) -> Iterator[str]:
+        key = f"{source} {number}"
+        if key not in known:
+            known[key] = list(episodes(source, number))
+        return iter(list(known[key]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SceneBatches, "texts", texts)
+        patch.setattr(material, "episode_texts", episode_texts)
+        yield

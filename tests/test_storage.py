@@ -148,7 +148,9 @@ class Allocated(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_holds_no_second_copy(tmp_path: Path, dtype: torch.dtype) -> None:
-    small = tiny_bundle(replace(TINY_MODEL, hidden=192, intermediate=1024, layers=4))
+    small = tiny_bundle(
+        replace(TINY_MODEL, hidden=192, rope_sections=(8, 12, 12), intermediate=1024, layers=4)
+    )
     folder = saved(small, tmp_path / "model")
     own = sum(p.numel() for p in small.model.parameters()) * dtype.itemsize
     rest = sum(p.nbytes for p in small.image_tokenizer.state_dict().values())
