@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--documents", type=int, default=20000)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--open-rows", type=int, default=64)
+    parser.add_argument("--widths", type=int, nargs="+", default=[7, 24], help="of rows of fixed compute, a doubling")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     path = Path(__file__).parent.parent / "recipes" / "7b_pretrain_512.yaml"
@@ -84,9 +85,11 @@ def main():
     equal = [row(r, longest) for r in by_length.pack((n, length, length) for n, length in enumerate(lengths))]
     by_cost = Packer(max(costs), open_rows=given.open_rows)
     packed = list(by_cost.pack((n, c, lengths[n]) for n, c in enumerate(costs)))
-    width = Packing("compute", 1.0).width
-    widths = [width(sum(lengths[n] for n in r)) for r in packed]
-    balanced, few = [row(r) for r in packed], [row(r, w) for r, w in zip(packed, widths, strict=True)]
+    balanced, few = [row(r) for r in packed], {}
+    for n in given.widths:
+        width = Packing("compute", 1.0, widths=n).width
+        widths = [width(sum(lengths[n] for n in r)) for r in packed]
+        few[f"... in {len(set(widths))} widths"] = [row(r, w) for r, w in zip(packed, widths, strict=True)]
     whole = [row([n], longest) for n in range(given.documents)]
     print(
         f"{given.documents} documents, mean {statistics.mean(lengths):,.0f} places, longest {longest:,}; "
@@ -99,8 +102,7 @@ def main():
         "padded to the longest of all": whole,
         "fixed length": equal,
         "fixed compute": balanced,
-        f"the same in {len(set(widths))} widths": few,
-    }
+    } | few
     for name, rows in cases.items():
         useful = paid = work = 0.0
         for step in steps(rows, given.processes):

@@ -6,7 +6,7 @@ of padding, rows of a fixed length and rows of a fixed compute, and how long the
 The mixture is that of benchmarks/packing.py (text, T2I, I2T, edits, interleaved), at resolutions of 91, 304 and 900 places
 in place of 900, 3,684 and 10,084, texts shorter by ten, in a model of 4 layers and 128 hidden units. Padding: ``--rows``
 documents a process, padded to its longest. Fixed length: a row as long as the longest document; fixed compute: as costly
-as the costliest. Attention is computed document by document, as in every training on a CPU (here of short rows, too):
+as the costliest; every batch has a width that training would give it. Attention is computed document by document, as in every training on a CPU (here of short rows, too):
 padding pays for its projections only. "processor": a step lasts as long as its slower process computes, by its own time,
 so that a busy machine changes little; "clock": as it happened, for a quiet one.
 """
@@ -22,6 +22,7 @@ import torch
 from packing import document
 
 from nextflow_ar.config import ModelConfig
+from nextflow_ar.data.loader import Packing
 from nextflow_ar.data.packing import Packer
 from nextflow_ar.model import attention
 from nextflow_ar.model.checkpoint import find_checkpoint, load_architecture
@@ -39,6 +40,7 @@ from nextflow_ar.types import Codes, Document, Image, Text
 
 LEVELS = {6: 0.6, 9: 0.3, 12: 0.1}
 SHORTER = 10.0
+WIDTHS = 24  # a doubling, of rows of fixed compute, as in the 7B recipes
 MODEL = ModelConfig(
     text_vocab=2048, codes=512, code_dim=32, hidden=128, layers=4, heads=2, kv_heads=2, intermediate=352,
     max_positions=8192, rms_eps=1e-6, rope="per_axis", rope_theta=100.0, rope_sections=(8, 12, 12), rope_range=12.0,
@@ -70,18 +72,19 @@ def samples(count, seed, vocab):
 
 
 def steps_of(mode, found, processes, rows):
-    """Steps; each has for every process the rows of its batch, and their length (None: the longest)."""
+    """Steps; each has for every process the rows of its batch. Before them, the width of a batch by its longest row."""
     lengths, costs = [len(s) for s in found], [sample_flops(s, MODEL) for s in found]
-    numbers, width = [[n] for n in range(len(found))], None
+    numbers, width = [[n] for n in range(len(found))], Packing("pad", max(lengths)).width
     if mode == "fixed length":
-        width = max(lengths)
-        numbers = list(Packer(float(width), open_rows=32).pack((n, w, w) for n, w in enumerate(lengths)))
+        width = Packing("length", max(lengths)).width
+        numbers = list(Packer(max(lengths), open_rows=32).pack((n, w, w) for n, w in enumerate(lengths)))
     if mode == "fixed compute":
+        width = Packing("compute", 1.0, widths=WIDTHS).width
         numbers = list(Packer(max(costs), open_rows=32).pack((n, c, lengths[n]) for n, c in enumerate(costs)))
     each = rows if mode == "padding" else 1
     step = each * processes
-    for start in range(0, len(numbers) - step + 1, step):
-        yield [numbers[start + i * each : start + (i + 1) * each] for i in range(processes)], width
+    starts = range(0, len(numbers) - step + 1, step)
+    return width, [[numbers[s + i * each : s + (i + 1) * each] for i in range(processes)] for s in starts]
 
 
 def run(rank, port, options, queue):
@@ -110,8 +113,10 @@ def run(rank, port, options, queue):
     step(collate(found[:2]))  # warms up
     for mode in MODES:
         times, useful, places, began = [], 0, 0, time.perf_counter()
-        for shares, width in steps_of(mode, found, options.processes, options.rows):
-            batch = collate([pack([found[n] for n in row]) for row in shares[rank]], width)
+        width, steps = steps_of(mode, found, options.processes, options.rows)
+        for shares in steps:
+            rows = [pack([found[n] for n in row]) for row in shares[rank]]
+            batch = collate(rows, width(max(map(len, rows))))
             start = time.process_time()
             times.append(step(batch) - start)
             useful += int((batch.documents >= 0).sum())

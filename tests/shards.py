@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from nextflow_ar.data.extraction import ExtractionConfig, extract
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
 COLOURS = ("red", "blue", "green", "white", "black")
@@ -45,6 +46,7 @@ def make_shards(
     per_shard: int = 3,
     scales: int = 4,
     tokens: float = 0.3,
+    counter: TokenCounter | None = None,
 ) -> Path:
     """Extract ``rows`` into ``folder``/shards; returns that. Every third picture is wide."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,5 +54,5 @@ def make_shards(
         PILImage.fromarray(dead_leaves((i,), 40, 40 if i % 3 else 80)).save(folder / f"{i}.png")
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     config = ExtractionConfig(num_scales=scales, rows=per_shard, tokens=tokens, top_k=4)
-    extract(open_source(folder / "rows.jsonl"), tokenizer, folder / "shards", config)
+    extract(open_source(folder / "rows.jsonl"), tokenizer, folder / "shards", config, counter=counter)
     return folder / "shards"

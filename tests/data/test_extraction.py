@@ -12,25 +12,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+from tokenizers import AddedToken, Tokenizer
 
 from nextflow_ar.app.cli import run
-from nextflow_ar.data.extraction import (
-    CodeShards,
-    ExtractionConfig,
-    ShardWriter,
-    as_document,
-    extract,
-    same_source,
-)
+from nextflow_ar.data.code_shards import CodeShards, as_document
+from nextflow_ar.data.extraction import ExtractionConfig, ShardWriter, extract, same_source
 from nextflow_ar.data.ray_extraction import ShardActor
 from nextflow_ar.data.rows import Row, RowError
 from nextflow_ar.data.sources import open_source
 from nextflow_ar.data.textures import dead_leaves
+from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invert
 from nextflow_ar.data.video import VideoConfig
 from nextflow_ar.data.workers import Extraction, extract_with_workers, one_thread
+from nextflow_ar.model.checkpoint import checkpoint_folder
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.layout import IGNORED, build
+from nextflow_ar.sequence.vocab import Vocabulary, fast_tokenizer, load_text_tokenizer
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.types import Document, Image, Mark, Text
@@ -112,7 +110,7 @@ def test_given_pictures_are_clean_and_inverted_ones_too(rows: Path, tmp_path: Pa
     assert isinstance(edited, Image) and not torch.equal(edited.codes.input, edited.codes.target)
 
     shards = CodeShards(out, tokenizer)
-    records = {r["row"]: r["parts"] for r in shards.table(shards.files).to_pylist()}
+    records = {r["row"]: r["parts"] for r in shards.records()}
     assert [n for n, parts in records.items() if any(p["clean"] for p in parts)] == [
         0,
         3,
@@ -151,7 +149,7 @@ def test_shards_of_before_plain_codes_are_read_as_they_were(rows: Path, tmp_path
     pq.write_table(pa.Table.from_pylist(records, schema=schema), out / "000000.parquet")
 
     shards = CodeShards(out, tokenizer)
-    both = {r["row"]: r["parts"] for r in shards.table(shards.files).to_pylist()}  # old and new in one table
+    both = {r["row"]: r["parts"] for r in shards.records()}  # old and new in one table
     seen, new = as_document(invert(both[0])).segments[0], as_document(invert(both[3])).segments[0]
     assert isinstance(seen, Image) and seen.codes.input.tolist() == both[0][1]["input"]
     assert seen.codes.target.tolist() == both[0][1]["target"]
@@ -188,7 +186,7 @@ def test_a_source_that_has_grown_is_extracted_to_its_end(rows: Path, tmp_path: P
         file.write("".join(f'\n{{"text": "row {i}"}}' for i in range(8, 13)))
     assert extract(open_source(rows), tokenizer, out, CONFIG)["rows"] == 2 + 5  # the last of before anew
     records = CodeShards(out, tokenizer)
-    found = [r["row"] for r in records.table(records.files).to_pylist()]
+    found = [r["row"] for r in records.records()]
     assert found == [0, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
     after = [path.read_bytes() for path in sorted(out.glob("*.parquet"))]
     assert after[:2] == before[:2] and len(after) == 5
@@ -269,9 +267,9 @@ def test_a_shard_of_another_tokenizer_is_found_out(rows: Path, tmp_path: Path) -
     whole = shard.read_bytes()
     shard.write_bytes((theirs / shard.name).read_bytes())
     shards = CodeShards(mine, tokenizer)
-    assert shards.table([mine / "000000.parquet"]).num_rows == 2
+    assert shards.shard(0).table().num_rows == 2
     for reading in (
-        lambda: shards.table(shards.files),
+        lambda: list(shards.records()),
         lambda: shards.texts(9),
         lambda: list(shards.documents()),
         lambda: extract(open_source(rows), tokenizer, mine, CONFIG),
@@ -281,7 +279,7 @@ def test_a_shard_of_another_tokenizer_is_found_out(rows: Path, tmp_path: Path) -
         ):
             reading()
     pq.write_table(pq.read_table(theirs / shard.name).replace_schema_metadata(None), shard)
-    assert len(list(shards.documents())) == 6  # of before shards said so: the manifest decides
+    assert len(list(CodeShards(mine, tokenizer).documents())) == 6  # of before shards said so: the manifest decides
     shard.write_bytes(whole[:-40])
     with pytest.raises(StorageError, match=r"000001.parquet: the shard cannot be read"):
         extract(open_source(rows), tokenizer, mine, CONFIG)
@@ -349,6 +347,38 @@ def test_extract_as_a_command(rows: Path, tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().err
     assert "rows.jsonl, not of" in told and len(told.split("nextflow-ar: ")[1].splitlines()) == 1
     assert run(["extract", str(rows), "-o", out, *options, "--process", "2", "--processes", "2"]) == 2
+
+
+def test_shards_tell_how_many_tokens_texts_have(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, bundle = tiny_image_tokenizer(), tiny_bundle()
+    tokenizer.save_pretrained(tmp_path / "t")
+    options = ["extract", str(rows), "--image-tokenizer", str(tmp_path / "t"), "--rows", "3"]
+    assert run([*options, "-o", str(tmp_path / "nano"), "--text-tokenizer", "nano"]) == 0
+    vocab = Vocabulary(load_text_tokenizer(checkpoint_folder("nano") / "text_tokenizer"), 4096, 1)
+    shards = CodeShards(tmp_path / "nano", tokenizer)
+    parts = [part for record in shards.records() for part in record["parts"]]
+    texts = [part for part in parts if part["text"] is not None]
+    assert len(texts) > 3 and all(part["tokens"] == len(vocab.encode(part["text"])) for part in texts)
+    assert all(part["tokens"] is None for part in parts if part["text"] is None)
+    counters = [TokenCounter(each.tokenizer).fingerprint for each in (vocab, bundle.vocab)]
+    assert {shards.shard(i).counted for i in range(3)} == {counters[0]} and counters[0] != counters[1]
+    capsys.readouterr()
+    assert run([*options, "-o", str(tmp_path / "none"), "--text-tokenizer", str(tmp_path / "no")]) == 1
+    told = capsys.readouterr().err
+    assert "no such checkpoint folder" in told and not (tmp_path / "none").exists()
+
+
+def test_special_tokens_make_no_other_text_tokenizer() -> None:
+    vocab = tiny_bundle().vocab
+    before = TokenCounter(vocab.tokenizer)
+    text = "a red <boi> leaf <extra> <tool> <|im_end|>"
+    for special in (True, False):
+        other = fast_tokenizer(Tokenizer.from_str(vocab.tokenizer.backend_tokenizer.to_str()))
+        other.add_tokens([AddedToken("<extra>" if special else "<tool>", special=special)], special_tokens=special)
+        after = TokenCounter(other)
+        assert (after.fingerprint == before.fingerprint) is (after([text]) == before([text])) is special
 
 
 def job(rows: Path, folder: Path, out: str, **changes: object) -> Extraction:

@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 import torch
 
+from nextflow_ar.data import code_shards, shard_order
 from nextflow_ar.data import loader as loader_module
-from nextflow_ar.data import shard_order
-from nextflow_ar.data.extraction import CodeShards, as_document
+from nextflow_ar.data.code_shards import CodeShard, CodeShards, as_document
 from nextflow_ar.data.loader import PackedRow, Packing, ShardFolder, ShardLoader, ShardSource
 from nextflow_ar.data.packing import Packer
+from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import draws, drop_condition, invert, plan, reads, task_of
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.flops import sample_flops
 from nextflow_ar.sequence.batch import pack
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build
+from nextflow_ar.sequence.vocab import Vocabulary, train_text_tokenizer
 from nextflow_ar.storage import StorageError
 from nextflow_ar.types import Document, Image, Mark, Text
 from tests.conftest import TINY_MODEL, tiny_image_tokenizer
@@ -38,10 +40,12 @@ LENGTH = Packing("length", 220, open_rows=3)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     place, tokenizer = tmp_path_factory.mktemp("loader"), tiny_image_tokenizer()
-    return (
-        make_shards(place / "a", mixed(16), tokenizer),
-        make_shards(place / "b", captions(5), tokenizer, per_shard=2),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_shards, "_TOGETHER", 2)  # of the three rows of a shard
+        return (
+            make_shards(place / "a", mixed(16), tokenizer),
+            make_shards(place / "b", captions(5), tokenizer, per_shard=2),
+        )
 
 
 def loader(bundle: Bundle, source: ShardSource, *, prefetch: bool = False) -> ShardLoader:
@@ -142,8 +146,8 @@ def slowly(bundle: Bundle, source: ShardSource, layout: LayoutOptions) -> Iterat
         for epoch in count():
             files = np.random.default_rng([1, source.seed, number, epoch]).permutation(len(shards.files))
             for group in range(-(-len(files) // 4)):
-                table = shards.table([shards.files[i] for i in files[group * 4 : group * 4 + 4]])
-                records = table.to_pylist()
+                chosen = files[group * 4 : group * 4 + 4].tolist()
+                records = [r for i in chosen for r in shards.shard(i).table().to_pylist()]
                 rng = np.random.default_rng([2, source.seed, number, epoch, group])
                 yield from (records[i]["parts"] for i in rng.permutation(len(records)))
 
@@ -235,21 +239,49 @@ def test_what_is_another_process_s_is_never_laid_out(
     assert len(kept) == 3 and len(laid) == sum(len(row.tasks) for row in kept)
 
 
-def test_texts_are_counted_once_for_all_passes(
+def test_codes_of_another_process_s_rows_are_not_read(
     bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream, counted = loader(bundle, source_of(folders[1], packing=PACKINGS["pad"])), []
+    read: list[tuple[Path, int]] = []
 
-    class Core:
-        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-            assert not add_special_tokens
-            counted.extend(texts)
-            return [bundle.vocab.encode(text) for text in texts]
+    def noted(shard: CodeShard, number: int) -> Any:
+        read.append((shard.path, number))
+        return group(shard, number)
 
-    monkeypatch.setattr(stream._stream, "_core", Core())
-    for _ in range(12):
-        stream.rows()
-    assert stream.state()["folders"][0]["epoch"] > 3 and len(counted) == len(set(counted)) == 5
+    group = CodeShard.group
+    monkeypatch.setattr(CodeShard, "group", noted)
+    stream = loader(bundle, source_of(folders[0], rows=16, packing=PACKINGS["pad"]))  # a pass, a document a row
+    (row,) = stream.rows(3, 16)
+    assert row.tasks and len(read) == 1
+    alone = loader(bundle, source_of(folders[0], rows=16, packing=PACKINGS["pad"]))
+    read.clear()
+    alone.rows()
+    assert len(read) == len(set(read)) == 5 * 2 + 1  # two groups of three rows each, one of the last one's
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_texts_are_counted_once_for_all_passes(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, told: bool
+) -> None:
+    counter = TokenCounter(bundle.vocab.tokenizer) if told else None
+    folder = make_shards(tmp_path, captions(5), bundle.image_tokenizer, per_shard=2, counter=counter)
+    counted: list[str] = []
+
+    def noted(self: TokenCounter, texts: list[str]) -> list[int]:
+        counted.extend(texts)
+        return counting(self, texts)
+
+    counting = TokenCounter.__call__
+    monkeypatch.setattr(TokenCounter, "__call__", noted)
+    source = source_of(folder, packing=PACKINGS["pad"])
+    stream = loader(bundle, source)
+    rows = [columns(stream.rows()) for _ in range(12)]
+    assert stream.state()["folders"][0]["epoch"] > 3
+    assert len(counted) == len(set(counted)) == (0 if told else 5)  # where the shards tell them: at extraction
+    letters = Vocabulary(train_text_tokenizer(["zz"], 262), TINY_MODEL.text_vocab, TINY_MODEL.codes)
+    other = Bundle(bundle.model, bundle.image_tokenizer, letters, {})
+    assert [columns(loader(other, source).rows())] != rows[:1]
+    assert len(counted) > (0 if told else 5)  # what the shards tell is another tokenizer's
 
 
 def test_weights_are_shares_of_the_documents(bundle: Bundle, folders: tuple[Path, Path]) -> None:
@@ -378,23 +410,26 @@ def test_widths_of_batches() -> None:
     assert Packing("length", 220).width(150) == 220
     assert Packing("compute", 1.0).width(150) == 192
     assert Packing("pad", 1000).width(150) == 192 and Packing("pad", 160).width(150) == 160
+    with pytest.raises(ValueError, match="widths is from 1 to 64, got 0"):
+        Packing("compute", 1.0, widths=0)
     with pytest.raises(ValueError, match="longest goes with the mode compute"):
         Packing("length", 100, longest=50)
 
 
+@pytest.mark.parametrize("n", [7, 24])
 @pytest.mark.parametrize("longest", [None, 98304, 32768, 20000, 300])
-def test_rows_of_equal_compute_have_few_widths(longest: int | None) -> None:
-    packing, most = Packing("compute", 1.0, longest=longest), longest or 50000
+def test_rows_of_equal_compute_have_few_widths(longest: int | None, n: int) -> None:
+    packing, most = Packing("compute", 1.0, longest=longest, widths=n), longest or 50000
     widths = [packing.width(length) for length in range(1, most + 1)]
     assert widths == sorted(widths) and all(w % 64 == 0 for w in widths)
-    assert all(n <= w <= n * 2 ** (1 / 7) + 64 for n, w in enumerate(widths, 1))
+    assert all(long <= w <= long * 2 ** (1 / n) + 64 for long, w in enumerate(widths, 1))
     assert all(packing.width(w) == w for w in set(widths))
     if longest:
         assert widths[-1] == -(-longest // 64) * 64
     for least in range(100, most // 2, 997):  # of rows whose lengths differ by not quite a factor of two
-        assert len(set(widths[least - 1 : int(1.9 * least)])) <= 8
-    assert len({w for w in widths if w >= most / 4}) <= 15
-    assert len(set(widths)) <= 70
+        assert len(set(widths[least - 1 : int(1.9 * least)])) <= n + 1
+    assert len({w for w in widths if w >= most / 4}) <= 2 * n + 1
+    assert len(set(widths)) <= 10 * n
 
 
 def test_peeking_moves_nothing(bundle: Bundle, folders: tuple[Path, Path]) -> None:
@@ -466,7 +501,9 @@ def test_an_error_of_the_thread_is_raised_at_the_step_it_belongs_to(
     alone, ahead = loader(bundle, source), loader(bundle, source, prefetch=True)
     assert columns(alone.rows()) == columns(ahead.rows())
     ahead._wait()
-    for path in (tmp_path / "copy").glob("*.parquet"):  # the first four are read already
+    ((_, first),) = ahead._stream.orders[0]._read.items()
+    begun = {shard.file.path for shard in first.shards}
+    for path in {*(tmp_path / "copy").glob("*.parquet")} - begun:
         path.write_bytes(path.read_bytes()[:-40])
     steps, told = 1, ""
     while not told:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextflow_ar.data.extraction import as_document
+from nextflow_ar.data.code_shards import as_document
 from nextflow_ar.data.playground.canvases import (
     Canvas,
     Item,

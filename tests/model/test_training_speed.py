@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from nextflow_ar.model import attention
+from nextflow_ar.model.checkpoint import Bundle
+from nextflow_ar.sequence.batch import collate
+from nextflow_ar.sequence.layout import LayoutOptions, build
 from nextflow_ar.tokenizer.highest import highest
+from nextflow_ar.types import Document, Text
+from tests.conftest import tiny_model
 
 
 @pytest.mark.parametrize("entries", [4096, 192, 100, 7])
@@ -55,3 +63,24 @@ def test_compiled_attention_and_its_gradients_are_as_close_as_bf16_allows(
     for ours_, softmax, right in zip(found, plain, wanted, strict=True):
         assert ours_.dtype == torch.bfloat16 and bool(ours_.isfinite().all())
         assert (ours_.float() - right).norm() < 1.6 * (softmax.float() - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.parametrize("shapes", [2, 5])
+def test_as_many_shapes_of_batches_are_compiled_as_was_asked(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, shapes: int
+) -> None:
+    """Torch itself goes on uncompiled after eight."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    model = tiny_model()
+    sample = build(Document((Text("a red leaf", supervised=True),)), bundle.vocab, LayoutOptions(12.0))
+    made = []
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        model.compile_backbone(shapes=shapes)
+        for width in range(64, 64 + 5 * 16, 16):
+            before = counter.frame_count
+            model.losses(collate([sample], width))
+            made.append(counter.frame_count - before)
+    torch._dynamo.reset()
+    assert made == [made[0]] * shapes + [0] * (5 - shapes) and made[0] > 0

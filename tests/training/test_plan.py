@@ -221,7 +221,9 @@ def test_the_7b_recipes_are_the_paper_s_table(
     assert stage.alignment == (name == "alignment") and values["correction"]["share"] == 0.6
     assert values["alpha"] == (0.9 if scales > 12 else 0.0)
     inverted = name in ("pretrain_512", "pretrain_1024", "ct", "sft")
-    from_dict(ModelRecipe, values).check(1024)  # what its comment asks for can be started
+    recipe = from_dict(ModelRecipe, values)
+    recipe.check(1024)  # what its comment asks for can be started
+    assert recipe.shapes >= 2 * source["packing"]["widths"] > 40  # two doublings of widths are compiled, all of them
     assert stage.sharding is not None and stage.checkpointing and not stage.averaged
     drawn = next(f for f in source["folders"] if f["folder"].endswith("text_to_image"))
     assert drawn.get("invert", 0.0) == values["plan"]["documents"]["text_to_image"].get("inverted", 0.0)

@@ -37,6 +37,14 @@ Kept = Annotated[
         help="For copies: pixels of an edit that differ by no more are unchanged (0; JPEG: 12).",
     ),
 ]
+TextTokenizer = Annotated[
+    str,
+    typer.Option(
+        "--text-tokenizer",
+        metavar="MODEL",
+        help="Checkpoint that will be trained: shards tell how many tokens texts have, so that no training counts them.",
+    ),
+]
 Video = Annotated[
     list[str] | None,
     typer.Option("--video", help="How clips become rows: rate=1, frames=3, filter=false, motion.area=0.01."),
@@ -178,6 +186,7 @@ def extract(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     batch: Batch = 1,
     kept: Kept = None,
+    text_tokenizer: TextTokenizer = "",
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")
     ] = 1,
@@ -204,7 +213,7 @@ def extract(
         "batch": batch, "kept": kept,
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
-    job = Extraction(place, tokenizer, out, config, _video(video), device)
+    job = Extraction(place, tokenizer, out, config, _video(video), device, text_tokenizer)
     found = _extract(job, workers, ray, process, processes)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
@@ -217,6 +226,7 @@ def _extract(job: Extraction, workers: int, ray: int, process: int, processes: i
     from nextflow_ar.training.runs import progress_bar
 
     open_source(job.place, job.video)  # one line now instead of one from every worker
+    job.counter()
     with progress_bar("extract", 1) as update:
         if ray:
             from nextflow_ar.data.ray_extraction import extract_with_ray

@@ -8,9 +8,8 @@ tokenizer it is refused.
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -18,62 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 
-from nextflow_ar.config import from_dict
+from nextflow_ar.data.code_shards import MANIFEST, CodeShard, ExtractionConfig, encoded, parquet, setting_of
 from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
 from nextflow_ar.data.sources import Source, SourceError
+from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invertible
 from nextflow_ar.data.video import VideoSource
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.storage import StorageError, write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-from nextflow_ar.tokenizer.pictures import Fit, PictureError, place
+from nextflow_ar.tokenizer.pictures import PictureError, place
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
-from nextflow_ar.types import Codes, Document, Image, Text
-
-MANIFEST = "manifest.json"
-_TOKENIZER = b"nextflow_ar.tokenizer"
-"""Key in a shard's own metadata: fingerprint of the tokenizer that made it."""
-_READ = b"nextflow_ar.rows"
-"""Another: how many rows of the source it is of, broken ones too."""
-
-
-@dataclass(frozen=True)
-class ExtractionConfig:
-    """How a source is extracted; a folder holds the shards of one setting.
-
-    ``num_scales``: level of all pictures, each on the schedule of its nearest aspect ratio. ``rows``: of the source per
-    shard. Self-correction (paper section 3.4): ``samples``: share of the pictures that get it (paper: 1), ``tokens``: share
-    of their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
-    ``given``: correct pictures that carry no loss, too; generation sees such pictures as they are, so by default training
-    does. A corrected picture that inversion could give has its plain codes beside, as ``clean``.
-    ``batch``: pictures of equal schedule that the encoders see together; 1 gives the codes that ``ImageTokenizer.encode``
-    gives, more may round differently and turn codes that lie near a boundary.
-
-    ``kept``: for models with ``copies``: a picture to be drawn behind another one of its schedule takes over that one's
-    features where no channel of a pixel differs by more than this (0: files that keep pixels as they are; JPEG: about 12),
-    so that copying is right there (:func:`~nextflow_ar.tokenizer.quantizer.kept_features`). None: every picture by itself.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    num_scales: int
-    fit: Fit = "crop"
-    rows: int = 1000
-    samples: float = 1.0
-    tokens: float = 0.6
-    top_k: int = 8
-    temperature: float = 1.0
-    seed: int = 0
-    given: bool = False
-    batch: int = 1
-    kept: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kept is not None and not 0 <= self.kept <= 255:
-            raise ValueError(f"kept is a difference of pixels from 0 to 255, got {self.kept}")
 
 
 def extract(
@@ -85,15 +41,17 @@ def extract(
     place: Path | str = "",
     process: int = 0,
     processes: int = 1,
+    counter: TokenCounter | None = None,
     progress: Callable[[int, int], None] = lambda shards, rows: None,
 ) -> dict[str, Any]:
     """Write the shards that are missing; returns how many rows this call wrote and which it left out, and why.
 
     ``place``: where the source is, as ``open_source`` takes it, so that an extraction goes on with the same one only; "" is
-    not looked at. ``process`` of ``processes`` writes every so-manieth shard. Raises StorageError when the folder holds an
+    not looked at. ``process`` of ``processes`` writes every so-manieth shard. ``counter``: of the text tokenizer that will be
+    trained with, so that shards tell how many tokens their texts have and no training has to count them. Raises StorageError when the folder holds an
     extraction of another source, setting or tokenizer, or cannot be written.
     """
-    writer = ShardWriter(source, tokenizer, out, config, place)
+    writer = ShardWriter(source, tokenizer, out, config, place, counter)
     written, broken, number = 0, {}, process
     while (found := writer.write(number)) is not None:
         written, broken = written + found["rows"], broken | found["broken"]
@@ -105,7 +63,7 @@ def extract(
 
 
 class ShardWriter:
-    """Writes the shards of one extraction, any of them and in any order. ``place``: see :func:`extract`.
+    """Writes the shards of one extraction, any of them and in any order. ``place``, ``counter``: see :func:`extract`.
 
     Raises StorageError when the folder holds an extraction of another source, setting or tokenizer.
     """
@@ -117,11 +75,13 @@ class ShardWriter:
         out: Path,
         config: ExtractionConfig,
         place: Path | str = "",
+        counter: TokenCounter | None = None,
     ) -> None:
+        self.counter = counter
         self.source, self.tokenizer, self.out, self.config = source, tokenizer, out, config
         self._ahead: tuple[int, Iterator[Row | RowError]] = (-1, iter(()))  # (row, the source from there on)
         self.fingerprint = tokenizer.fingerprint()
-        _parquet()
+        parquet()
         manifest = {"tokenizer": self.fingerprint, "codes": tokenizer.config.quantizer.codebook_size}
         manifest |= {"config": asdict(config)}
         if isinstance(source, VideoSource):
@@ -144,20 +104,18 @@ class ShardWriter:
         if not found:
             return None
         records, wrong = _records(found, first, self.tokenizer, self.config)
-        buffer = io.BytesIO()
-        table = _table(records).replace_schema_metadata(
-            {_TOKENIZER: self.fingerprint, _READ: str(len(found))}
-        )
-        _parquet().write_table(table, buffer, compression="zstd")
-        write_atomic(name, buffer.getvalue())
+        if self.counter is not None:
+            _count(records, self.counter)
+        counted = "" if self.counter is None else self.counter.fingerprint
+        write_atomic(name, encoded(records, self.fingerprint, len(found), counted))
         return {"wrote": True, "rows": len(records), "broken": wrong}
 
     def short(self, number: int) -> bool:
         """Whether a shard that is there ended with the source, which has more rows now. Not seen of a source that does not
         know its length, and of shards that do not say how many they read. Raises StorageError as :meth:`write` does.
         """
-        schema = _shard(self.out / f"{number:06d}.parquet", self.fingerprint, head=True)
-        held = int((schema.metadata or {}).get(_READ, self.config.rows))
+        shard = CodeShard(self.out / f"{number:06d}.parquet", self.fingerprint)
+        held = self.config.rows if shard.read is None else shard.read
         if held >= self.config.rows:
             return False
         try:
@@ -178,6 +136,12 @@ class ShardWriter:
         return rows
 
 
+def _count(records: list[dict[str, Any]], counter: TokenCounter) -> None:
+    texts = [part for record in records for part in record["parts"] if part["text"] is not None]
+    for part, tokens in zip(texts, counter([part["text"] for part in texts]), strict=True):
+        part["tokens"] = tokens
+
+
 def note_broken(out: Path, who: str, broken: dict[str, str]) -> None:
     """Add to the list of rows that an extraction left out, by row number."""
     if not broken:
@@ -185,14 +149,6 @@ def note_broken(out: Path, who: str, broken: dict[str, str]) -> None:
     known = out / f"broken_{who}.json"
     before = json.loads(known.read_text()) if known.is_file() else {}
     write_atomic(known, json.dumps(before | broken, indent=1, ensure_ascii=False).encode())
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise SourceError("extraction needs pyarrow: pip install 'nextflow-ar[train]'") from None
-    return pq
 
 
 def same_source(out: Path, place: Path | str) -> None:
@@ -219,7 +175,7 @@ def _claim(out: Path, manifest: dict[str, Any], config: ExtractionConfig, place:
         return
     known = json.loads(path.read_text())
     known.pop("source", None)
-    begun = _setting(known, path)
+    begun = setting_of(known, path)
     known["config"] = asdict(begun)
     if known | {"config": asdict(replace(begun, given=config.given))} == manifest != known:
         how = "" if begun.given else "out"
@@ -230,14 +186,6 @@ def _claim(out: Path, manifest: dict[str, Any], config: ExtractionConfig, place:
     if known != manifest:
         raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
     same_source(out, place)
-
-
-def _setting(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
-    """The setting of a manifest, with the fields that came later. Before ``given``, given pictures were corrected, too."""
-    found = from_dict(ExtractionConfig, manifest["config"], str(path))
-    if "given" not in manifest["config"]:
-        found = replace(found, given=found.tokens > 0 and found.samples > 0)
-    return found
 
 
 @dataclass
@@ -345,120 +293,3 @@ def _kept(
     old = tokenizer.quantizer.accumulate(torch.tensor([fed], device=own.device), each.schedule)
     difference = (each.pixels.short() - before.pixels.short()).abs().amax(-1)
     return kept_features(own, old, (difference <= most)[None].to(own.device))
-
-
-def _schema() -> Any:
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
-
-    part = pa.struct(
-        [
-            ("role", pa.string()),
-            ("supervised", pa.bool_()),
-            ("text", pa.string()),
-            ("final", pa.list_(pa.int32())),
-            ("scales", pa.int32()),
-            ("target", pa.list_(pa.int32())),
-            ("input", pa.list_(pa.int32())),
-            ("clean", pa.list_(pa.int32())),
-        ]
-    )
-    return pa.schema([("row", pa.int64()), ("where", pa.string()), ("parts", pa.list_(part))])
-
-
-def _table(records: list[dict[str, Any]]) -> Any:
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
-
-    return pa.Table.from_pylist(records, schema=_schema())
-
-
-def _shard(path: Path, fingerprint: str, *, head: bool = False) -> Any:
-    """A shard as a table; ``head``: its schema alone. Raises StorageError for a damaged one or one of another tokenizer.
-
-    A shard of before it named its tokenizer is taken for what the manifest says.
-    """
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
-
-    pq = _parquet()
-    try:
-        found = pq.read_schema(path) if head else pq.read_table(path)
-        schema = found if head else found.schema
-        made_by = (schema.metadata or {}).get(_TOKENIZER, fingerprint.encode())
-        if made_by == fingerprint.encode():
-            return found if head else found.cast(_schema())  # shards of before ``clean`` have it as null
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
-    raise StorageError(
-        f"{path}: the shard was made by another image tokenizer than its folder's: remove it and extract again"
-    )
-
-
-class CodeShards:
-    """The documents of an extraction, in the order of the source's rows.
-
-    Raises StorageError when there is none, or when ``tokenizer`` is not the one that made it.
-    """
-
-    def __init__(self, folder: Path, tokenizer: ImageTokenizer) -> None:
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise StorageError(f"{folder}: no extraction here (it lacks {MANIFEST})")
-        manifest = json.loads(path.read_text())
-        self.fingerprint = tokenizer.fingerprint()
-        if manifest["tokenizer"] != self.fingerprint:
-            raise StorageError(
-                f"{folder}: its codes were made by another image tokenizer: extract again with this model's"
-            )
-        self.config = _setting(manifest, path)
-        self.files = sorted(folder.glob("*.parquet"))
-        if not self.files:
-            raise StorageError(f"{folder}: the extraction holds no shard yet")
-
-    def table(self, paths: Sequence[Path]) -> Any:
-        """The records of some shards as one Arrow table. Raises StorageError for a damaged one, or one that
-        another tokenizer made.
-        """
-        import pyarrow as pa  # pyright: ignore[reportMissingImports]
-
-        return pa.concat_tables([_shard(path, self.fingerprint) for path in paths])
-
-    def texts(self, count: int) -> list[str]:
-        """Texts of the first ``count`` documents, to train a text tokenizer on."""
-        out: list[str] = []
-        for path in self.files:
-            records = self.table([path]).to_pylist()[:count]
-            out += [part["text"] for r in records for part in r["parts"] if part["text"] is not None]
-            count -= len(records)
-            if count <= 0:
-                break
-        return out
-
-    def documents(self, start: int = 0, *, dialogue: bool = False) -> Iterator[tuple[int, Document]]:
-        """(number of the source's row, document) from row ``start`` on. ``dialogue``: with chat marks around every turn."""
-        for path in self.files:
-            if (int(path.stem) + 1) * self.config.rows <= start:
-                continue
-            for record in self.table([path]).to_pylist():
-                if record["row"] >= start:
-                    yield record["row"], as_document(record["parts"], dialogue=dialogue)
-
-
-def as_document(parts: list[dict[str, Any]], *, dialogue: bool = False) -> Document:
-    """The document of a record's parts. ``dialogue``: with chat marks around every turn (:func:`turns`).
-
-    A given picture is fed its plain codes (``clean``) where the shard has them beside self-corrected ones.
-    """
-    pairs = [(part["role"], _segment(part)) for part in parts]
-    return Document(turns(pairs) if dialogue else tuple(segment for _, segment in pairs))
-
-
-def _segment(part: dict[str, Any]) -> Text | Image:
-    if part["text"] is not None:
-        return Text(part["text"], part["supervised"])
-    height, width = part["final"]
-    schedule = ScaleSchedule.from_final((height, width), part["scales"])
-    if not part["supervised"] and part.get("clean") is not None:
-        return Image(Codes.plain(schedule, torch.tensor(part["clean"])))
-    target = torch.tensor(part["target"])
-    fed = target if part["input"] is None else torch.tensor(part["input"])
-    return Image(Codes(schedule, target, fed), part["supervised"])

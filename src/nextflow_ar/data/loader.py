@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import ConfigDict
-from tokenizers import Tokenizer
 
 from nextflow_ar.config import ModelConfig
-from nextflow_ar.data.extraction import CodeShards, as_document
+from nextflow_ar.data.code_shards import CodeShards, as_document
 from nextflow_ar.data.packing import Packer
 from nextflow_ar.data.shard_order import Place, ShardOrder
+from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import drop_condition, invert, plan, task_of
 from nextflow_ar.model.costs import count as counts
 from nextflow_ar.model.costs import shapes, training_flops
@@ -41,10 +41,6 @@ from nextflow_ar.types import Codes, Document, Image, Text
 _LOG = logging.getLogger(__name__)
 _STEP = 64
 """Rows of varying length are padded to a multiple of this many places, which keeps the number of shapes small."""
-_WIDTHS = 7
-"""Widths from one length to twice it, of rows of equal compute. Those whose lengths differ by not quite a factor of two
-have at most eight: torch compiles a layer for so many (``recompile_limit``), and runs it uncompiled for others, unsaid.
-"""
 
 
 def _up(places: int) -> int:
@@ -85,7 +81,8 @@ class Packing:
     "compute" rows of at most ``budget`` TFLOPs (forward and backward).
 
     ``longest``: tokens that a row may have besides ("compute"). ``open_rows``: rows held open at once. A document that no
-    row can hold is left out, and counted.
+    row can hold is left out, and counted. ``widths``: rows of equal compute are padded to so many widths from one length to
+    twice it; each is compiled once, and the more, the less is padding.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -93,25 +90,28 @@ class Packing:
     budget: float
     longest: int | None = None
     open_rows: int = 32
+    widths: int = 7
 
     def __post_init__(self) -> None:
         if self.budget <= 0 or self.open_rows < 1:
             raise ValueError("budget is above 0 and open_rows at least 1")
+        if not 1 <= self.widths <= 64:
+            raise ValueError(f"widths is from 1 to 64, got {self.widths}")
         if self.longest is not None and self.mode != "compute":
             raise ValueError("longest goes with the mode compute; in the others the budget is the length")
 
     def width(self, longest: int) -> int:
-        """Places of a batch whose longest row has ``longest``: at most a tenth more, and 64, in "compute"."""
+        """Places of a batch whose longest row has ``longest``: in "compute" at most ``2 ** (1 / widths)`` times that, and 64."""
         if self.mode == "length":
             return int(self.budget)
         if self.mode == "pad":
             return max(longest, min(_up(longest), int(self.budget)))
         top = _up(self.longest or _STEP)
         halvings = (
-            math.floor(_WIDTHS * math.log2(top / longest)) + 1
+            math.floor(self.widths * math.log2(top / longest)) + 1
         )  # in parts; one too far down, for what is rounded
         return next(
-            wide for k in count(halvings, -1) if (wide := _up(round(top * 2 ** (-k / _WIDTHS)))) >= longest
+            wide for k in count(halvings, -1) if (wide := _up(round(top * 2 ** (-k / self.widths)))) >= longest
         )
 
 
@@ -174,8 +174,10 @@ class _Stream:
         model: ModelConfig,
     ) -> None:
         self.source, self.vocab, self.layout, self.model = source, vocab, layout, model
+        counter = TokenCounter(vocab.tokenizer)
         self.orders = [
-            ShardOrder(CodeShards(f.folder, tokenizer), i, source.seed) for i, f in enumerate(source.folders)
+            ShardOrder(CodeShards(f.folder, tokenizer), i, source.seed, counter)
+            for i, f in enumerate(source.folders)
         ]
         weights = np.array([f.weight for f in source.folders])
         self._edges = np.cumsum(weights / weights.sum())
@@ -183,7 +185,6 @@ class _Stream:
         self._budget = packing.budget * (1e12 if packing.mode == "compute" else 1)
         self._packer = Packer(self._budget, longest=packing.longest, open_rows=packing.open_rows)
         self._pending: dict[int, Place] = {}
-        self._core = _counting(vocab)
         self._other: dict[str, int] = {}  # tokens of what stands in no record: roles, questions
         self.drawn = 0
 
@@ -216,7 +217,7 @@ class _Stream:
     def _measured(self, number: int, place: Place) -> tuple[float, int]:
         """Cost and length of a document: those of the sample that would be laid out, found without it."""
         order, dialogue = self.orders[place.folder], self.source.folders[place.folder].dialogue
-        known, parts = order.tokens(place, self._core), self._changed(number, place, order.outline(place))
+        known, parts = order.tokens(place), self._changed(number, place, order.outline(place))
 
         def tokens(text: str) -> int:
             if (n := known.get(text)) is None and (n := self._other.get(text)) is None:
@@ -383,12 +384,3 @@ class ShardLoader:
         """Wait for what is being made, and end the thread. The loader gives out no more rows then."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-
-
-def _counting(vocab: Vocabulary) -> Tokenizer:
-    """A tokenizer of its own that makes what ``vocab.encode`` makes, of many texts at once, on all cores."""
-    core = Tokenizer.from_str(vocab.tokenizer.backend_tokenizer.to_str())
-    core.encode_special_tokens = True  # as text: see Vocabulary.encode
-    core.no_truncation()
-    core.no_padding()
-    return core

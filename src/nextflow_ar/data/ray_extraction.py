@@ -23,7 +23,7 @@ class ShardActor:
     def __init__(self, job: Extraction) -> None:
         tokenizer = ImageTokenizer.from_pretrained(job.tokenizer, job.device)
         source = open_source(job.place, job.video)
-        self.writer = ShardWriter(source, tokenizer, Path(job.out), job.config, job.place)
+        self.writer = ShardWriter(source, tokenizer, Path(job.out), job.config, job.place, job.counter())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """{"shard": numbers} to what was written: rows, and the rows left out with their reasons."""

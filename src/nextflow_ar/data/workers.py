@@ -15,7 +15,10 @@ import torch
 
 from nextflow_ar.data.extraction import ExtractionConfig, extract
 from nextflow_ar.data.sources import open_source
+from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.video import VideoConfig
+from nextflow_ar.model.checkpoint import checkpoint_folder
+from nextflow_ar.sequence.vocab import load_text_tokenizer
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
@@ -24,7 +27,8 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 class Extraction:
     """All that a process needs to take part. ``place``, ``tokenizer``: as open_source and from_pretrained take them.
 
-    ``device``: of the tokenizer; "cuda" gives worker i the GPU i modulo their number.
+    ``device``: of the tokenizer; "cuda" gives worker i the GPU i modulo their number. ``model``: a checkpoint whose text
+    tokenizer's counts the shards tell ("": none).
     """
 
     place: str
@@ -33,6 +37,13 @@ class Extraction:
     config: ExtractionConfig
     video: VideoConfig
     device: str = "cpu"
+    model: str = ""
+
+    def counter(self) -> TokenCounter | None:
+        """Of the text tokenizer of ``model``. Raises StorageError."""
+        if not self.model:
+            return None
+        return TokenCounter(load_text_tokenizer(checkpoint_folder(self.model) / "text_tokenizer"))
 
     def run(self, process: int, processes: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Write this process's shards; see :func:`nextflow_ar.data.extraction.extract`."""
@@ -48,6 +59,7 @@ class Extraction:
                 place=self.place,
                 process=process,
                 processes=processes,
+                counter=self.counter(),
                 progress=progress,
             )
 

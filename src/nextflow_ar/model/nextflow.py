@@ -93,12 +93,15 @@ class NextFlowModel(nn.Module):
         self.scale_inputs.start_from(codebook)
         self.head.weight[self.config.text_vocab :] = 0.0
 
-    def compile_backbone(self, *, flex: bool = True) -> None:
+    def compile_backbone(self, *, flex: bool = True, shapes: int = 8) -> None:
         """Compile the transformer (training); embeddings and loss stay eager.
 
         On a GPU a layer is compiled once for all of them, which takes seconds instead of minutes, with FlexAttention unless
-        ``flex`` says otherwise; on a CPU the stack as a whole.
+        ``flex`` says otherwise; on a CPU the stack as a whole. Every shape of a batch is compiled for, up to ``shapes`` of
+        them; others are computed uncompiled.
         """
+        limit = torch._dynamo.config
+        limit.recompile_limit = max(limit.recompile_limit, shapes)
         if self.head.weight.device.type == "cuda":
             for layer in self.backbone.layers:
                 layer.compile(dynamic=False)  # pyright: ignore[reportCallIssue]

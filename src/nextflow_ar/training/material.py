@@ -39,7 +39,7 @@ def as_parts(found: list[tuple[Draft, Batch]]) -> list[Part]:
 
 def shard_texts(source: ShardSource, tokenizer: ImageTokenizer, count: int) -> list[str]:
     """Texts of the first rows of every extraction of a source, to train a text tokenizer on."""
-    from nextflow_ar.data.extraction import CodeShards
+    from nextflow_ar.data.code_shards import CodeShards
 
     return [t for f in source.folders for t in CodeShards(f.folder, tokenizer).texts(count)]
 

@@ -310,7 +310,7 @@ class ModelTrainer:
         FloatingPointError where the loss or its gradient is not finite; on one GPU, in the step after it.
         """
         if not self.compiled:  # what comes before the first step has shapes of its own
-            self.model.compile_backbone(flex=self.recipe.flex)
+            self.model.compile_backbone(flex=self.recipe.flex, shapes=self.recipe.shapes)
             self.taught.compile(flex=self.recipe.flex)
             self.compiled = True
         begun, size = time.perf_counter(), self.world.size

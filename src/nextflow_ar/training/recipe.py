@@ -214,6 +214,15 @@ class ModelRecipe:
         """What products are asked in: ``precision``, or what the shards say."""
         return self.precision if self.sharding is None else self.sharding.params
 
+    @property
+    def shapes(self) -> int:
+        """Of batches that are compiled for, each: torch's own eight, and the widths of two doublings of every source of rows
+        of equal compute; as many again for the frozen copy that teaches.
+        """
+        widths = [s.packing.widths for s in self.sources if isinstance(s, ShardSource | EpisodeSource)
+                  and s.packing.mode == "compute"]  # fmt: skip
+        return (8 + 2 * sum(widths)) * (1 if self.distillation is None else 2)
+
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, for a senseless value, and where parts do not go together."""
         within("at least 1", steps=self.steps, text_entries=self.text_entries, accumulate=self.accumulate)

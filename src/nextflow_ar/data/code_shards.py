@@ -1,0 +1,265 @@
+"""The shards of an extraction: what is in them, and reading it in parts.
+
+Records are read without their codes first: what documents cost follows from their texts and the sizes of their pictures.
+Codes lie in groups of few rows, so that a process of many reads those of its own rows and little else.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict
+
+from nextflow_ar.config import from_dict
+from nextflow_ar.data.sources import SourceError
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.dialogue import turns
+from nextflow_ar.storage import StorageError
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.pictures import Fit
+from nextflow_ar.types import Codes, Document, Image, Text
+
+MANIFEST = "manifest.json"
+_TOKENIZER = b"nextflow_ar.tokenizer"
+"""Key in a shard's own metadata: fingerprint of the image tokenizer that made it."""
+_READ = b"nextflow_ar.rows"
+"""Another: how many rows of the source it is of, broken ones too."""
+_COUNTED = b"nextflow_ar.text_tokenizer"
+"""Another: the text tokenizer (``TokenCounter.fingerprint``) whose tokens of every text it tells, if it does."""
+_CODES = ("target", "input", "clean")
+_TOGETHER = 32
+"""Rows whose codes are read together."""
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """How a source is extracted; a folder holds the shards of one setting.
+
+    ``num_scales``: level of all pictures, each on the schedule of its nearest aspect ratio. ``rows``: of the source per
+    shard. Self-correction (paper section 3.4): ``samples``: share of the pictures that get it (paper: 1), ``tokens``: share
+    of their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
+    ``given``: correct pictures that carry no loss, too; generation sees such pictures as they are, so by default training
+    does. A corrected picture that inversion could give has its plain codes beside, as ``clean``.
+    ``batch``: pictures of equal schedule that the encoders see together; 1 gives the codes that ``ImageTokenizer.encode``
+    gives, more may round differently and turn codes that lie near a boundary.
+
+    ``kept``: for models with ``copies``: a picture to be drawn behind another one of its schedule takes over that one's
+    features where no channel of a pixel differs by more than this (0: files that keep pixels as they are; JPEG: about 12),
+    so that copying is right there (:func:`~nextflow_ar.tokenizer.quantizer.kept_features`). None: every picture by itself.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    num_scales: int
+    fit: Fit = "crop"
+    rows: int = 1000
+    samples: float = 1.0
+    tokens: float = 0.6
+    top_k: int = 8
+    temperature: float = 1.0
+    seed: int = 0
+    given: bool = False
+    batch: int = 1
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kept is not None and not 0 <= self.kept <= 255:
+            raise ValueError(f"kept is a difference of pixels from 0 to 255, got {self.kept}")
+
+
+def setting_of(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
+    """The setting of a manifest, with the fields that came later. Before ``given``, given pictures were corrected, too."""
+    found = from_dict(ExtractionConfig, manifest["config"], str(path))
+    if "given" not in manifest["config"]:
+        found = replace(found, given=found.tokens > 0 and found.samples > 0)
+    return found
+
+
+def parquet() -> Any:
+    """pyarrow's module of that name. Raises SourceError where it is not installed."""
+    try:
+        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SourceError("extraction needs pyarrow: pip install 'nextflow-ar[train]'") from None
+    return pq
+
+
+def _schema() -> Any:
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    part = pa.struct(
+        [
+            ("role", pa.string()),
+            ("supervised", pa.bool_()),
+            ("text", pa.string()),
+            ("tokens", pa.int32()),
+            ("final", pa.list_(pa.int32())),
+            ("scales", pa.int32()),
+            *((name, pa.list_(pa.int32())) for name in _CODES),
+        ]
+    )
+    return pa.schema([("row", pa.int64()), ("where", pa.string()), ("parts", pa.list_(part))])
+
+
+def encoded(records: list[dict[str, Any]], fingerprint: str, read: int, counted: str = "") -> bytes:
+    """The file of a shard with these records, made by the image tokenizer of this fingerprint from ``read`` rows.
+
+    A record: ``row`` and ``where`` of the source, and ``parts``, each with ``role``, ``supervised`` and either ``text`` (and
+    ``tokens``, if the text tokenizer ``counted`` was there) or ``final``, ``scales`` and codes: ``target``, ``input`` (None:
+    the same), ``clean`` (None: none beside).
+    """
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    metadata = {_TOKENIZER: fingerprint, _READ: str(read)} | ({_COUNTED: counted} if counted else {})
+    table = pa.Table.from_pylist(records, schema=_schema()).replace_schema_metadata(metadata)
+    buffer = io.BytesIO()
+    parquet().write_table(table, buffer, compression="zstd", row_group_size=_TOGETHER)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What Arrow says of a file becomes one line."""
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
+
+
+class CodeShard:
+    """One file of an extraction. ``rows``: records in it; ``read``: rows of the source that it is of (None: it does not say);
+    ``counted``: fingerprint of the text tokenizer whose tokens it tells ("": of none).
+
+    Raises StorageError, here and where it is read, for a damaged one; for one that another image tokenizer made, too. One of
+    before shards named their tokenizer is taken for what the manifest says.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path
+        self._file: Any = None
+        with _readable(path):
+            self._metadata = parquet().read_metadata(path)
+            schema = self._metadata.schema
+            self._outline = [
+                name
+                for i in range(len(schema))
+                if not {*_CODES, "where"} & set((name := schema.column(i).path).split("."))
+            ]
+            told = self._metadata.metadata or {}
+        if told.get(_TOKENIZER, fingerprint.encode()) != fingerprint.encode():
+            raise StorageError(
+                f"{path}: the shard was made by another image tokenizer than its folder's: remove it and extract again"
+            )
+        self.rows: int = self._metadata.num_rows
+        self.read = int(told[_READ]) if _READ in told else None
+        self.counted = told.get(_COUNTED, b"").decode()
+        sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        self._ends = list(accumulate(sizes))
+
+    def _open(self) -> Any:
+        return parquet().ParquetFile(self.path, metadata=self._metadata)
+
+    def table(self) -> Any:
+        """All of it, as an Arrow table; columns that it is older than are null."""
+        with _readable(self.path), self._open() as file:
+            return file.read().cast(_schema())
+
+    def outlines(self) -> Any:
+        """``row`` and ``parts`` of its records without their codes, as they are in the file."""
+        with _readable(self.path), self._open() as file:
+            return file.read(columns=self._outline)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """In which group of rows a record is, and which of them it is."""
+        group = next(i for i, end in enumerate(self._ends) if row < end)
+        return group, row - (self._ends[group - 1] if group else 0)
+
+    def group(self, number: int) -> Any:
+        """A group of rows, whole."""
+        with _readable(self.path), self._open() as file:
+            return file.read_row_group(number).cast(_schema())
+
+
+class CodeShards:
+    """The documents of an extraction, in the order of the source's rows.
+
+    Raises StorageError when there is none, or when ``tokenizer`` is not the one that made it.
+    """
+
+    def __init__(self, folder: Path, tokenizer: ImageTokenizer) -> None:
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise StorageError(f"{folder}: no extraction here (it lacks {MANIFEST})")
+        manifest = json.loads(path.read_text())
+        self.fingerprint = tokenizer.fingerprint()
+        if manifest["tokenizer"] != self.fingerprint:
+            raise StorageError(
+                f"{folder}: its codes were made by another image tokenizer: extract again with this model's"
+            )
+        self.config = setting_of(manifest, path)
+        self.files = sorted(folder.glob("*.parquet"))
+        if not self.files:
+            raise StorageError(f"{folder}: the extraction holds no shard yet")
+        self._shards: dict[int, CodeShard] = {}
+
+    def shard(self, number: int) -> CodeShard:
+        """The shard that is file ``number`` of :attr:`files`. Raises StorageError as CodeShard does."""
+        if number not in self._shards:
+            self._shards[number] = CodeShard(self.files[number], self.fingerprint)
+        return self._shards[number]
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All of them (see :func:`encoded`), whole, shard by shard."""
+        for number in range(len(self.files)):
+            yield from self.shard(number).table().to_pylist()
+
+    def texts(self, count: int) -> list[str]:
+        """Texts of the first ``count`` documents, to train a text tokenizer on."""
+        out: list[str] = []
+        for number in range(len(self.files)):
+            records = self.shard(number).outlines().to_pylist()[:count]
+            out += [part["text"] for r in records for part in r["parts"] if part["text"] is not None]
+            count -= len(records)
+            if count <= 0:
+                break
+        return out
+
+    def documents(self, start: int = 0, *, dialogue: bool = False) -> Iterator[tuple[int, Document]]:
+        """(number of the source's row, document) from row ``start`` on. ``dialogue``: with chat marks around every turn."""
+        for number, path in enumerate(self.files):
+            if (int(path.stem) + 1) * self.config.rows <= start:
+                continue
+            for record in self.shard(number).table().to_pylist():
+                if record["row"] >= start:
+                    yield record["row"], as_document(record["parts"], dialogue=dialogue)
+
+
+def as_document(parts: list[dict[str, Any]], *, dialogue: bool = False) -> Document:
+    """The document of a record's parts. ``dialogue``: with chat marks around every turn (:func:`turns`).
+
+    A given picture is fed its plain codes (``clean``) where the shard has them beside self-corrected ones.
+    """
+    pairs = [(part["role"], _segment(part)) for part in parts]
+    return Document(turns(pairs) if dialogue else tuple(segment for _, segment in pairs))
+
+
+def _segment(part: dict[str, Any]) -> Text | Image:
+    if part["text"] is not None:
+        return Text(part["text"], part["supervised"])
+    height, width = part["final"]
+    schedule = ScaleSchedule.from_final((height, width), part["scales"])
+    if not part["supervised"] and part.get("clean") is not None:
+        return Image(Codes.plain(schedule, torch.tensor(part["clean"])))
+    target = torch.tensor(part["target"])
+    fed = target if part["input"] is None else torch.tensor(part["input"])
+    return Image(Codes(schedule, target, fed), part["supervised"])
