@@ -200,26 +200,41 @@ def export_bundle(
 
 
 def _average(bundle: Bundle, names: Sequence[str], share: float | None) -> None:
-    """The mean of the bundle's weights and those of checkpoints that read and draw the same tokens."""
+    """The mean of the bundle's weights and those of checkpoints that read and draw the same tokens. Theirs are read tensor
+    by tensor.
+    """
+    import torch
+
     from nextflow_ar.generation.pipeline import resolve_model
-    from nextflow_ar.model.checkpoint import load_bundle
+    from nextflow_ar.model.checkpoint import WEIGHTS_FILE, load_architecture
+    from nextflow_ar.storage import StorageError, stream_weights
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
     theirs = (len(names) / (1 + len(names)) if share is None else share) / len(names)
-    own = 1 - theirs * len(names)
-    weights = {name: own * value.float() for name, value in bundle.model.state_dict().items()}
+    weights = {name: value for name, value in bundle.model.state_dict().items() if value.is_floating_point()}
+    with torch.no_grad():
+        for value in weights.values():
+            value.mul_(1 - theirs * len(names))
     for name in names:
-        other = load_bundle(resolve_model(name))
-        if other.model.config != bundle.model.config:
+        folder = resolve_model(name)
+        config, text_tokenizer = load_architecture(folder)
+        if config != bundle.model.config:
             raise ConfigError(
                 f"{name} has another architecture: only weights of the same one can be averaged"
             )
-        if other.vocab.tokenizer.get_vocab() != bundle.vocab.tokenizer.get_vocab():
+        if text_tokenizer.get_vocab() != bundle.vocab.tokenizer.get_vocab():
             raise ConfigError(f"{name} has another text vocabulary: its weights stand for other words")
-        if other.image_tokenizer.fingerprint() != bundle.image_tokenizer.fingerprint():
+        images = ImageTokenizer.from_pretrained(folder / "image_tokenizer")
+        if images.fingerprint() != bundle.image_tokenizer.fingerprint():
             raise ConfigError(f"{name} draws with other codes: its weights stand for other pictures")
-        for key, value in other.model.state_dict().items():
-            weights[key] += theirs * value.float()
-    bundle.model.load_state_dict(weights)
+        missing = set(weights)
+        with torch.no_grad():
+            for key, value in stream_weights(folder, WEIGHTS_FILE):
+                if key in weights:
+                    weights[key].add_(value.float(), alpha=theirs)
+                    missing.discard(key)
+        if missing:
+            raise StorageError(f"{name}: its weights lack {min(missing)}")
 
 
 def _same_codes(old: ImageTokenizer, name: str) -> ImageTokenizer:
