@@ -60,7 +60,9 @@ def main():
     parser.add_argument("--documents", type=int, default=20000)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--open-rows", type=int, default=64)
-    parser.add_argument("--widths", type=int, nargs="+", default=[7, 24], help="of rows of fixed compute, a doubling")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[7, 24], help="of rows of fixed compute, a doubling"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     path = Path(__file__).parent.parent / "recipes" / "7b_pretrain_512.yaml"

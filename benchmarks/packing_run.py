@@ -6,9 +6,10 @@ of padding, rows of a fixed length and rows of a fixed compute, and how long the
 The mixture is that of benchmarks/packing.py (text, T2I, I2T, edits, interleaved), at resolutions of 91, 304 and 900 places
 in place of 900, 3,684 and 10,084, texts shorter by ten, in a model of 4 layers and 128 hidden units. Padding: ``--rows``
 documents a process, padded to its longest. Fixed length: a row as long as the longest document; fixed compute: as costly
-as the costliest; every batch has a width that training would give it. Attention is computed document by document, as in every training on a CPU (here of short rows, too):
-padding pays for its projections only. "processor": a step lasts as long as its slower process computes, by its own time,
-so that a busy machine changes little; "clock": as it happened, for a quiet one.
+as the costliest; every batch has a width that training would give it. Attention is computed document by document, as in
+every training on a CPU (here of short rows, too): padding pays for its projections only. "processor": a step lasts as
+long as its slower process computes, by its own time, so that a busy machine changes little; "clock": as it happened, for
+a quiet one.
 """
 
 import argparse

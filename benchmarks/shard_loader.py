@@ -4,7 +4,8 @@ many, over extracted shards of the mixture of benchmarks/packing.py (texts of it
     python benchmarks/shard_loader.py [--documents 12000] [--rows 1024] [--processes 1024] [--budget 16384]
 
 Every process goes through all documents by what they cost and lays out its own rows. The shards tell how many tokens their
-texts have (``extract --text-tokenizer``) unless ``--uncounted``; then the first pass counts them. The planned step of the 7B recipes is what it is to stay under (docs/scaling.md).
+texts have (``extract --text-tokenizer``) unless ``--uncounted``; then the first pass counts them. The planned step of the
+7B recipes is what it is to stay under (docs/scaling.md).
 """
 
 import argparse
@@ -28,8 +29,8 @@ from nextflow_ar.scales import FINAL_GRIDS, ScaleSchedule
 from nextflow_ar.sequence.layout import LayoutOptions
 from nextflow_ar.storage import write_atomic
 
-WORDS = ("the a of and in on with red blue small large old young standing sitting under over beside photograph painting mountain "
-         "river house tree dog cat child woman street window evening morning light shadow bright quiet busy").split()  # fmt: skip
+WORDS = """the a of and in on with red blue small large old young standing sitting under over beside photograph painting
+mountain river house tree dog cat child woman street window evening morning light shadow bright quiet busy"""
 LEVELS = {12: 0.6, 16: 0.4}
 
 
@@ -42,7 +43,7 @@ def records(count, seed):
         for shape in document(rng, LEVELS):
             common = {"role": "assistant" if shape.supervised else "user", "supervised": shape.supervised}
             if isinstance(shape, TextShape):
-                parts.append(common | {"text": " ".join(rng.choices(WORDS, k=shape.tokens))})
+                parts.append(common | {"text": " ".join(rng.choices(WORDS.split(), k=shape.tokens))})
             else:
                 final, scales = finals[shape.schedule]
                 codes = torch.randint(512, (shape.schedule.num_tokens,)).tolist()
@@ -57,12 +58,16 @@ def main():
     parser.add_argument("--processes", type=int, default=1024)
     parser.add_argument("--budget", type=float, default=16384)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--uncounted", action="store_true", help="shards that do not tell how many tokens texts have")
+    parser.add_argument(
+        "--uncounted", action="store_true", help="shards that do not tell how many tokens texts have"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     bundle = load_bundle(find_checkpoint("nano"))
     counter = None if given.uncounted else TokenCounter(bundle.vocab.tokenizer)
-    model = from_dict(ModelConfig, load_yaml(Path(__file__).parent.parent / "recipes" / "7b_pretrain_512.yaml")["model"])
+    model = from_dict(
+        ModelConfig, load_yaml(Path(__file__).parent.parent / "recipes" / "7b_pretrain_512.yaml")["model"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         setting = ExtractionConfig(num_scales=16, rows=-(-given.documents // 8))
         made = {"tokenizer": bundle.image_tokenizer.fingerprint(), "config": asdict(setting)}
@@ -75,14 +80,20 @@ def main():
                 for each, n in zip(texts, counter([each["text"] for each in texts]), strict=True):
                     each["tokens"] = n
             told = counter.fingerprint if counter else ""
-            write_atomic(Path(folder, f"{shard:06d}.parquet"), encoded(part, made["tokenizer"], len(part), told))
+            write_atomic(
+                Path(folder, f"{shard:06d}.parquet"), encoded(part, made["tokenizer"], len(part), told)
+            )
         del found
         source = ShardSource(
             "shards", given.rows, (ShardFolder(Path(folder), dialogue=True, invert=0.1, condition_dropout=0.1),),
             Packing("length", given.budget, open_rows=64), given.seed,
         )  # fmt: skip
-        loader = ShardLoader(source, bundle.image_tokenizer, bundle.vocab, LayoutOptions(model.rope_range), model)
-        print(f"{given.documents} documents, {given.rows} rows of {given.budget:,.0f} places a step, process 0 of {given.processes}")
+        loader = ShardLoader(
+            source, bundle.image_tokenizer, bundle.vocab, LayoutOptions(model.rope_range), model
+        )
+        print(
+            f"{given.documents} documents, {given.rows} rows of {given.budget:,.0f} places, a process of {given.processes}"
+        )
         print(f"{'step':>4}{'pass':>6}{'documents':>11}{'processor s':>13}{'clock s':>9}{'us/document':>13}")
         before = 0
         for step in range(given.steps):

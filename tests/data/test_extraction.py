@@ -279,7 +279,9 @@ def test_a_shard_of_another_tokenizer_is_found_out(rows: Path, tmp_path: Path) -
         ):
             reading()
     pq.write_table(pq.read_table(theirs / shard.name).replace_schema_metadata(None), shard)
-    assert len(list(CodeShards(mine, tokenizer).documents())) == 6  # of before shards said so: the manifest decides
+    assert (
+        len(list(CodeShards(mine, tokenizer).documents())) == 6
+    )  # of before shards said so: the manifest decides
     shard.write_bytes(whole[:-40])
     with pytest.raises(StorageError, match=r"000001.parquet: the shard cannot be read"):
         extract(open_source(rows), tokenizer, mine, CONFIG)
@@ -376,7 +378,9 @@ def test_special_tokens_make_no_other_text_tokenizer() -> None:
     text = "a red <boi> leaf <extra> <tool> <|im_end|>"
     for special in (True, False):
         other = fast_tokenizer(Tokenizer.from_str(vocab.tokenizer.backend_tokenizer.to_str()))
-        other.add_tokens([AddedToken("<extra>" if special else "<tool>", special=special)], special_tokens=special)
+        other.add_tokens(
+            [AddedToken("<extra>" if special else "<tool>", special=special)], special_tokens=special
+        )
         after = TokenCounter(other)
         assert (after.fingerprint == before.fingerprint) is (after([text]) == before([text])) is special
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ def setting_of(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
 
 
 def parquet() -> Any:
-    """pyarrow's module of that name. Raises SourceError where it is not installed."""
+    """Pyarrow's module of that name. Raises SourceError where it is not installed."""
     try:
         import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -111,9 +112,9 @@ def _schema() -> Any:
 def encoded(records: list[dict[str, Any]], fingerprint: str, read: int, counted: str = "") -> bytes:
     """The file of a shard with these records, made by the image tokenizer of this fingerprint from ``read`` rows.
 
-    A record: ``row`` and ``where`` of the source, and ``parts``, each with ``role``, ``supervised`` and either ``text`` (and
-    ``tokens``, if the text tokenizer ``counted`` was there) or ``final``, ``scales`` and codes: ``target``, ``input`` (None:
-    the same), ``clean`` (None: none beside).
+    A record: ``row`` and ``where`` of the source, and ``parts``, each with ``role``, ``supervised`` and either ``text``
+    (and ``tokens``, if the text tokenizer ``counted`` was there) or ``final``, ``scales`` and codes: ``target``, ``input``
+    (None: the same), ``clean`` (None: none beside).
     """
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
@@ -137,11 +138,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 class CodeShard:
-    """One file of an extraction. ``rows``: records in it; ``read``: rows of the source that it is of (None: it does not say);
-    ``counted``: fingerprint of the text tokenizer whose tokens it tells ("": of none).
+    """One file of an extraction. ``rows``: records in it; ``read``: rows of the source that it is of (None: it does not
+    say); ``counted``: fingerprint of the text tokenizer whose tokens it tells ("": of none).
 
-    Raises StorageError, here and where it is read, for a damaged one; for one that another image tokenizer made, too. One of
-    before shards named their tokenizer is taken for what the manifest says.
+    Raises StorageError, here and where it is read, for a damaged one; for one that another image tokenizer made, too. One
+    of before shards named their tokenizer is taken for what the manifest says.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -181,7 +182,7 @@ class CodeShard:
 
     def place(self, row: int) -> tuple[int, int]:
         """In which group of rows a record is, and which of them it is."""
-        group = next(i for i, end in enumerate(self._ends) if row < end)
+        group = bisect_right(self._ends, row)
         return group, row - (self._ends[group - 1] if group else 0)
 
     def group(self, number: int) -> Any:

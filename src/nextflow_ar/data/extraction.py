@@ -47,9 +47,9 @@ def extract(
     """Write the shards that are missing; returns how many rows this call wrote and which it left out, and why.
 
     ``place``: where the source is, as ``open_source`` takes it, so that an extraction goes on with the same one only; "" is
-    not looked at. ``process`` of ``processes`` writes every so-manieth shard. ``counter``: of the text tokenizer that will be
-    trained with, so that shards tell how many tokens their texts have and no training has to count them. Raises StorageError when the folder holds an
-    extraction of another source, setting or tokenizer, or cannot be written.
+    not looked at. ``process`` of ``processes`` writes every so-manieth shard. ``counter``: of the text tokenizer that will
+    be trained with, so that shards tell how many tokens their texts have and no training has to count them. Raises
+    StorageError when the folder holds an extraction of another source, setting or tokenizer, or cannot be written.
     """
     writer = ShardWriter(source, tokenizer, out, config, place, counter)
     written, broken, number = 0, {}, process

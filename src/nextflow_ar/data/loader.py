@@ -101,7 +101,7 @@ class Packing:
             raise ValueError("longest goes with the mode compute; in the others the budget is the length")
 
     def width(self, longest: int) -> int:
-        """Places of a batch whose longest row has ``longest``: in "compute" at most ``2 ** (1 / widths)`` times that, and 64."""
+        """Places of one whose longest row has ``longest``: in "compute" up to ``2 ** (1 / widths)`` times that, and 64."""
         if self.mode == "length":
             return int(self.budget)
         if self.mode == "pad":
@@ -111,7 +111,9 @@ class Packing:
             math.floor(self.widths * math.log2(top / longest)) + 1
         )  # in parts; one too far down, for what is rounded
         return next(
-            wide for k in count(halvings, -1) if (wide := _up(round(top * 2 ** (-k / self.widths)))) >= longest
+            wide
+            for k in count(halvings, -1)
+            if (wide := _up(round(top * 2 ** (-k / self.widths)))) >= longest
         )
 
 

@@ -113,10 +113,7 @@ class _Group:
             end = min((slab + 1) * _SLAB, len(self.order))
             found = [self.find(i) for i in range(slab * _SLAB, end)]
             new = [
-                (shard, *one)
-                for shard, row in found
-                for one in shard.texts(row)
-                if shard.tokens[one[0]] < 0
+                (shard, *one) for shard, row in found for one in shard.texts(row) if shard.tokens[one[0]] < 0
             ]
             for (shard, number, _), tokens in zip(new, counter([text for *_, text in new]), strict=True):
                 shard.tokens[number] = tokens

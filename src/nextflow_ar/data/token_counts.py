@@ -6,7 +6,8 @@ import hashlib
 import json
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+
+from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast
 
 
 class TokenCounter:

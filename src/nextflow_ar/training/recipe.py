@@ -216,8 +216,8 @@ class ModelRecipe:
 
     @property
     def shapes(self) -> int:
-        """Of batches that are compiled for, each: torch's own eight, and the widths of two doublings of every source of rows
-        of equal compute; as many again for the frozen copy that teaches.
+        """Shapes of batches that are compiled for, at most: torch's own eight, and the widths of two doublings of every
+        source of rows of equal compute; as many again for the frozen copy that teaches.
         """
         widths = [s.packing.widths for s in self.sources if isinstance(s, ShardSource | EpisodeSource)
                   and s.packing.mode == "compute"]  # fmt: skip
