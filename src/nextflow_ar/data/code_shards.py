@@ -147,7 +147,6 @@ class CodeShard:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
-        self._file: Any = None
         with _readable(path):
             self._metadata = parquet().read_metadata(path)
             schema = self._metadata.schema
@@ -211,13 +210,10 @@ class CodeShards:
         self.files = sorted(folder.glob("*.parquet"))
         if not self.files:
             raise StorageError(f"{folder}: the extraction holds no shard yet")
-        self._shards: dict[int, CodeShard] = {}
 
     def shard(self, number: int) -> CodeShard:
         """The shard that is file ``number`` of :attr:`files`. Raises StorageError as CodeShard does."""
-        if number not in self._shards:
-            self._shards[number] = CodeShard(self.files[number], self.fingerprint)
-        return self._shards[number]
+        return CodeShard(self.files[number], self.fingerprint)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All of them (see :func:`encoded`), whole, shard by shard."""
