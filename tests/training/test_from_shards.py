@@ -117,6 +117,23 @@ def test_what_is_replayed_is_said_as_the_start_said_it(make: Make) -> None:
     assert moved.advance()["norm"] > 10 * first["norm"]  # and is drawn back where it has moved
 
 
+def test_another_checkpoint_may_teach(make: Make, place: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(place / "base")
+    bundle.model.head.weight.add_(0.02 * torch.randn(bundle.model.head.weight.shape))
+    save_bundle(
+        tmp_path / "other", bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, {}, "# other\n"
+    )
+    every = {"share": 1.0, "shards": True, "teacher": str(tmp_path / "other")}
+    told = make("a", distillation=every).advance()["norm"]
+    there = make("b", distillation=every)
+    there.model.load_state_dict(load_bundle(tmp_path / "other").model.state_dict())
+    assert there.advance()["norm"] < 1e-2 * told  # it says what the other one says
+    with pytest.raises(ConfigError, match=r"distillation.teacher: .*nano is of another architecture"):
+        make("c", distillation=every | {"teacher": "nano"})
+    with pytest.raises(StorageError, match="no such checkpoint folder"):
+        make("d", distillation=every | {"teacher": str(tmp_path / "nowhere")})
+
+
 def test_a_resumed_run_has_the_teacher_that_it_began_with(make: Make) -> None:
     taught = {"distillation": {"share": 0.7, "shards": True}}
     whole = make("a", **taught)

@@ -108,7 +108,7 @@ class ModelTrainer:
         self.vocab = Vocabulary(self.text_tokenizer, self.config.text_vocab, self.config.codes)
         self.model, self.trainable = self._start()
         self.model.scale_inputs.ask(self.image_tokenizer.quantizer)
-        self.taught = Taught(recipe, self.model)
+        self.taught = Taught(recipe, self.model, self.vocab, self.image_tokenizer)
         self.word_classes = word_classes(self.vocab)
         c, weights = self.config, (recipe.alpha, recipe.text_weight)
         self.layout = LayoutOptions(c.rope_range, *weights, c.context_images, c.copies)

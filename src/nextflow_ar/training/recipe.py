@@ -118,13 +118,15 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """What is replayed is to be said as ``start`` says it: ``share`` of a token's target is that model's distribution, the
-    rest the token itself. ``shards``: of documents in shards, too; without, those are what is to be learnt.
+    """What is replayed is said as ``teacher`` says it, a checkpoint of the same tokens (None: ``start``): ``share`` of
+    a token's target is that model's distribution, the rest the token itself. ``shards``: of documents in shards, too;
+    without, those are what is to be learnt.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     share: float = 1.0
     shards: bool = False
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
