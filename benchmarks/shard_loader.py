@@ -75,14 +75,8 @@ def main():
         found = list(records(given.documents, given.seed))
         for shard in range(8):
             part = found[shard * setting.rows : (shard + 1) * setting.rows]
-            if counter:
-                texts = [each for record in part for each in record["parts"] if "text" in each]
-                for each, n in zip(texts, counter([each["text"] for each in texts]), strict=True):
-                    each["tokens"] = n
-            told = counter.fingerprint if counter else ""
-            write_atomic(
-                Path(folder, f"{shard:06d}.parquet"), encoded(part, made["tokenizer"], len(part), told)
-            )
+            data = encoded(part, made["tokenizer"], len(part), counter)
+            write_atomic(Path(folder, f"{shard:06d}.parquet"), data)
         del found
         source = ShardSource(
             "shards", given.rows, (ShardFolder(Path(folder), dialogue=True, invert=0.1, condition_dropout=0.1),),

@@ -21,6 +21,7 @@ from pydantic import ConfigDict
 
 from nextflow_ar.config import from_dict
 from nextflow_ar.data.sources import SourceError
+from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.storage import StorageError
@@ -109,16 +110,23 @@ def _schema() -> Any:
     return pa.schema([("row", pa.int64()), ("where", pa.string()), ("parts", pa.list_(part))])
 
 
-def encoded(records: list[dict[str, Any]], fingerprint: str, read: int, counted: str = "") -> bytes:
+def encoded(
+    records: list[dict[str, Any]], fingerprint: str, read: int, counter: TokenCounter | None = None
+) -> bytes:
     """The file of a shard with these records, made by the image tokenizer of this fingerprint from ``read`` rows.
 
     A record: ``row`` and ``where`` of the source, and ``parts``, each with ``role``, ``supervised`` and either ``text``
-    (and ``tokens``, if the text tokenizer ``counted`` was there) or ``final``, ``scales`` and codes: ``target``, ``input``
-    (None: the same), ``clean`` (None: none beside).
+    or ``final``, ``scales`` and codes: ``target``, ``input`` (None: the same), ``clean`` (None: none beside). With a
+    ``counter`` every text gets its number of ``tokens``.
     """
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
-    metadata = {_TOKENIZER: fingerprint, _READ: str(read)} | ({_COUNTED: counted} if counted else {})
+    metadata = {_TOKENIZER: fingerprint, _READ: str(read)}
+    if counter is not None:
+        metadata[_COUNTED] = counter.fingerprint
+        texts = [part for record in records for part in record["parts"] if part.get("text") is not None]
+        for part, tokens in zip(texts, counter([part["text"] for part in texts]), strict=True):
+            part["tokens"] = tokens
     table = pa.Table.from_pylist(records, schema=_schema()).replace_schema_metadata(metadata)
     buffer = io.BytesIO()
     parquet().write_table(table, buffer, compression="zstd", row_group_size=_TOGETHER)

@@ -104,10 +104,7 @@ class ShardWriter:
         if not found:
             return None
         records, wrong = _records(found, first, self.tokenizer, self.config)
-        if self.counter is not None:
-            _count(records, self.counter)
-        counted = "" if self.counter is None else self.counter.fingerprint
-        write_atomic(name, encoded(records, self.fingerprint, len(found), counted))
+        write_atomic(name, encoded(records, self.fingerprint, len(found), self.counter))
         return {"wrote": True, "rows": len(records), "broken": wrong}
 
     def short(self, number: int) -> bool:
@@ -134,12 +131,6 @@ class ShardWriter:
         else:
             next(islice(rows, first - at, first - at), None)
         return rows
-
-
-def _count(records: list[dict[str, Any]], counter: TokenCounter) -> None:
-    texts = [part for record in records for part in record["parts"] if part["text"] is not None]
-    for part, tokens in zip(texts, counter([part["text"] for part in texts]), strict=True):
-        part["tokens"] = tokens
 
 
 def note_broken(out: Path, who: str, broken: dict[str, str]) -> None:
