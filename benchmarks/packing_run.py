@@ -1,25 +1,31 @@
 """What packing is worth in real training steps on data-parallel processes (gloo, one thread each): useful places per second
 of padding, rows of a fixed length and rows of a fixed compute, and how long the slower process keeps the other waiting.
 
-    python benchmarks/packing_run.py [--documents 400] [--processes 2] [--rows 4]
+    python benchmarks/packing_run.py [--documents 400] [--processes 2] [--rows 4] [--repeats 1]
 
 The mixture is that of benchmarks/packing.py (text, T2I, I2T, edits, interleaved), at resolutions of 91, 304 and 900 places
 in place of 900, 3,684 and 10,084, texts shorter by ten, in a model of 4 layers and 128 hidden units. Padding: ``--rows``
 documents a process, padded to its longest. Fixed length: a row as long as the longest document; fixed compute: as costly
 as the costliest; every batch has a width that training would give it. Attention is computed document by document, as in
-every training on a CPU (here of short rows, too): padding pays for its projections only. "processor": a step lasts as
-long as its slower process computes, by its own time, so that a busy machine changes little; "clock": as it happened, for
-a quiet one.
+every training on a CPU (here of short rows, too), and logits where something is predicted: padding pays for its other
+projections only. "plain padding" is the same batches as a trainer computes them that knows of no packing: attention over
+whole padded rows under a mask, logits of all places.
+
+The modes take turns, step by step, so that all meet the machine as fast or as slow; ``--repeats`` has as many mixtures
+drawn, each with its own ratios. "processor": a step lasts as long as its slower process computes, by its own time, so that
+a busy machine changes little; "clock": as it happened, for a quiet one.
 """
 
 import argparse
 import os
 import random
 import socket
-import statistics
 import time
+from collections import namedtuple
+from queue import Empty
 
 import torch
+import torch.nn.functional as F
 from packing import document
 
 from nextflow_ar.config import ModelConfig
@@ -32,7 +38,7 @@ from nextflow_ar.model.flops import sample_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.precision import mixed_precision
 from nextflow_ar.sequence.batch import collate, pack
-from nextflow_ar.sequence.layout import LayoutOptions, build
+from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
@@ -51,7 +57,12 @@ RATES = OptimizerConfig(
     lr=1e-3, muon_lr=0.0, weight_decay=0.01, beta1=0.9, beta2=0.95, warmup=1, schedule="constant", decay=0.0,
     final=1.0, clip=1.0,
 )  # fmt: skip
-MODES = ("padding", "fixed length", "fixed compute")
+MODES = ("plain padding", "padding", "fixed length", "fixed compute")
+APART = dict.fromkeys(attention.APART, 0)
+
+
+Told = namedtuple("Told", "repeat mode rank used useful places taken")
+Summary = namedtuple("Summary", "steps filled speed idle clock")
 
 
 def samples(count, seed, vocab):
@@ -82,48 +93,86 @@ def steps_of(mode, found, processes, rows):
     if mode == "fixed compute":
         width = Packing("compute", 1.0, widths=WIDTHS).width
         numbers = list(Packer(max(costs), open_rows=32).pack((n, c, lengths[n]) for n, c in enumerate(costs)))
-    each = rows if mode == "padding" else 1
+    each = rows if mode.endswith("padding") else 1
     step = each * processes
     starts = range(0, len(numbers) - step + 1, step)
     return width, [[numbers[s + i * each : s + (i + 1) * each] for i in range(processes)] for s in starts]
 
 
+def plain_loss(model, batch):
+    """The same weighted mean of losses, by logits of all places."""
+    logits = model.head(model.hidden(batch)).flatten(0, 1).float()
+    losses = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
+    weights = batch.weights.flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def in_turns(steps):
+    """(mode, step) of all modes, evenly: the next step is of the mode that is behind."""
+    places = [
+        ((n + 0.5) / len(mine), mode, shares) for mode, mine in steps.items() for n, shares in enumerate(mine)
+    ]
+    return [(mode, shares) for _, mode, shares in sorted(places, key=lambda place: place[:2])]
+
+
 def run(rank, port, options, queue):
-    """One process: all modes one after the other."""
+    """One process: a step of this mode, a step of that."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(options.processes)}
     torch.set_num_threads(1)
     keep_freed_memory()
     world = World.join()
     _, tokenizer = load_architecture(find_checkpoint("nano"))
-    found = samples(options.documents, options.seed, Vocabulary(tokenizer, MODEL.text_vocab, MODEL.codes))
-    attention.APART.update(dict.fromkeys(attention.APART, 0))
+    vocab = Vocabulary(tokenizer, MODEL.text_vocab, MODEL.codes)
     model = NextFlowModel(MODEL)
     model.initialise(torch.Generator().manual_seed(0))
     optimizer = StageOptimizer(model.named_parameters(), RATES)
 
-    def step(batch):
+    def step(batch, plain=False):
+        attention.APART.clear() if plain else attention.APART.update(APART)
         with mixed_precision(torch.device("cpu")):
-            report = model.losses(batch)
-        (report.total / report.weight).backward()
+            report = None if plain else model.losses(batch)
+            loss = plain_loss(model, batch) if report is None else report.total / report.weight
+        loss.backward()
         used = time.process_time()
         world.average_gradients(model.parameters())
         optimizer.step(1.0)
         return used
 
-    step(collate(found[:2]))  # warms up
-    for mode in MODES:
-        times, useful, places, began = [], 0, 0, time.perf_counter()
-        width, steps = steps_of(mode, found, options.processes, options.rows)
-        for shares in steps:
+    step(collate(samples(2, options.seed, vocab)))  # warms up
+    for repeat in range(options.repeats):
+        found = samples(options.documents, options.seed + repeat, vocab)
+        plans = {mode: steps_of(mode, found, options.processes, options.rows) for mode in MODES}
+        for mode, shares in in_turns({mode: steps for mode, (_, steps) in plans.items()}):
+            began = time.perf_counter()
             rows = [pack([found[n] for n in row]) for row in shares[rank]]
-            batch = collate(rows, width(max(map(len, rows))))
+            batch = collate(rows, plans[mode][0](max(map(len, rows))))
             start = time.process_time()
-            times.append(step(batch) - start)
-            useful += int((batch.documents >= 0).sum())
-            places += batch.documents.numel()
-        queue.put((mode, rank, times, useful, places, time.perf_counter() - began))
+            used = step(batch, mode == "plain padding") - start
+            useful = int((batch.documents >= 0).sum())
+            taken = time.perf_counter() - began
+            queue.put(Told(repeat, mode, rank, used, useful, batch.documents.numel(), taken))
     world.leave()
+
+
+def drain(queue):
+    """What lies in the queue."""
+    found = []
+    while True:
+        try:
+            found.append(queue.get(timeout=0.1))
+        except Empty:
+            return found
+
+
+def summary(told):
+    """Of one mode's steps: how many, share of places of use, these a second (processor), idle share, a second (clock)."""
+    ranks = [[t for t in told if t.rank == rank] for rank in sorted({t.rank for t in told})]
+    useful, places = sum(t.useful for t in told), sum(t.places for t in told)
+    slowest = sum(max(t.used for t in step) for step in zip(*ranks, strict=True))
+    clock = sum(max(t.taken for t in step) for step in zip(*ranks, strict=True))
+    busy = sum(t.used for t in told) / len(ranks)
+    return Summary(len(ranks[0]), useful / places, useful / slowest, 1 - busy / slowest, useful / clock)
 
 
 def main():
@@ -131,32 +180,43 @@ def main():
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    torch.multiprocessing.spawn(run, (port, options, queue), nprocs=options.processes, join=True)
-    told = [queue.get() for _ in range(len(MODES) * options.processes)]
+    queue = context.Queue()
+    workers = torch.multiprocessing.spawn(run, (port, options, queue), nprocs=options.processes, join=False)
+    told = []
+    while not workers.join(timeout=0.1):
+        told += drain(queue)
+    told += drain(queue)
     print(
-        f"{options.documents} documents, {options.processes} processes, padding {options.rows} documents a process"
+        f"{options.documents} documents, {options.processes} processes, padding {options.rows} documents a process, "
+        f"{options.repeats} times"
     )
     print(
-        f"{'':16}{'steps':>6}{'filled':>8}{'places/s, processor':>21}{'times':>7}{'idle':>7}"
-        f"{'places/s, clock':>17}{'times':>7}"
+        f"{'':16}{'steps':>6}{'filled':>8}{'places/s, processor':>21}{'times plain, padding':>22}{'idle':>7}"
+        f"{'places/s, clock':>17}{'times plain, padding':>22}  times padding of each repeat, processor"
     )
-    first = None
-    for mode in MODES:
-        mine = [t for t in told if t[0] == mode]
-        useful, places = sum(t[3] for t in mine), sum(t[4] for t in mine)
-        slowest = [max(several) for several in zip(*(t[2] for t in mine), strict=True)]
-        busy = statistics.mean(sum(t[2]) for t in mine)
-        speed, clock = useful / sum(slowest), useful / max(t[5] for t in mine)
-        first = first or (speed, clock)
-        print(f"{mode:16}{len(slowest):>6}{useful / places:>8.1%}{speed:>21,.0f}{speed / first[0]:>7.2f}"
-              f"{1 - busy / sum(slowest):>7.1%}{clock:>17,.0f}{clock / first[1]:>7.2f}")  # fmt: skip
+    whole = {mode: summary([t for t in told if t.mode == mode]) for mode in MODES}
+    plain, padding = whole[MODES[0]], whole[MODES[1]]
+    for mode, of in whole.items():
+        each = [
+            [summary([t for t in told if t[:2] == (n, m)]).speed for n in range(options.repeats)]
+            for m in (mode, MODES[1])
+        ]
+        several = ", ".join(f"{mine / its:.2f}" for mine, its in zip(*each, strict=True))
+        speeds, clocks = (
+            f"{mine / a:.2f}, {mine / b:.2f}"
+            for mine, a, b in ((of.speed, plain.speed, padding.speed), (of.clock, plain.clock, padding.clock))
+        )
+        print(
+            f"{mode:16}{of.steps:>6}{of.filled:>8.1%}{of.speed:>21,.0f}{speeds:>22}{of.idle:>7.1%}{of.clock:>17,.0f}"
+            f"{clocks:>22}  {several}"
+        )
 
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ def test_export_changes_card_and_defaults(tmp_path: Path, capsys: pytest.Capture
     for change, told in (
         ("guidence=3", "unknown sampling default 'guidence'; accepted: guidance,"),
         ("top_p=7", "top-p is"),
+        ("canvases=[33x40]", "'33x40' is no size of this image tokenizer"),
+        ("top_p=[0.9,0.8,0.7]", "top-p takes one value, two"),
     ):
         status, line = mistake(capsys, "export", GOLDEN, "-o", tmp_path / "bad", "--set", change)
         assert status == 2 and told in line
@@ -279,8 +281,15 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("think=3", "think is true or false, got 3"),
         ("caption=7", "caption is a text, got 7"),
         ("canvases=[64]", "canvases is a list of sizes in pixels such as [64x64, 96x64], got [64]"),
+        ("canvases=[64x64, 65x64]", "canvases: '65x64' is no size of this image tokenizer"),
+        (
+            "top_k=[1, 2, 3]",
+            "top-k takes one value, two (first and last scale) or one for each of the 8 scales, got 3",
+        ),
     ):
-        status, told = mistake(capsys, "train", model, "--set", f"generation.{change}")
+        status, told = mistake(
+            capsys, "train", model, "--set", f"generation.{change}", "--set", "image_tokenizer=nano"
+        )
         assert status == 2 and f"generation: {wrong}" in told, told
     status, told = mistake(capsys, "train", model, "--set", "steps=[1,")
     assert status == 2 and "--set steps=[1,: the value is not valid YAML" in told

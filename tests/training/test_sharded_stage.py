@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch.distributed.tensor import DTensor
 
 from nextflow_ar.config import ConfigError, from_dict, to_dict
-from nextflow_ar.model.checkpoint import load_bundle, save_bundle
+from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.training.model_stage import ModelTrainer
@@ -78,6 +79,10 @@ def close(found: list[dict[str, float]], expected: list[dict[str, float]]) -> No
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
 
 
+def no_room(*_: object) -> dict[str, torch.Tensor]:
+    raise torch.OutOfMemoryError
+
+
 def _process(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -91,7 +96,16 @@ def _process(rank: int, port: int, folder: str) -> None:
     found["curve"] = curve(training, SAVED)
     training.save(background=True)
     found["curve"] += curve(training, FINISHED - 1)
-    training.fit(preview=None)
+    assert training.shards is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nextflow_ar.training.sharded.room", no_room)
+        found["no room"] = training.shards.gather(training.model, training.averages, training.device)
+
+    def preview(bundle: Bundle, step: int) -> list[np.ndarray]:
+        found["drawn with"] = step, bundle.model.state_dict()
+        return [np.zeros((1, 8, 8, 3), np.uint8)]
+
+    training.fit(preview)
     found["seen"] = [training.documents, training.tokens]
     torch.save(found, place / f"found{rank}.pt")
 
@@ -168,6 +182,16 @@ def test_the_export_of_two_processes_is_one_bundle(place: Path, two: list[dict[s
     assert set(averages) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, averages[name].bfloat16().float()), name
+
+
+def test_a_sheet_is_drawn_with_the_whole_averaged_model(place: Path, two: list[dict[str, Any]]) -> None:
+    assert "drawn with" not in two[1] and [found["no room"] for found in two] == [None, None]
+    step, weights = two[0]["drawn with"]
+    expected = trainer(place, "two", FINISHED).bundle().model.state_dict()
+    assert step == FINISHED and set(weights) == set(expected)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    assert (place / "two" / f"sheet_{FINISHED:06d}.png").is_file()
 
 
 def test_what_does_not_go_together_is_one_line(place: Path, one: dict[str, Any]) -> None:

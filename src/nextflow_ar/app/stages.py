@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nextflow_ar.config import ConfigError, from_dict, load_yaml, override, to_dict
-from nextflow_ar.generation.sampling import SamplingSettings, SettingError
+from nextflow_ar.config import ConfigError, ImageTokenizerConfig, from_dict, load_yaml, override, to_dict
+from nextflow_ar.generation.sampling import SamplingSettings, SettingError, at_scale
+from nextflow_ar.storage import StorageError
 from nextflow_ar.types import ImageReady
 
 if TYPE_CHECKING:
@@ -65,10 +66,12 @@ def run_recipe(path: Path, changes: list[str], minutes: float | None = None) -> 
         tokenizer = from_dict(TokenizerRecipe, values, where)
         return train_tokenizer(tokenizer, to_dict(tokenizer), seconds)
     if kind == "model":
+        from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
         from nextflow_ar.training.model_stage import ModelRecipe, train_model
 
         model = from_dict(ModelRecipe, values, where)
         _known_defaults(model.generation, f"{path}: generation")
+        _fitting_defaults(model.generation, tokenizer_config(model.image_tokenizer), f"{path}: generation")
         return train_model(model, to_dict(model), preview_sheet, seconds)
     if kind == "world_judge":
         from nextflow_ar.app.world_command import train_judge_of
@@ -140,6 +143,22 @@ def _known_defaults(generation: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {key}{error}") from None
 
 
+def _fitting_defaults(generation: Mapping[str, Any], tokenizer: ImageTokenizerConfig, where: str) -> None:
+    """Raises ConfigError, one line, for a canvas that is no size of the image tokenizer, and for a list of neither two
+    values nor one for each of its scales: at the first picture it would be too late.
+    """
+    from nextflow_ar.generation.pipeline import canvases_of
+
+    scales = tokenizer.num_scales
+    try:
+        canvases_of(generation, tokenizer)
+        for key in SamplingSettings.__dataclass_fields__.keys() & generation.keys():
+            value = generation[key]
+            at_scale(tuple(value) if isinstance(value, list) else value, 0, scales, key)
+    except (StorageError, SettingError) as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix('generation.json: ')}") from None
+
+
 def _wrongly(key: str, value: Any) -> str:
     """What the value of a sampling default should be, or nothing where it is of that kind."""
     if key in ("think", "think_edits", "think_told", "dialogue"):
@@ -193,6 +212,7 @@ def export_bundle(
         bundle.image_tokenizer = _same_codes(bundle.image_tokenizer, image_tokenizer)
     generation = override(bundle.generation, changes)
     _known_defaults(generation, "--set")
+    _fitting_defaults(generation, bundle.image_tokenizer.config, "--set")
     bundle.generation = generation
     NextFlowPipeline(bundle)  # senseless settings are an error here, not at the next load
     text = card if card is not None else read_checked(folder, CARD_FILE).decode()

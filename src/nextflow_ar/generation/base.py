@@ -10,16 +10,17 @@ one more is).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image as PILImage
 
+from nextflow_ar.config import ImageTokenizerConfig
 from nextflow_ar.generation.documents import Manner, Part, part
 from nextflow_ar.generation.engine import Engine, ImageRequest, Request, TextRequest
 from nextflow_ar.generation.forcing import Forced, composite, spared
@@ -30,6 +31,7 @@ from nextflow_ar.precision import best_dtype
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import BOI
 from nextflow_ar.storage import StorageError
+from nextflow_ar.tokenizer.image_tokenizer import canvas_schedule
 from nextflow_ar.tokenizer.pictures import fit_picture, to_rgb
 from nextflow_ar.types import Codes, Document, Event, Image, ImageReady, Text, TextDelta
 
@@ -55,6 +57,22 @@ THOUGHT_SETTINGS = SamplingSettings(top_p=0.9)
 
 class RequestError(ValueError):
     """A request that cannot be answered: one line that says what is accepted."""
+
+
+def canvases_of(generation: Mapping[str, Any], config: ImageTokenizerConfig) -> list[ScaleSchedule]:
+    """Schedules of the ``canvases`` among the keys of generation.json. Raises StorageError for one that is no size of the
+    image tokenizer.
+    """
+    found = []
+    for name in generation.get("canvases", ()):
+        width, _, height = str(name).partition("x")
+        try:
+            found.append(canvas_schedule(config, int(height), int(width)))
+        except ValueError:
+            raise StorageError(
+                f"generation.json: canvases: {name!r} is no size of this image tokenizer"
+            ) from None
+    return found
 
 
 def resolve_model(name: str | Path) -> Path:
@@ -93,7 +111,7 @@ class Loaded:
         warmth = float(bundle.generation.get("thought_temperature", THOUGHT_SETTINGS.temperature))
         self.thought_settings = THOUGHT_SETTINGS.changed(temperature=warmth)
         self.manner = Manner(bool(bundle.generation.get("dialogue", False)), bool(self.told_thoughts))
-        self.canvases = [self._canvas(name) for name in bundle.generation.get("canvases", ())]
+        self.canvases = canvases_of(bundle.generation, self.image_tokenizer.config)
         self.defaults = SamplingSettings(
             **{
                 k: tuple(v) if isinstance(v, list) else v
@@ -118,15 +136,6 @@ class Loaded:
         device = torch.device(device)
         bundle = load_bundle(resolve_model(name), device, dtype or best_dtype(device))
         return cls(bundle, kept_bytes=kept_bytes)
-
-    def _canvas(self, name: str) -> ScaleSchedule:
-        width, _, height = str(name).partition("x")
-        try:
-            return self.image_tokenizer.schedule_for(int(height), int(width))
-        except ValueError:
-            raise StorageError(
-                f"generation.json: canvases: {name!r} is no size of this image tokenizer"
-            ) from None
 
     def schedule_for(self, size: tuple[int, int] | None = None) -> ScaleSchedule:
         """Schedule of a (width, height) in pixels; None: the default square. Raises RequestError for other sizes."""

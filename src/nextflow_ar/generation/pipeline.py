@@ -12,6 +12,7 @@ from nextflow_ar.generation.base import (
     Picture,
     RequestError,
     best_dtype,
+    canvases_of,
     fold_seed,
     listed,
     resolve_model,
@@ -32,6 +33,7 @@ __all__ = [
     "Picture",
     "RequestError",
     "best_dtype",
+    "canvases_of",
     "fold_seed",
     "resolve_model",
 ]

@@ -123,6 +123,16 @@ def merge_into(model: NextFlowModel, weights: dict[str, Tensor], scaling: float)
     return model
 
 
+def averaged(model: NextFlowModel, averages: dict[str, Tensor], config: LoraConfig | None) -> NextFlowModel:
+    """A model of its own: ``model`` with its averages in place of the weights that have them, adapters merged."""
+    weights: dict[str, Tensor] = dict(model.state_dict()) | averages
+    found = NextFlowModel(model.config)
+    found.load_state_dict({k.replace(".base_layer.", "."): v for k, v in weights.items() if "lora_" not in k})
+    return (
+        found if config is None else merge_into(found, adapter_weights(averages), config.alpha / config.rank)
+    )
+
+
 def merge_adapter(bundle: Bundle, base: Path, adapter: Path) -> Bundle:
     """``bundle``, loaded from ``base``, with an adapter's folder merged in (in place).
 

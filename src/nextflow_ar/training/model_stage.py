@@ -375,22 +375,24 @@ class ModelTrainer:
     def bundle(self) -> Bundle:
         """The averaged weights as a model ready to draw (shares nothing with the one in training), adapters merged.
 
-        Not of a model that is spread over processes: :meth:`export` writes that from its checkpoint.
+        Of a model that is spread over processes see :meth:`_draw`; :meth:`export` writes that from its checkpoint.
         """
-        weights: dict[str, Tensor] = dict(self.model.state_dict()) | self.averages
-        model = NextFlowModel(self.config)
-        model.load_state_dict(
-            {k.replace(".base_layer.", "."): v for k, v in weights.items() if "lora_" not in k}
-        )
-        if self.recipe.lora is not None:
-            scaling = self.recipe.lora.alpha / self.recipe.lora.rank
-            adapters.merge_into(model, adapters.adapter_weights(self.averages), scaling)
-        return Bundle(
-            model.to(self.device).eval().requires_grad_(False),
-            self.image_tokenizer,
-            self.vocab,
-            dict(self.generation),
-        )
+        model = adapters.averaged(self.model, self.averages, self.recipe.lora)
+        return self._bundle(model.to(self.device).eval().requires_grad_(False))
+
+    def _bundle(self, model: NextFlowModel) -> Bundle:
+        return Bundle(model, self.image_tokenizer, self.vocab, dict(self.generation))
+
+    def _draw(self, preview: Preview) -> None:
+        """A sample sheet, by the first process; a model that is spread is gathered there, by all."""
+        bundle = None
+        if self.shards is not None and self.spread:
+            model = self.shards.gather(self.model, self.averages, self.device)
+            bundle = None if model is None else self._bundle(model)
+        elif self.world.rank == 0:
+            bundle = self.bundle()
+        if bundle is not None:
+            self.run.sheet(f"sheet_{self.step:06d}", preview(bundle, self.step))
 
     def export(self, folder: Path, card: str) -> Path:
         """Write the averaged weights as a checkpoint folder; of adapters, themselves, as ``adapter`` beside it, too.
@@ -446,9 +448,6 @@ class ModelTrainer:
         self.speed = Speedometer(peak_of(recipe.peak, self.device), self.world.size)
         board = Board(recipe.out) if recipe.tensorboard and first else None
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
-        if self.spread and first and preview is not None:
-            _LOG.warning("sample sheets are not drawn while the model is spread over processes")
-        drawn = preview if first and not self.spread else None
         name = f"transformer ({precision_name(self.device, recipe.products)})"
         with progress_bar(name, recipe.steps, self.step, shown=first) as update, stop_request() as stop:
             while self.step < self.pace.steps:
@@ -461,8 +460,8 @@ class ModelTrainer:
                 asked = self.world.any(stop())
                 if self.world.any(first and save()) or last or asked:
                     self.save(background=not (last or asked))
-                if drawn is not None and (sheet() or last):
-                    self.run.sheet(f"sheet_{self.step:06d}", drawn(self.bundle(), self.step))
+                if preview is not None and (self.world.any(first and sheet()) or last):
+                    self._draw(preview)
                 if asked and not last:
                     raise KeyboardInterrupt
         if board is not None:

@@ -6,7 +6,7 @@ and all the rest (embeddings, inputs, last norm, head) as one more. ``model.loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -257,3 +257,32 @@ def whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
     """Gathered tensors one at a time, on every process (all must iterate in step)."""
     for name, tensor in tensors:
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def room(model: NextFlowModel, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Memory for a sharded model's whole tensors, by name; what is no floating-point number keeps its kind."""
+    return {
+        name: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device=device)
+        for name, t in model.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def gather(
+    model: NextFlowModel, averages: Mapping[str, Tensor], dtype: torch.dtype, room: dict[str, Tensor]
+) -> NextFlowModel | None:
+    """A sharded model as a whole one that draws, in ``room``, with ``averages`` in place of the weights that have them.
+
+    To be called by all processes together; those without ``room`` hold one gathered tensor at a time, and get None.
+    ``dtype``: what tensors are gathered in.
+    """
+    chosen = {name: averages.get(name, tensor).detach() for name, tensor in model.state_dict().items()}
+    parts = ((name, t.to(dtype) if t.is_floating_point() else t) for name, t in chosen.items())
+    for name, tensor in whole(parts):
+        if room:
+            room[name].copy_(tensor)
+    if not room:
+        return None
+    found = NextFlowModel.empty(model.config)
+    found.load_state_dict(room, assign=True)
+    return found.to(next(iter(room.values())).device).eval().requires_grad_(False)

@@ -6,6 +6,7 @@ stopped, and many where it did.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.precision import best_dtype
 from nextflow_ar.training import sharded
 from nextflow_ar.training.distributed_checkpoint import Checkpoints
 from nextflow_ar.training.optim import OptimizerConfig
@@ -22,6 +24,8 @@ from nextflow_ar.training.parallel import World
 from nextflow_ar.training.runs import SHARDED
 from nextflow_ar.training.sharded import ShardingConfig
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
+
+_LOG = logging.getLogger(__name__)
 
 
 class Shards:
@@ -75,6 +79,22 @@ class Shards:
             for p in parameters:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
+
+    def gather(
+        self, model: NextFlowModel, averages: Mapping[str, Tensor], device: torch.device
+    ) -> NextFlowModel | None:
+        """The averaged model, whole, for the first process to draw with; None on the others, and where that one has no room
+        (a warning says so). To be called by all together.
+        """
+        dtype, first = best_dtype(device), self.world.rank == 0
+        room: dict[str, Tensor] = {}
+        try:
+            if first:
+                room = sharded.room(model, dtype, device)
+        except torch.OutOfMemoryError:
+            _LOG.warning("no sample sheet: the whole model does not fit beside this process's part of it")
+        full = first and not room
+        return None if self.world.any(full) else sharded.gather(model, averages, dtype, room)
 
     def save(self, step: int, state: State, facts: dict[str, Any], *, background: bool) -> None:
         """Write a step's checkpoint, all processes together. Raises StorageError."""
