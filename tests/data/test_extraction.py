@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image as PILImage
@@ -16,10 +19,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.code_shards import CodeShards, as_document
-from nextflow_ar.data.extraction import ExtractionConfig, ShardWriter, extract, same_source
+from nextflow_ar.data.extraction import ExtractionConfig, ShardWriter, extract, same_source, settled
 from nextflow_ar.data.ray_extraction import ShardActor
-from nextflow_ar.data.rows import Row, RowError
-from nextflow_ar.data.sources import open_source
+from nextflow_ar.data.rows import Row, RowError, parse_row
+from nextflow_ar.data.sources import Span, open_source, spans_of
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invert
@@ -221,6 +224,9 @@ def test_a_stream_is_not_begun_anew_for_every_shard(rows: Path, tmp_path: Path, 
         def count(self) -> int:
             return self.source.count()
 
+        def spans(self, start: int, stop: int) -> list[Span] | None:
+            return spans_of(self.source, start, stop)
+
     tokenizer, whole, parts = tiny_image_tokenizer(), tmp_path / "whole", tmp_path / "parts"
     config = replace(CONFIG, rows=1)
     extract(open_source(rows), tokenizer, whole, config)
@@ -233,6 +239,128 @@ def test_a_stream_is_not_begun_anew_for_every_shard(rows: Path, tmp_path: Path, 
     writer = ShardWriter(source, tokenizer, tmp_path / "back", config)
     assert writer.write(5) and writer.write(2)  # what lies behind is begun anew
     assert {n: shards(whole)[n] for n in ("000002.parquet", "000005.parquet")} == shards(tmp_path / "back")
+
+
+def test_a_source_that_changed_before_its_end_is_extracted_anew_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, place, out, config = (
+        tiny_image_tokenizer(),
+        tmp_path / "p",
+        tmp_path / "out",
+        replace(CONFIG, rows=2),
+    )
+
+    def add(*names: str) -> None:
+        for name in names:
+            PILImage.fromarray(dead_leaves((ord(name),), 40, 40)).save(place / f"{name}.png")
+            (place / f"{name}.txt").write_text(f"picture {name}")
+
+    def found() -> tuple[int, str]:
+        wrote = extract(open_source(place), tokenizer, out, config)["rows"]
+        return wrote, "".join(r["parts"][0]["text"][-1] for r in CodeShards(out, tokenizer).records())
+
+    place.mkdir()
+    add(*"bcdf")
+    assert found() == (4, "bcdf") and not caplog.messages
+    (place / "a.png").write_bytes(b"no picture")
+    (place / "a.txt").write_text("broken")
+    assert found() == (4, "bcdf")  # the broken one, and all behind it in other places
+    assert "rows 0 to 1 are others by now" in caplog.text and "rows 2 to 3 are others" in caplog.text
+    assert list(json.loads((out / "broken_000.json").read_text())) == ["0"]
+    add("a")
+    (out / "000000.parquet").unlink()
+    assert found() == (2, "abcdf") and json.loads((out / "broken_000.json").read_text()) == {}
+    (place / "f.png").unlink()
+    add("e")
+    assert found() == (1, "abcde")
+    assert found() == (0, "abcde")
+    for name in "cde":
+        (place / f"{name}.png").unlink()
+    with pytest.raises(
+        StorageError, match=r"000001.parquet: its source has no such rows any more: remove it"
+    ):
+        found()
+
+
+@pytest.mark.parametrize("table", ["rows.jsonl", "metadata.jsonl"])
+def test_a_table_that_changed_is_told_by_its_lines(tmp_path: Path, table: str) -> None:
+    tokenizer, place, out, config = (
+        tiny_image_tokenizer(),
+        tmp_path / "p",
+        tmp_path / "out",
+        replace(CONFIG, rows=2),
+    )
+    place.mkdir()
+    PILImage.fromarray(dead_leaves((0,), 40, 40)).save(place / "a.png")
+    lines = [json.dumps({"image": "a.png", "caption": word}) for word in "abcd"]
+
+    def found() -> tuple[int, str]:
+        (place / table).write_text("\n\n".join(lines))
+        wrote = extract(open_source(place), tokenizer, out, config)["rows"]
+        return wrote, "".join(r["parts"][0]["text"] for r in CodeShards(out, tokenizer).records())
+
+    assert found() == (4, "abcd")
+    lines[2] = lines[2].replace('"c"', '"x"')
+    assert found() == (2, "abxd")
+    lines.insert(1, lines[0].replace('"a"', '"y"'))
+    assert found() == (5, "aybxd")
+    assert found() == (0, "aybxd")
+
+
+def test_a_shard_that_ended_with_its_source_is_not_settled_when_that_grows(
+    rows: Path, tmp_path: Path
+) -> None:
+    tokenizer, config = tiny_image_tokenizer(), replace(CONFIG, rows=6)
+    extract(open_source(rows), tokenizer, tmp_path / "s", config)
+    with rows.open("a") as file:
+        file.write("".join(f'\n{{"text": "row {i}"}}' for i in range(8, 20)))
+    now = [settled(tmp_path / "s", n, open_source(rows), 6, tokenizer.fingerprint()) for n in range(4)]
+    assert now == [True, False, False, False]  # what Ray's actors are given
+
+
+def test_rows_are_encoded_one_by_one(tmp_path: Path) -> None:
+    """A row of a film holds its frames: those of a whole shard would be gigabytes."""
+    alive: list[weakref.ref[Row]] = []
+
+    class Films:
+        def rows(self, start: int = 0) -> Iterator[Row]:
+            for i in range(start, 12):
+                row = parse_row({"text": f"row {i}"}, f"films: {i}")
+                alive.append(weakref.ref(row))
+                yield row
+                del row
+                assert sum(ref() is not None for ref in alive) <= 1
+
+        def count(self) -> int:
+            return 12
+
+    assert extract(Films(), tiny_image_tokenizer(), tmp_path / "s", replace(CONFIG, rows=12))["rows"] == 12
+
+
+def test_a_damaged_page_is_no_other_code(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    path = out / "000000.parquet"
+    whole, group = path.read_bytes(), pq.read_metadata(path).row_group(0)
+    for column in map(group.column, range(group.num_columns)):
+        start = column.dictionary_page_offset or column.data_page_offset
+        last = start + column.total_compressed_size - 1  # of the chunk's last page
+        path.write_bytes(whole[:last] + bytes([whole[last] ^ 4]) + whole[last + 1 :])
+        with pytest.raises(StorageError, match="the shard cannot be read"):
+            list(CodeShards(out, tokenizer).records())
+    path.write_bytes(whole)
+    assert len(list(CodeShards(out, tokenizer).records())) == 6
+    (out / "mine.parquet").write_bytes(b"")
+    pq.write_table(pa.table({"x": [1]}), out / "mine.parquet")
+    with pytest.raises(StorageError, match=r"mine.parquet: the shard cannot be read"):
+        list(CodeShards(out, tokenizer).records())
+    for content, why in (("{", "not valid JSON"), ("[]", "no extraction's manifest")):
+        (out / "manifest.json").write_text(content)
+        with pytest.raises(StorageError, match=why):
+            CodeShards(out, tokenizer)
+        with pytest.raises(StorageError, match=why):
+            extract(open_source(rows), tokenizer, out, CONFIG)
 
 
 def test_codes_of_another_tokenizer_are_refused(rows: Path, tmp_path: Path) -> None:

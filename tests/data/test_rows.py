@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -12,14 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.check import check_rows
 from nextflow_ar.data.hub_rows import HubSource
 from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart, parse_row
 from nextflow_ar.data.sources import SourceError, open_source
+from nextflow_ar.model.costs import ImageShape, TextShape, count
+from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.pictures import PictureError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle"
@@ -176,6 +182,23 @@ def test_the_check_finds_every_broken_row(jsonl: Path, capsys: pytest.CaptureFix
     assert "11 rows, 8 problems" in out and "rows.jsonl:10" in out
 
 
+@pytest.mark.parametrize("context_images", ["scales", "closing"])
+def test_the_check_counts_given_pictures_as_they_are_laid_out(tmp_path: Path, context_images: str) -> None:
+    pictures = [{"image": f"{i}.png", "role": "user"} for i in range(3)]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png((64, 64)))
+    row = {
+        "segments": [*pictures, {"text": "one two", "role": "user"}, {"text": "three", "role": "assistant"}]
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    found = check_rows(
+        open_source(tmp_path / "a.jsonl"), num_scales=8, most_tokens=9999, count_text=lambda text: len(text.split()),
+        context_images=context_images,
+    )  # fmt: skip
+    given = [ImageShape(ScaleSchedule.nearest(64, 64, 8))] * 3
+    assert found.lengths == [count([*given, TextShape(2), TextShape(1, True)], context_images).tokens]
+
+
 def test_the_check_warns_about_a_one_sided_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").write_bytes(png())
     path = tmp_path / "rows.jsonl"
@@ -255,6 +278,81 @@ def test_shards_of_webdataset(tmp_path: Path) -> None:
     assert "2.tar: the shard is damaged" in texts(open_source(tmp_path / "2.tar"))[-1]
 
 
+def test_what_stands_behind_a_tar_is_told(tmp_path: Path) -> None:
+    """To tarfile a broken header is the end."""
+    for name, numbers in (("a", range(4)), ("b", range(4, 6))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number in numbers:
+                info = tarfile.TarInfo(f"{number}.txt")
+                info.size = 4
+                tar.addfile(info, io.BytesIO(b"text"))
+    (tmp_path / "b.tar").rename(tmp_path / "b")
+    whole = (tmp_path / "a.tar").read_bytes()
+    for content, rows in (
+        (whole[:2048] + b"x" + whole[2049:], 2),
+        (whole + (tmp_path / "b").read_bytes(), 4),
+    ):
+        (tmp_path / "a.tar").write_bytes(content)
+        source = open_source(tmp_path / "a.tar")
+        found = texts(source)
+        assert len(found) == rows + 1 == source.count()
+        assert "a.tar: the shard is damaged (something that is no file of it follows" in found[-1]
+    (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(b"text") + 512])  # as some writers leave it
+    assert len(texts(open_source(tmp_path / "a.tar"))) == 4
+
+
+def test_shards_come_before_the_tables_beside_them(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name, data in (("0.png", png()), ("0.txt", b"a dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    pq.write_table(pa.table({"url": ["x"], "caption": ["a dog"], "key": ["0"]}), tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert texts(open_source(tmp_path)) == ["a dog"]
+
+
+def test_text_that_no_file_can_hold_is_a_broken_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "a cut emoji \\ud83d and more"}\n{"text": "b"}')
+    found = texts(open_source(rows))
+    assert found[1] == f"!{rows}:2: text has half of a character: ...a cut emoji \\ud83d"
+    place = tmp_path / "p"
+    place.mkdir()
+    for name, data in ((b"caf\xe9", png()), (b"th\xe9", b"no picture")):
+        path = os.fsencode(place) + b"/" + name
+        with open(path + b".png", "wb") as file:
+            file.write(data)
+        with open(path + b".txt", "wb") as file:
+            file.write(b"\xef\xbb\xbfa cup")  # as Windows begins a file
+    good, bad = open_source(place).rows()
+    assert isinstance(good, Row) and good.where.endswith("caf\\udce9.png") and told(good)[0][0] == "a cup"
+    assert isinstance(bad, Row)
+    assert run(["data", "check", str(place), "-m", str(GOLDEN)]) == 1
+    assert "th\\udce9.png: not a picture" in capsys.readouterr().out
+    assert run(["extract", str(place), "-o", str(tmp_path / "s"), "--image-tokenizer", str(GOLDEN)]) == 0
+    (why,) = json.loads((tmp_path / "s" / "broken_000.json").read_text()).values()
+    assert "th\\udce9.png: not a picture" in why
+
+
+def test_what_a_decoder_raises_is_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = parse_row({"image": png(), "caption": "a"}, "here")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("frame 0")
+
+    monkeypatch.setattr(PngImageFile, "load", fails)
+    with pytest.raises(PictureError, match=r"here: image: damaged or truncated picture \(frame 0\)"):
+        row.pictures[0].open()
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    monkeypatch.setattr(Image.Image, "getexif", fails)
+    with pytest.raises(PictureError, match=r"here: image: damaged picture \(frame 0\)"):
+        parse_row({"image": buffer.getvalue(), "caption": "a"}, "here").pictures[0].size()
+
+
 def test_a_row_of_no_shape_at_all_is_its_own_error(tmp_path: Path) -> None:
     lines = [
         {"text": "a"}, {"conversations": [{"from": ["user"], "value": "x"}]}, {"text": "b"},
@@ -262,6 +360,14 @@ def test_a_row_of_no_shape_at_all_is_its_own_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     found = texts(open_source(tmp_path / "a.jsonl"))
     assert (found[0], found[2]) == ("a", "b") and found[1].startswith(f"!{tmp_path / 'a.jsonl'}:2")
+
+
+def test_one_bad_value_of_a_parquet_file_is_one_row(tmp_path: Path) -> None:
+    values = pa.array([b"a", b"\xff", b"c"] * 50, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    found = texts(open_source(tmp_path / "a.parquet"))
+    assert [i for i, text in enumerate(found) if text.startswith("!")] == list(range(1, 150, 3))
+    assert "a.parquet: row 1: cannot be read ('utf-8' codec" in found[1] and found[149] == "c"
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -432,7 +538,7 @@ def test_the_real_package_streams_bytes(tmp_path: Path, monkeypatch: pytest.Monk
 def test_places_that_are_no_source(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
     with pytest.raises(
-        SourceError, match=r".jsonl, .parquet, .tar, .json and video files, folders and hf://OWNER/NAME"
+        SourceError, match=r".jsonl, .tar, .parquet, .json and video files, folders and hf://OWNER/NAME"
     ):
         open_source(tmp_path / "a.csv")
     with pytest.raises(SourceError, match="neither pictures nor"):

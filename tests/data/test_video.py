@@ -140,6 +140,34 @@ def test_files_give_frames_at_the_rate(tmp_path: Path, suffix: str) -> None:
     assert isinstance(row, Row) and [p.name.rpartition(" ")[2] for p in row.pictures] == ["0", "4", "8"]
 
 
+def test_looks_may_be_more_frequent_than_frames(tmp_path: Path) -> None:
+    """A frame is looked at several times then, as in a folder of frames."""
+    path = film(tmp_path / "a.mp4", moving(9))  # four a second
+    config = VideoConfig(rate=8, frames=5, least=2, filter=False)
+    path.with_suffix(".txt").write_text("a square slides")
+    found = rows(open_source(path, config))
+    assert [told(row)[1:] if isinstance(row, Row) else str(row) for row in found] == [
+        [f"frame {i}" for i in numbers]
+        for numbers in ((0, 0, 1, 2, 2), (2, 3, 4, 4, 4), (5, 6, 6, 6, 7), (8, 8))
+    ]
+
+
+def test_a_picture_table_may_name_a_gif(tmp_path: Path) -> None:
+    for name in ("a.png", "b.gif"):
+        Image.fromarray(view()).save(tmp_path / name)
+    table = tmp_path / "metadata.jsonl"
+    lines = [{"file_name": name, "text": name} for name in ("a.png", "b.gif")]
+    table.write_text("\n".join(map(json.dumps, lines)))
+    found = rows(open_source(tmp_path))
+    assert [told(row)[0] if isinstance(row, Row) else str(row) for row in found] == ["a.png", "b.gif"]
+    film(tmp_path / "b.gif", moving(33))
+    table.write_text(json.dumps(lines[1]))
+    (row,) = rows(open_source(tmp_path))
+    assert isinstance(row, Row) and len(row.pictures) == 5
+    table.write_text("\n".join(map(json.dumps, [{"video": "b.gif"}, lines[0]])))
+    assert [type(row) for row in rows(open_source(tmp_path))] == [Row, RowError]
+
+
 def test_still_frames_and_pans_are_dropped(tmp_path: Path) -> None:
     clips = {
         "mover": moving(5),

@@ -106,6 +106,7 @@ def check(
             count_text=lambda text: len(vocab.encode(text)),
             deep=not headers,
             dialogue=dialogue,
+            context_images=config.context_images,
             progress=lambda rows: update(rows, ""),
         )
     typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart
+from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart, printable
 from nextflow_ar.data.sources import Source
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.pictures import MAX_PIXELS, PictureError
@@ -74,11 +74,13 @@ def check_rows(
     count_text: Callable[[str], int],
     deep: bool = True,
     dialogue: bool = False,
+    context_images: str = "scales",
     progress: Callable[[int], None] = lambda rows: None,
 ) -> CheckReport:
     """Read all rows of a source. ``num_scales``: level that pictures are meant for. ``count_text``: tokens of a text.
     ``deep``: decode every picture (finds truncated files); otherwise read headers only. ``dialogue``: rows will be trained
-    with chat marks around every turn, which count too.
+    with chat marks around every turn, which count too. ``context_images``: how the model lays out given pictures
+    (:class:`~nextflow_ar.config.ModelConfig`).
     """
     report = CheckReport()
     for row in source.rows():
@@ -87,7 +89,7 @@ def check_rows(
         if isinstance(row, RowError):
             (report.left_out if isinstance(row, LeftOut) else report.problems).append(str(row))
             continue
-        length, told = _measure(row, num_scales, count_text, deep, dialogue, report)
+        length, told = _measure(row, num_scales, count_text, deep, dialogue, context_images, report)
         length += _marks(row, count_text) if dialogue else 0
         if length > most_tokens and not told:
             told.append(f"{row.where}: {length} tokens are too long, up to {most_tokens} are accepted")
@@ -104,6 +106,7 @@ def _measure(
     count_text: Callable[[str], int],
     deep: bool,
     dialogue: bool,
+    context_images: str,
     report: CheckReport,
 ) -> tuple[int, list[str]]:
     """Tokens of a row as the layout lays it out, and what is wrong with its pictures."""
@@ -122,7 +125,8 @@ def _measure(
                 raise PictureError(f"{part.picture.name}: {width}x{height} pixels are too many")
             schedule = ScaleSchedule.nearest(height, width, num_scales)
         except PictureError as error:
-            told.append(str(error) if row.where in str(error) else f"{row.where}: {error}")
+            said = printable(str(error))
+            told.append(said if row.where in said else f"{row.where}: {said}")
             continue
         except ValueError:
             told.append(
@@ -130,7 +134,10 @@ def _measure(
             )
             continue
         closing = schedule.sizes[-1] + 1 if dialogue or number + 1 < len(row.parts) else 0
-        length += schedule.num_tokens + closing  # <boi> stands for the first grid
+        short = closing and context_images == "closing" and not part.supervised
+        length += (
+            schedule.sizes[0] if short else schedule.num_tokens
+        ) + closing  # <boi> stands for the first grid
         report.ratios["x".join(map(str, ScaleSchedule.nearest(height, width, 18).final))] += 1
     return length, told
 

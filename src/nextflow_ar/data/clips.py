@@ -74,30 +74,37 @@ def find_clips(path: Path) -> list[Clip | RowError] | None:
 
 
 def _listed(table: Path) -> list[Clip | RowError] | None:
-    """The clips of a table; None when its first lines name none, so that it is one of pictures."""
+    """The clips of a table; None when its first lines name none, so that it is one of pictures. A GIF among other pictures
+    is one of them.
+    """
     found: list[Clip | RowError] = []
+    sure = False
     with table.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            found.append(_line(line, table, number))
-            if len(found) == 20 and not any(isinstance(clip, Clip) for clip in found):
+            clip, film = _line(line, table, number)
+            found.append(clip)
+            sure = sure or film
+            if len(found) == 20 and not sure and not all(isinstance(clip, Clip) for clip in found):
                 return None
-    return found if any(isinstance(clip, Clip) for clip in found) else None
+    return found if sure or (found and all(isinstance(clip, Clip) for clip in found)) else None
 
 
-def _line(line: bytes, table: Path, number: int) -> Clip | RowError:
+def _line(line: bytes, table: Path, number: int) -> tuple[Clip | RowError, bool]:
+    """What a line names, and whether that can be no picture."""
     where = f"{table}:{number}"
     try:
         values = json.loads(line)
     except ValueError as error:
-        return RowError(f"{where}: not valid JSON ({error})")
+        return RowError(f"{where}: not valid JSON ({error})"), False
     values = values if isinstance(values, dict) else {}
     named = values.get("video") or values.get("folder")
     name = named or values.get("file_name") or values.get("file")
     if not isinstance(name, str) or not (named or Path(name).suffix.lower() in SUFFIXES):
-        return RowError(f"{where}: names no clip (video, folder, or file_name of a video file)")
-    return _clip(table.parent / name, values, f"{where}: {name}")
+        return RowError(f"{where}: names no clip (video, folder, or file_name of a video file)"), False
+    clip = _clip(table.parent / name, values, f"{where}: {name}")
+    return clip, isinstance(clip, Clip) and (bool(named) or not name.lower().endswith(".gif"))
 
 
 def _clip(path: Path, values: Mapping[str, Any], where: str) -> Clip | RowError:

@@ -36,6 +36,8 @@ _READ = b"nextflow_ar.rows"
 """Another: how many rows of the source it is of, broken ones too."""
 _COUNTED = b"nextflow_ar.text_tokenizer"
 """Another: the text tokenizer (``TokenCounter.fingerprint``) whose tokens of every text it tells, if it does."""
+_ITEMS = b"nextflow_ar.source_rows"
+"""Another: a digest of which files' rows it is of, if the source could tell."""
 _CODES = ("target", "input", "clean")
 _TOGETHER = 32
 """Rows whose codes are read together."""
@@ -76,6 +78,17 @@ class ExtractionConfig:
             raise ValueError(f"kept is a difference of pixels from 0 to 255, got {self.kept}")
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What an extraction says of itself. Raises StorageError."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise StorageError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict) or not {"tokenizer", "config"} <= found.keys():
+        raise StorageError(f"{path}: no extraction's manifest (it lacks tokenizer or config)")
+    return found
+
+
 def setting_of(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
     """The setting of a manifest, with the fields that came later. Before ``given``, given pictures were corrected, too."""
     found = from_dict(ExtractionConfig, manifest["config"], str(path))
@@ -111,17 +124,21 @@ def _schema() -> Any:
 
 
 def encoded(
-    records: list[dict[str, Any]], fingerprint: str, read: int, counter: TokenCounter | None = None
+    records: list[dict[str, Any]],
+    fingerprint: str,
+    read: int,
+    counter: TokenCounter | None = None,
+    items: str = "",
 ) -> bytes:
     """The file of a shard with these records, made by the image tokenizer of this fingerprint from ``read`` rows.
 
     A record: ``row`` and ``where`` of the source, and ``parts``, each with ``role``, ``supervised`` and either ``text``
     or ``final``, ``scales`` and codes: ``target``, ``input`` (None: the same), ``clean`` (None: none beside). With a
-    ``counter`` every text gets its number of ``tokens``.
+    ``counter`` every text gets its number of ``tokens``. ``items``: a digest of what the rows are of.
     """
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
-    metadata = {_TOKENIZER: fingerprint, _READ: str(read)}
+    metadata = {_TOKENIZER: fingerprint, _READ: str(read)} | ({_ITEMS: items} if items else {})
     if counter is not None:
         metadata[_COUNTED] = counter.fingerprint
         texts = [part for record in records for part in record["parts"] if part.get("text") is not None]
@@ -129,7 +146,9 @@ def encoded(
             part["tokens"] = tokens
     table = pa.Table.from_pylist(records, schema=_schema()).replace_schema_metadata(metadata)
     buffer = io.BytesIO()
-    parquet().write_table(table, buffer, compression="zstd", row_group_size=_TOGETHER)
+    parquet().write_table(
+        table, buffer, compression="zstd", row_group_size=_TOGETHER, write_page_checksum=True
+    )
     return buffer.getvalue()
 
 
@@ -140,14 +159,15 @@ def _readable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:100]
         raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
 
 
 class CodeShard:
     """One file of an extraction. ``rows``: records in it; ``read``: rows of the source that it is of (None: it does not
-    say); ``counted``: fingerprint of the text tokenizer whose tokens it tells ("": of none).
+    say); ``items``: digest of what these are ("": likewise); ``counted``: fingerprint of the text tokenizer whose tokens it
+    tells ("": of none).
 
     Raises StorageError, here and where it is read, for a damaged one; for one that another image tokenizer made, too. One
     of before shards named their tokenizer is taken for what the manifest says.
@@ -170,12 +190,13 @@ class CodeShard:
             )
         self.rows: int = self._metadata.num_rows
         self.read = int(told[_READ]) if _READ in told else None
+        self.items = told.get(_ITEMS, b"").decode()
         self.counted = told.get(_COUNTED, b"").decode()
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._ends = list(accumulate(sizes))
 
     def _open(self) -> Any:
-        return parquet().ParquetFile(self.path, metadata=self._metadata)
+        return parquet().ParquetFile(self.path, metadata=self._metadata, page_checksum_verification=True)
 
     def table(self) -> Any:
         """All of it, as an Arrow table; columns that it is older than are null."""
@@ -208,7 +229,7 @@ class CodeShards:
         path = folder / MANIFEST
         if not path.is_file():
             raise StorageError(f"{folder}: no extraction here (it lacks {MANIFEST})")
-        manifest = json.loads(path.read_text())
+        manifest = read_manifest(path)
         self.fingerprint = tokenizer.fingerprint()
         if manifest["tokenizer"] != self.fingerprint:
             raise StorageError(

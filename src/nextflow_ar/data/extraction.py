@@ -8,8 +8,10 @@ tokenizer it is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -18,9 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from nextflow_ar.data.code_shards import MANIFEST, CodeShard, ExtractionConfig, encoded, parquet, setting_of
-from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
-from nextflow_ar.data.sources import Source, SourceError
+from nextflow_ar.data.code_shards import (
+    MANIFEST,
+    CodeShard,
+    ExtractionConfig,
+    encoded,
+    parquet,
+    read_manifest,
+    setting_of,
+)
+from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart, printable
+from nextflow_ar.data.sources import Source, SourceError, spans_of
 from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invertible
 from nextflow_ar.data.video import VideoSource
@@ -30,6 +40,8 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pictures import PictureError, place
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
+
+_LOG = logging.getLogger(__name__)
 
 
 def extract(
@@ -55,8 +67,8 @@ def extract(
     written, broken, number = 0, {}, process
     while (found := writer.write(number)) is not None:
         written, broken = written + found["rows"], broken | found["broken"]
-        note_broken(out, f"{process:03d}", found["broken"])  # with its shard: a stop loses neither
-        if found["wrote"]:
+        if found["wrote"]:  # with its shard: a stop loses neither
+            note_broken(out, f"{process:03d}", found["broken"], number * config.rows, config.rows)
             progress(number, written)
         number += processes
     return {"rows": written, "broken": broken}
@@ -89,36 +101,23 @@ class ShardWriter:
         _claim(out, manifest, config, place)
 
     def write(self, number: int) -> dict[str, Any] | None:
-        """Write shard ``number`` if it is missing, or short of rows that a grown source has by now: {"wrote", "rows",
-        "broken"}; None when the source has no such rows.
+        """Write shard ``number`` unless it is :func:`settled`: {"wrote", "rows", "broken"}; None if there are no such rows.
 
-        Raises StorageError when it is there, but damaged or of another tokenizer.
+        Raises StorageError when it is there, but damaged, of another tokenizer, or of rows that are no more.
         """
-        name = self.out / f"{number:06d}.parquet"
-        if name.is_file() and not self.short(number):
+        if settled(self.out, number, self.source, self.config.rows, self.fingerprint):
             return {"wrote": False, "rows": 0, "broken": {}}
-        first = number * self.config.rows
+        name, first = self.out / f"{number:06d}.parquet", number * self.config.rows
         rows = self._rows(first)
-        found = list(islice(rows, self.config.rows))
-        self._ahead = (first + len(found), rows)
-        if not found:
+        records, wrong, read = _records(islice(rows, self.config.rows), first, self.tokenizer, self.config)
+        self._ahead = (first + read, rows)
+        if not read:
+            if name.is_file():
+                raise StorageError(f"{name}: its source has no such rows any more: remove it")
             return None
-        records, wrong = _records(found, first, self.tokenizer, self.config)
-        write_atomic(name, encoded(records, self.fingerprint, len(found), self.counter))
+        items = _items(self.source, first, first + read)
+        write_atomic(name, encoded(records, self.fingerprint, read, self.counter, items))
         return {"wrote": True, "rows": len(records), "broken": wrong}
-
-    def short(self, number: int) -> bool:
-        """Whether a shard that is there ended with the source, which has more rows now. Not seen of a source that does not
-        know its length, and of shards that do not say how many they read. Raises StorageError as :meth:`write` does.
-        """
-        shard = CodeShard(self.out / f"{number:06d}.parquet", self.fingerprint)
-        held = self.config.rows if shard.read is None else shard.read
-        if held >= self.config.rows:
-            return False
-        try:
-            return self.source.count() > number * self.config.rows + held
-        except SourceError:
-            return False
 
     def _rows(self, first: int) -> Iterator[Row | RowError]:
         """The source from a row on: by going on where the last shard ended, unless it starts anywhere at little cost."""
@@ -133,19 +132,47 @@ class ShardWriter:
         return rows
 
 
-def note_broken(out: Path, who: str, broken: dict[str, str]) -> None:
-    """Add to the list of rows that an extraction left out, by row number."""
-    if not broken:
-        return
+def settled(out: Path, number: int, source: Source, rows: int, fingerprint: str) -> bool:
+    """Whether shard ``number``, of ``rows`` rows each, is there and has no other rows and no fewer than the source by now.
+
+    A source that grew behind its last row has its last shard made anew; one that changed before it, all that changed, with
+    a warning each. Not seen of a source that tells neither its length nor its files, and of shards of before. Raises
+    StorageError for a damaged shard, and for one of another image tokenizer.
+    """
+    path, first = out / f"{number:06d}.parquet", number * rows
+    if not path.is_file():
+        return False
+    shard = CodeShard(path, fingerprint)
+    held = rows if shard.read is None else shard.read
+    if shard.items and shard.items != _items(source, first, first + held):
+        _LOG.warning("%s: rows %d to %d are others by now: extracted again", path, first, first + held - 1)
+        return False
+    try:
+        return held >= rows or source.count() <= first + held
+    except SourceError:
+        return True
+
+
+def _items(source: Source, first: int, stop: int) -> str:
+    """Digest of what rows of a source are of; "" where it cannot tell."""
+    found = spans_of(source, first, stop)
+    return "" if found is None else hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def note_broken(out: Path, who: str, broken: dict[str, str], first: int, rows: int) -> None:
+    """Add to the list of rows that an extraction left out, by row number, in place of what it said of rows ``first`` on."""
     known = out / f"broken_{who}.json"
+    if not broken and not known.is_file():
+        return
     before = json.loads(known.read_text()) if known.is_file() else {}
+    before = {row: why for row, why in before.items() if not first <= int(row) < first + rows}
     write_atomic(known, json.dumps(before | broken, indent=1, ensure_ascii=False).encode())
 
 
 def same_source(out: Path, place: Path | str) -> None:
     """Raises StorageError when ``out`` holds an extraction of a source at another place. Manifests of before say none."""
     path = out / MANIFEST
-    known = json.loads(path.read_text()).get("source", "") if path.is_file() else ""
+    known = read_manifest(path).get("source", "") if path.is_file() else ""
     if place and known and known != _whole_place(place):
         raise StorageError(
             f"{out} holds codes of {known}, not of {_whole_place(place)}: name another folder "
@@ -164,7 +191,7 @@ def _claim(out: Path, manifest: dict[str, Any], config: ExtractionConfig, place:
         manifest |= {"source": _whole_place(place)} if place else {}
         write_atomic(path, json.dumps(manifest, indent=1).encode())
         return
-    known = json.loads(path.read_text())
+    known = read_manifest(path)
     known.pop("source", None)
     begun = setting_of(known, path)
     known["config"] = asdict(begun)
@@ -194,11 +221,13 @@ class _Wanted:
 
 
 def _records(
-    rows: list[Row | RowError], first: int, tokenizer: ImageTokenizer, config: ExtractionConfig
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    records, wrong = [], {}
+    rows: Iterable[Row | RowError], first: int, tokenizer: ImageTokenizer, config: ExtractionConfig
+) -> tuple[list[dict[str, Any]], dict[str, str], int]:
+    """Records, why rows were left out, and how many rows there were; taken one by one, since frames are large."""
+    records, wrong, read = [], {}, 0
     waiting: dict[ScaleSchedule, list[_Wanted]] = {}
     for number, row in enumerate(rows, start=first):
+        read += 1
         if isinstance(row, RowError):
             wrong[str(number)] = str(row)
             continue
@@ -207,7 +236,8 @@ def _records(
                 _part(part, (config.seed, number, i), tokenizer, config) for i, part in enumerate(row.parts)
             ]
         except (PictureError, ValueError) as error:
-            wrong[str(number)] = str(error) if row.where in str(error) else f"{row.where}: {error}"
+            told = printable(str(error))
+            wrong[str(number)] = told if row.where in told else f"{row.where}: {told}"
             continue
         told = [part.into if isinstance(part, _Wanted) else part for part in parts]
         if config.kept is not None:
@@ -225,7 +255,7 @@ def _records(
     for same in waiting.values():
         if same:
             _encode(same, tokenizer, config)
-    return records, wrong
+    return records, wrong, read
 
 
 def _follow(pictures: list[_Wanted]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nextflow_ar.data.extraction import ShardWriter, note_broken, same_source
+from nextflow_ar.data.code_shards import MANIFEST, read_manifest
+from nextflow_ar.data.extraction import ShardWriter, note_broken, same_source, settled
 from nextflow_ar.data.sources import SourceError, open_source
 from nextflow_ar.data.workers import Extraction, one_thread
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
@@ -31,6 +32,8 @@ class ShardActor:
         for number in batch["shard"].tolist():
             with one_thread():
                 told = self.writer.write(int(number)) or {"rows": 0, "broken": {}}
+            rows = self.writer.config.rows  # noted with its shard: a stop loses neither
+            note_broken(self.writer.out, f"ray_{number:06d}", told["broken"], int(number) * rows, rows)
             found["shard"].append(int(number))
             found["rows"].append(told["rows"])
             found["broken_rows"].append(list(told["broken"]))
@@ -50,12 +53,11 @@ def extract_with_ray(job: Extraction, actors: int, *, gpus: float = 0.0) -> dict
     except ImportError:
         raise SourceError("extraction with Ray needs it: pip install 'nextflow-ar[ray]'") from None
     same_source(job.out, job.place)  # also where nothing is missing
-    count = open_source(job.place, job.video).count()
-    shards = -(-count // job.config.rows)
-    whole = range(
-        max(0, shards - 1)
-    )  # the last one may be short of rows that the source has by now: its actor looks
-    missing = [n for n in range(shards) if n not in whole or not (job.out / f"{n:06d}.parquet").is_file()]
+    source = open_source(job.place, job.video)
+    shards = -(-source.count() // job.config.rows)
+    claimed = job.out / MANIFEST
+    made = read_manifest(claimed)["tokenizer"] if claimed.is_file() else ""
+    missing = [n for n in range(shards) if not settled(job.out, n, source, job.config.rows, made)]
     if not missing:
         return {"rows": 0, "broken": {}}
     options: dict[str, Any] = {"num_gpus": gpus} if gpus else {"num_cpus": 1}
@@ -75,5 +77,4 @@ def extract_with_ray(job: Extraction, actors: int, *, gpus: float = 0.0) -> dict
         for each in sorted(found, key=lambda each: each["shard"])
         for row, why in zip(each["broken_rows"], each["broken_why"], strict=True)
     }
-    note_broken(job.out, "ray", broken)
     return {"rows": sum(int(each["rows"]) for each in found), "broken": broken}

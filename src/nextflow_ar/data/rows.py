@@ -22,8 +22,16 @@ ROLES: tuple[str, ...] = ("system", "user", "assistant")
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
+def printable(text: str) -> str:
+    """A text that can be written anywhere: bytes of file names that are no UTF-8 as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class RowError(ValueError):
     """A row does not fit the format: one line that says what and what is accepted."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class LeftOut(RowError):
@@ -46,7 +54,11 @@ class PictureRef:
         """(height, width) of what :meth:`open` gives, from the header alone. Raises PictureError."""
         with self._header() as file:
             known = file.format in ("JPEG", "MPO", "WEBP")  # a PNG would be decoded to look for the tag
-            turned = known and file.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            try:
+                turned = known and file.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            except Exception as error:  # damaged notes of a camera
+                reason = " ".join(str(error).split())[:100]
+                raise PictureError(f"{self.name}: damaged picture ({reason})") from None
             return (file.width, file.height) if turned else (file.height, file.width)
 
     def content(self) -> tuple[bytes, str]:
@@ -127,7 +139,7 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
 
 class _Reader:
     def __init__(self, where: str, folder: Path | None) -> None:
-        self.where, self.folder = where, folder
+        self.where, self.folder = printable(where), folder
 
     def fail(self, message: str) -> RowError:
         return RowError(f"{self.where}: {message}")
@@ -137,6 +149,9 @@ class _Reader:
             raise self.fail(f"{key} is text, got {type(value).__name__}")
         if not value.strip():
             raise self.fail(f"{key} is empty")
+        if (shown := printable(value)) != value:
+            at = next(i for i, (a, b) in enumerate(zip(shown, value, strict=False)) if a != b)
+            raise self.fail(f"{key} has half of a character: ...{shown[max(0, at - 20) : at + 6]}")
         return TextPart(value.strip(), "assistant" if supervised else "user", supervised)
 
     def picture(self, value: object, key: str, *, supervised: bool) -> PicturePart:
@@ -148,7 +163,7 @@ class _Reader:
             if data is not None and not isinstance(data, bytes | bytearray):
                 raise self.fail(f"{key}: bytes are a picture file's, got {type(data).__name__}")
             if data:
-                name = f"{self.where}: {value.get('path') or key}"
+                name = printable(f"{self.where}: {value.get('path') or key}")
                 return PicturePart(PictureRef(name, data=bytes(data)), role, supervised)
             value = value.get("path")
         if isinstance(value, bytes | bytearray):
@@ -164,7 +179,7 @@ class _Reader:
         path = Path(value)
         if self.folder is not None and not path.is_absolute():
             path = self.folder / path
-        return PicturePart(PictureRef(f"{self.where}: {value}", path=path), role, supervised)
+        return PicturePart(PictureRef(printable(f"{self.where}: {value}"), path=path), role, supervised)
 
     def full(self, segments: object) -> Row:
         if not isinstance(segments, list) or not segments:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image as PILImage
 
 from nextflow_ar.data.layouts import coco_rows
+from nextflow_ar.data.parquet_rows import group_rows
 from nextflow_ar.data.rows import Row, RowError, parse_row
 
 if TYPE_CHECKING:
@@ -40,6 +42,35 @@ class Source(Protocol):
     def count(self) -> int:
         """How many rows there are, without opening a picture. Raises SourceError where that is not known beforehand."""
         ...
+
+
+Span = tuple[str | int, ...]
+"""A file's name and which of its rows (first, behind the last), or a checksum of lines of text."""
+
+
+def spans_of(source: Source, start: int, stop: int) -> list[Span] | None:
+    """What rows ``start`` to ``stop`` are of, so that another run can tell whether they still are; no picture is opened.
+    None where the source cannot tell.
+    """
+    told = getattr(source, "spans", None)
+    return None if told is None else told(start, stop)
+
+
+def _named(path: Path, files: list[Path]) -> str:
+    """What a file is called among several; one alone may be called anything."""
+    return path.name if len(files) > 1 else ""
+
+
+def overlapping(files: Iterable[tuple[str, int]], start: int, stop: int) -> Iterator[Span]:
+    """Of files with numbers of rows, those that rows ``start`` to ``stop`` lie in."""
+    at = 0
+    for name, count in files:
+        if at >= stop:
+            return
+        low, high = max(start, at), min(stop, at + count)
+        if low < high:
+            yield name, low - at, high - at
+        at += count
 
 
 def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
@@ -105,6 +136,12 @@ class _Files(ABC):
         """See :class:`Source`."""
         return sum(map(self._known, self.files))
 
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """See :func:`spans_of`."""
+        return list(
+            overlapping(((_named(path, self.files), self._known(path)) for path in self.files), start, stop)
+        )
+
     def _known(self, path: Path) -> int:
         if path not in self._counts:
             self._counts[path] = self._count(path)
@@ -137,6 +174,10 @@ class JsonlSource(_Files):
         return total
 
     def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
+        for number, line in self._lines(path, start):
+            yield _parsed(line, f"{path}:{number}", path.parent)
+
+    def _lines(self, path: Path, start: int) -> Iterator[tuple[int, bytes]]:
         at, first = self._marks[path][start // 1000] if start else (0, 1)
         skip = start % 1000
         with path.open("rb") as file:
@@ -147,7 +188,20 @@ class JsonlSource(_Files):
                 if skip:
                     skip -= 1
                     continue
-                yield _parsed(line, f"{path}:{number}", path.parent)
+                yield number, line
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """See :func:`spans_of`; lines mean the same in a file of any name."""
+        found: list[Span] = []
+        for path in self.files:
+            low, high = max(0, start), min(stop, self._known(path))
+            if low < high:
+                lines = (line for _, line in self._lines(path, low))
+                found.append((_checksum(islice(lines, high - low)),))
+            start, stop = start - self._known(path), stop - self._known(path)
+            if stop <= 0:
+                break
+        return found
 
 
 class JsonSource(_Files):
@@ -177,6 +231,14 @@ class JsonSource(_Files):
             yield _row(values, where, path.parent) if isinstance(values, dict) else _no_mapping(values, where)
 
 
+def _checksum(lines: Iterable[bytes]) -> int:
+    """Of lines without what ends them: the last line of a file may get its end later."""
+    found = 0
+    for line in lines:
+        found = zlib.crc32(line.strip() + b"\n", found)
+    return found
+
+
 def _parsed(line: bytes, where: str, folder: Path | None) -> Row | RowError:
     try:
         values = json.loads(line)
@@ -201,22 +263,6 @@ def _row(values: Mapping[str, Any], where: str, folder: Path | None) -> Row | Ro
         return RowError(f"{where}: cannot be read ({type(error).__name__}: {reason})")
 
 
-def _group_rows(file: Any, group: int, size: int) -> Iterator[dict[str, Any] | RowError]:
-    """The rows of a parquet file's row group, in parts, since one may be gigabytes; where it is damaged, an error for
-    every row that cannot be read any more.
-    """
-    seen = 0
-    try:
-        for batch in file.iter_batches(batch_size=64, row_groups=[group]):
-            for values in batch.to_pylist():
-                yield values
-                seen += 1
-    except (OSError, ValueError, RuntimeError) as error:  # pyarrow's own are among these
-        reason = " ".join(str(error).split())[:200]
-        for _ in range(size - seen):
-            yield RowError(f"its part of the file is damaged ({reason})")
-
-
 class ParquetSource:
     """Parquet files; pictures as bytes, as Hugging Face's struct of bytes and path, or as paths relative to the file."""
 
@@ -224,10 +270,22 @@ class ParquetSource:
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
+        self._counts: dict[Path, int] = {}
 
     def count(self) -> int:
         """See :class:`Source`."""
-        return sum(self._opened(path).metadata.num_rows for path in self.files)
+        return sum(map(self._count, self.files))
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """See :func:`spans_of`."""
+        return list(
+            overlapping(((_named(path, self.files), self._count(path)) for path in self.files), start, stop)
+        )
+
+    def _count(self, path: Path) -> int:
+        if path not in self._counts:
+            self._counts[path] = self._opened(path).metadata.num_rows
+        return self._counts[path]
 
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
         """See :class:`Source`; whole row groups before ``start`` are not read."""
@@ -240,7 +298,7 @@ class ParquetSource:
                 if passed + size <= start:
                     passed, number = passed + size, number + size
                     continue
-                for values in _group_rows(file, group, size):
+                for values in group_rows(file, group, size):
                     where = f"{path}: row {number}"
                     if passed >= start:
                         damaged = isinstance(values, RowError)
@@ -285,7 +343,7 @@ class FolderSource:
             if beside is None:
                 yield RowError(f"{path}: no caption beside it ({path.stem}.txt or .caption)")
                 continue
-            text = beside.read_text(errors="replace")
+            text = beside.read_text(encoding="utf-8-sig", errors="replace")
             yield _row({"image": path.name, "caption": text}, str(path), path.parent)
 
     def count(self) -> int:
@@ -294,6 +352,14 @@ class FolderSource:
             return len(self.files)
         with self.table.open("rb") as file:
             return sum(1 for line in file if line.strip())
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """See :func:`spans_of`."""
+        if self.table is None:
+            return [(path.relative_to(self.folder).as_posix(),) for path in self.files[start:stop]]
+        with self.table.open("rb") as file:
+            lines = list(islice((line for line in file if line.strip()), start, stop))
+        return [(len(lines), _checksum(lines))]
 
     def _listed(self, table: Path) -> Iterator[Row | RowError]:
         with table.open("rb") as file:
@@ -343,8 +409,19 @@ class TarSource(_Files):
                     elif number >= start:
                         content = {suffix: _content(shard, member) for suffix, member in members.items()}
                         yield _shard_row(content, f"{path}: {key}")
+                if _goes_on(path, shard.offset):
+                    raise tarfile.ReadError(
+                        "something that is no file of it follows: a broken header, or tars that were joined"
+                    )
         except (tarfile.TarError, EOFError, OSError) as error:
             yield RowError(f"{path}: the shard is damaged ({error})")
+
+
+def _goes_on(path: Path, end: int) -> bool:
+    """Whether anything but zeros stands behind where a tar was read to: tarfile takes a broken header for its end."""
+    with path.open("rb") as file:
+        file.seek(end)
+        return any(any(block) for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def _by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -406,7 +483,7 @@ def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any
 
 _KINDS: dict[str, type[JsonlSource] | type[ParquetSource] | type[TarSource] | type[JsonSource]] = {
     ".jsonl": JsonlSource,
+    ".tar": TarSource,  # before the tables that img2dataset writes beside its shards
     ".parquet": ParquetSource,
-    ".tar": TarSource,
     ".json": JsonSource,
 }

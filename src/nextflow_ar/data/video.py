@@ -22,6 +22,7 @@ from pydantic import ConfigDict
 from nextflow_ar.data.clips import Clip, frame_files
 from nextflow_ar.data.motion import MotionConfig, compare, load_cv2, shrink
 from nextflow_ar.data.rows import LeftOut, Part, PicturePart, PictureRef, Row, RowError, TextPart
+from nextflow_ar.data.sources import Span, overlapping
 from nextflow_ar.tokenizer.pictures import PictureError, open_picture
 
 
@@ -96,6 +97,11 @@ class VideoSource:
                 yield from self._clip_rows(clip, count, start)
             start = 0
 
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """See :func:`~nextflow_ar.data.sources.spans_of`."""
+        named = ((_named(clip), self._count(i)) for i, clip in enumerate(self.clips))
+        return list(overlapping(named, start, stop))
+
     def _count(self, i: int) -> int:
         """How many rows a clip gives; a broken one gives its error."""
         if i not in self._windows:
@@ -153,6 +159,11 @@ class VideoSource:
         if not any(part.supervised for part in parts):
             return LeftOut(f"{where}: a single frame without a text teaches nothing")
         return Row(tuple(parts), where)
+
+
+def _named(clip: Clip | RowError) -> str:
+    """A clip wherever its data set lies."""
+    return "" if isinstance(clip, RowError) else "/".join(clip.path.parts[-2:])
 
 
 def _moving(looks: list[Look], config: VideoConfig) -> tuple[list[tuple[int, PictureRef]], int, int]:
@@ -225,8 +236,11 @@ def _looks(clip: Clip, config: VideoConfig, first: int) -> Iterator[Look]:
                 if not found:
                     return
                 pixels = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                yield number, FrameRef(f"{clip.where}: frame {index}", pixels=pixels), pixels
-                number += 1
+                while index >= round(
+                    number * fps / config.rate
+                ):  # more than once where looks are more frequent
+                    yield number, FrameRef(f"{clip.where}: frame {index}", pixels=pixels), pixels
+                    number += 1
             index += 1
     finally:
         capture.release()

@@ -97,7 +97,9 @@ def _opened(
         raise PictureError(
             f"{name}: not a picture (PNG, JPEG, WebP, GIF, BMP and TIFF are accepted)"
         ) from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what Pillow's decoders raise differs from format to format
         reason = " ".join(str(error).split())[:120]
         raise PictureError(f"{name}: damaged or truncated picture ({reason})") from None
 
