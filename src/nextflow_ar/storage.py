@@ -45,7 +45,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def _write(path: Path, pieces: Iterable[Any]) -> None:
     """:func:`write_atomic` of what the ``pieces`` (anything with a buffer) are, one after the other."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # containers on several machines, with a folder that all see, may count their processes alike
+    temporary = path.with_name(f".{path.name}.{os.getpid()}_{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

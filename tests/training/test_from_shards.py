@@ -128,6 +128,10 @@ def test_another_checkpoint_may_teach(make: Make, place: Path, tmp_path: Path) -
     there = make("b", distillation=every)
     there.model.load_state_dict(load_bundle(tmp_path / "other").model.state_dict())
     assert there.advance()["norm"] < 1e-2 * told  # it says what the other one says
+    few = make("e", distillation=every, trains="lora", lora={"rank": 2}).advance()
+    assert few["norm"] > 0  # adapters are no part of what teaches
+    own = make("f", distillation={"share": 1.0, "shards": True}, trains="lora", lora={"rank": 2}).advance()
+    assert own["norm"] < 1e-2 * few["norm"]
     with pytest.raises(ConfigError, match=r"distillation.teacher: .*nano is of another architecture"):
         make("c", distillation=every | {"teacher": "nano"})
     with pytest.raises(StorageError, match="no such checkpoint folder"):

@@ -120,7 +120,20 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
     alone = tiny("sharding=null")
     whole = memory(alone, 4)
     assert (whole.weights, whole.optimizer, whole.average) == (4 * total, 8 * total, 4 * total)
-    assert whole.gradients == 2 * 4 * total and whole.gathered == 0
+    assert whole.gradients == 2 * 4 * total
+    assert whole.gathered == 2 * (3 * layer + 4)  # bf16 copies of the layers, kept for the backward pass
+    assert memory(tiny("sharding=null", "checkpointing=true"), 4).gathered == 0
+    tables = (
+        6 + 10
+    ) * 4 + 68  # embeddings, head and inputs: of which some rows train, but all have gradients
+    for aligned, kept in (
+        (tiny("trains=alignment"), tables),
+        (tiny("trains=alignment", "sharding=null"), 68 + 8 * 4),
+    ):
+        assert (
+            moments(aligned) == 2 * kept
+            and memory(aligned, 1).gradients == memory(aligned, 1).average == 4 * tables
+        )
     assert communication(alone, MACHINE, 2) == pytest.approx(2 * 4 * total * 0.5 / 1e9)
     once = tiny(
         "sharding.reduce_each=false"
@@ -145,6 +158,20 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
     assert useful_flops(few, few.row_counts) < useful_flops(tiny(), few.row_counts)
     with pytest.raises(ConfigError, match="'lm_head' is no layer that takes adapters; accepted: q_proj"):
         tiny("trains=lora", "lora={targets: [lm_head]}")
+
+
+def test_accumulate_is_what_every_source_divides_by() -> None:
+    one, two = TINY | {"sources": [{"rows": 16}]}, TINY | {"sources": [{"rows": 8}, {"rows": 8}]}
+    odd = TINY | {"sources": [{"rows": 4}, {"rows": 12}]}
+    for values, parts, micro, largest in ((one, 4, 4, None), (two, 2, 4, None), (odd, 1, 2, 3)):
+        plain = {k: v for k, v in values["plan"].items() if k != "micro_steps"}
+        stage = read_stage(values | {"plan": plain}, "tiny")
+        on = stage.on(4)
+        assert (on.accumulate, on.micro_steps) == (parts, micro)
+        assert on.row_counts.tokens * on.micro_steps * 4 == stage.row_counts.tokens * 16  # a step is a step
+        assert on.largest == (None if largest is None else stage.row_counts.times(largest))
+        with pytest.raises(ConfigError, match="cannot be divided among 3 GPUs"):
+            stage.on(3)
 
 
 def test_a_recipe_without_a_plan_is_its_rows() -> None:

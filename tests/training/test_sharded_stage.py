@@ -89,7 +89,10 @@ def _process(rank: int, port: int, folder: str) -> None:
     place = Path(folder)
     resumed = trainer(place, "one")
     found: dict[str, Any] = {"resumed": [resumed.step, curve(resumed, STEPS)]}
-    training = trainer(place, "two", FINISHED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRecipe, "shapes", 40)
+        training = trainer(place, "two", FINISHED)
+    found["shapes"] = torch._dynamo.config.recompile_limit
     parameters = list(training.model.parameters())
     found["held"] = sum(local(p.detach()).numel() for p in parameters)
     found["spread"] = all(isinstance(p, DTensor) for p in parameters)
@@ -171,9 +174,11 @@ def test_a_run_goes_on_with_another_number_of_processes(
     for found in two:  # one, then two
         assert found["resumed"][0] == SAVED
         close(found["resumed"][1], one["curve"][SAVED:])
-    alone = trainer(place, "two")  # two, then one
-    assert alone.step == FINISHED
-    close(curve(alone, STEPS), one["curve"][FINISHED:])
+        assert found["shapes"] == 40  # which layers may be compiled for
+    for parts in (1, 2):  # two, then one, which computes a step's rows at once or one by one
+        alone = trainer(place, "two", accumulate=parts)
+        assert alone.step == FINISHED
+        close(curve(alone, STEPS), one["curve"][FINISHED:])
 
 
 def test_the_export_of_two_processes_is_one_bundle(place: Path, two: list[dict[str, Any]]) -> None:
@@ -192,6 +197,16 @@ def test_a_sheet_is_drawn_with_the_whole_averaged_model(place: Path, two: list[d
     for name, tensor in weights.items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
     assert (place / "two" / f"sheet_{FINISHED:06d}.png").is_file()
+
+
+def test_a_sheet_without_room_ends_no_training(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def preview(bundle: Bundle, step: int) -> list[np.ndarray]:
+        raise torch.OutOfMemoryError
+
+    assert (trainer(place, "full", 1).fit(preview) / "model.safetensors").is_file()
+    assert "no sample sheet at step 1: out of memory" in caplog.text and not list(
+        (place / "full").glob("*.png")
+    )
 
 
 def test_what_does_not_go_together_is_one_line(place: Path, one: dict[str, Any]) -> None:

@@ -274,13 +274,18 @@ def preview_sheet(bundle: Bundle, step: int) -> list[np.ndarray]:
 
     Drawn in fp32 or bf16 as the machine prefers, from the averaged weights.
     """
+    import torch
+
     from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype
 
     bundle.model.to(best_dtype(bundle.model.head.weight.device))
     pipeline = NextFlowPipeline(bundle)
     rows = []
     for seed in (1, 2):
-        pictures = pipeline.generate(SHEET_PROMPTS, seed=seed)
+        try:
+            pictures = pipeline.generate(SHEET_PROMPTS, seed=seed)
+        except torch.OutOfMemoryError:  # beside a training: the same pictures, one by one
+            pictures = [pipeline.generate(prompt, seed=seed)[0] for prompt in SHEET_PROMPTS]
         rows.append(np.stack([np.asarray(picture) for picture in pictures]))
     return rows
 

@@ -43,6 +43,13 @@ class Copies:
     places: Tensor | None
 
 
+def allow_shapes(shapes: int) -> None:
+    """Let torch compile a function for so many shapes; behind its own eighth it would run all others uncompiled."""
+    limit = torch._dynamo.config
+    limit.recompile_limit = max(limit.recompile_limit, shapes)
+    limit.accumulated_recompile_limit = max(limit.accumulated_recompile_limit, 2 * shapes)
+
+
 class NextFlowModel(nn.Module):
     """Backbone, inputs of both modalities, and one head over text and codes."""
 
@@ -100,8 +107,7 @@ class NextFlowModel(nn.Module):
         ``flex`` says otherwise; on a CPU the stack as a whole. Every shape of a batch is compiled for, up to ``shapes`` of
         them; others are computed uncompiled.
         """
-        limit = torch._dynamo.config
-        limit.recompile_limit = max(limit.recompile_limit, shapes)
+        allow_shapes(shapes)
         if self.head.weight.device.type == "cuda":
             for layer in self.backbone.layers:
                 layer.compile(dynamic=False)  # pyright: ignore[reportCallIssue]

@@ -123,14 +123,29 @@ def merge_into(model: NextFlowModel, weights: dict[str, Tensor], scaling: float)
     return model
 
 
-def averaged(model: NextFlowModel, averages: dict[str, Tensor], config: LoraConfig | None) -> NextFlowModel:
-    """A model of its own: ``model`` with its averages in place of the weights that have them, adapters merged."""
+def averaged(
+    model: NextFlowModel,
+    averages: dict[str, Tensor],
+    config: LoraConfig | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> NextFlowModel:
+    """A frozen model of its own: ``model`` with its averages in place of the weights that have them, adapters merged. Every
+    tensor goes to ``device`` and ``dtype`` by itself, so that nothing is held twice there.
+    """
     weights: dict[str, Tensor] = dict(model.state_dict()) | averages
-    found = NextFlowModel(model.config)
-    found.load_state_dict({k.replace(".base_layer.", "."): v for k, v in weights.items() if "lora_" not in k})
-    return (
-        found if config is None else merge_into(found, adapter_weights(averages), config.alpha / config.rank)
-    )
+    found = NextFlowModel.empty(model.config)
+    copies = {
+        name.replace(".base_layer.", "."): value.detach().to(device, dtype, copy=True)
+        for name, value in weights.items()
+        if "lora_" not in name
+    }
+    found.load_state_dict(copies, assign=True)
+    found = found.to(device).eval().requires_grad_(False)
+    if config is None:
+        return found
+    told = {name: value.to(device) for name, value in adapter_weights(averages).items()}
+    return merge_into(found, told, config.alpha / config.rank)
 
 
 def merge_adapter(bundle: Bundle, base: Path, adapter: Path) -> Bundle:

@@ -25,7 +25,7 @@ from nextflow_ar.model.checkpoint import (
 )
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
-from nextflow_ar.precision import mixed_precision, precision_name
+from nextflow_ar.precision import best_dtype, mixed_precision, precision_name
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import LayoutOptions
@@ -65,8 +65,8 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Of a model that starts from nothing."""
 MAY_CHANGE = (
-    "out", "steps", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing", "peak",
-    "tensorboard", "sharding", "prefetch", "workers", "flex", "precision",
+    "out", "steps", "accumulate", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing",
+    "peak", "tensorboard", "sharding", "prefetch", "workers", "flex", "precision",
 )  # fmt: skip
 """Keys that a resumed run may have otherwise than before."""
 _LOG = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ class ModelTrainer:
                 self.generator,
                 codebook if fits else None,
                 flex=recipe.flex,
+                shapes=recipe.shapes,
             )
             check_agreement(model, self.image_tokenizer, self.vocab, learnt)
             return model, chosen[0]
@@ -372,27 +373,29 @@ class ModelTrainer:
         move_averages(self.averages, self.parameters, decay)
         return norm
 
-    def bundle(self) -> Bundle:
+    def bundle(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Bundle:
         """The averaged weights as a model ready to draw (shares nothing with the one in training), adapters merged.
 
         Of a model that is spread over processes see :meth:`_draw`; :meth:`export` writes that from its checkpoint.
         """
-        model = adapters.averaged(self.model, self.averages, self.recipe.lora)
-        return self._bundle(model.to(self.device).eval().requires_grad_(False))
+        place = device or self.device
+        return self._bundle(adapters.averaged(self.model, self.averages, self.recipe.lora, place, dtype))
 
     def _bundle(self, model: NextFlowModel) -> Bundle:
         return Bundle(model, self.image_tokenizer, self.vocab, dict(self.generation))
 
     def _draw(self, preview: Preview) -> None:
-        """A sample sheet, by the first process; a model that is spread is gathered there, by all."""
-        bundle = None
+        """A sample sheet, by the first process (all gather a model in shards there); none where memory is short."""
+        whole = None
         if self.shards is not None and self.spread:
-            model = self.shards.gather(self.model, self.averages, self.device)
-            bundle = None if model is None else self._bundle(model)
-        elif self.world.rank == 0:
-            bundle = self.bundle()
-        if bundle is not None:
+            whole = self.shards.gather(self.model, self.averages, self.device)
+        if self.world.rank or (self.spread and whole is None):
+            return
+        try:
+            bundle = self.bundle(dtype=best_dtype(self.device)) if whole is None else self._bundle(whole)
             self.run.sheet(f"sheet_{self.step:06d}", preview(bundle, self.step))
+        except torch.OutOfMemoryError:
+            _LOG.warning("no sample sheet at step %d: out of memory", self.step)
 
     def export(self, folder: Path, card: str) -> Path:
         """Write the averaged weights as a checkpoint folder; of adapters, themselves, as ``adapter`` beside it, too.
@@ -408,7 +411,7 @@ class ModelTrainer:
             adapters.save_adapter(
                 folder.parent / "adapter", self.averages, self.recipe.lora, self.recipe.start
             )
-        bundle = self.bundle()
+        bundle = self.bundle(torch.device("cpu"))  # a GPU may have no room for another one
         save_bundle(folder, bundle.model, self.image_tokenizer, self.text_tokenizer, bundle.generation, card)
         return folder
 

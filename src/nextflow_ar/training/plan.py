@@ -12,7 +12,7 @@ from nextflow_ar.config import ConfigError
 from nextflow_ar.model.costs import Counts, Parameters, forward_flops, parameters, saved_bytes
 from nextflow_ar.model.loss import HELD_LOGITS
 from nextflow_ar.training.hardware import Gpu, attention_flops, measure_machine, muon_rate, product_flops
-from nextflow_ar.training.plan_stage import Stage, adapter_parameters, read_stage, trained
+from nextflow_ar.training.plan_stage import Stage, adapter_parameters, read_stage, touched, trained
 from nextflow_ar.training.recipe import LoraConfig
 from nextflow_ar.training.sharded import ShardingConfig
 
@@ -108,15 +108,20 @@ def moments(stage: Stage) -> float:
     """Moments that the optimiser keeps, in numbers of parameters: AdamW two, Muon one for hidden matrices."""
     p = parameters(stage.model)
     muon = {"everything": p.layers, "lora": stage.adapters, "alignment": 0}[stage.trains]
-    return 2 * trained(stage) - (muon if stage.optimizer.muon_lr else 0)
+    kept = (
+        trained(stage) if stage.sharding is None else touched(stage)
+    )  # of some rows: shards keep those of the table
+    return 2 * kept - (muon if stage.optimizer.muon_lr else 0)
 
 
 def memory(stage: Stage, gpus: int) -> Memory:
     """Bytes per GPU. Sharded: fp32 weights, gradients, moments and averages over the GPUs of a line, layers gathered two at
     a time, all else at once, whole gradients of one group (of all, where a step has parts and ``reduce_each`` is off).
-    Else all of them, and the gradients once more in one message. Activations and logits of one micro step.
+    Else all of them, the gradients once more in one message, and unless layers are computed again the copies in bf16 that
+    autograd keeps of their weights. A table of which some rows train has whole gradients and averages. Activations and
+    logits of one micro step.
     """
-    p, config, trains = parameters(stage.model), stage.model, trained(stage)
+    p, config, trains = parameters(stage.model), stage.model, touched(stage)
     row = stage.largest or stage.row_counts
     outside, line = p.total - p.layers, _line(stage, gpus)
     layer = row.tokens * saved_bytes(config)
@@ -130,6 +135,8 @@ def memory(stage: Stage, gpus: int) -> Memory:
     if not stage.chunked_head:
         logits = row.predicted * config.vocab * (2 + 4 + 4)  # bf16 logits, their fp32 copy, its gradient
     gathered, gradients = 0.0, 4.0 * trains / line
+    if stage.sharding is None and not stage.checkpointing:
+        gathered = 2.0 * p.layers
     if gpus > 1 and stage.sharding is None:
         gradients *= 2
     elif gpus > 1 and stage.sharding is not None:
@@ -327,7 +334,7 @@ def make_plan(
             f"--gpus is at least 1 and --efficiency above 0 and at most 1, got {gpus}, {efficiency:g}"
         )
     asked, stage = stage, stage.on(gpus)
-    accumulate = stage.micro_steps if asked.rows and stage.micro_steps != asked.accumulate else None
+    accumulate = stage.accumulate if asked.rows and stage.accumulate != asked.accumulate else None
     per_update = stage.row_counts.tokens * stage.micro_steps * gpus
     return Plan(
         gpu=gpu,

@@ -31,7 +31,8 @@ from nextflow_ar.training.sharded import ShardingConfig
 class Stage:
     """What a recipe asks for, whatever machine runs it. ``counts``: of the whole stage; ``row_counts``: of one micro step
     on one GPU; ``largest``: of the largest micro step there (null: they are alike). ``shared``: both are of the rows of
-    all GPUs together, whose number :meth:`on` divides by. ``rows``: of all GPUs in a step, one in every micro step.
+    all GPUs together, whose number :meth:`on` divides by. ``rows``: of all GPUs in a step, by source, of which micro steps
+    are made as small as can be.
     ``steps``: of the recipe, where it does not follow from its documents. ``adapters``: parameters of adapters.
     ``sharding``: null where every GPU holds all of the model. ``accumulate``: the recipe's.
     """
@@ -51,7 +52,7 @@ class Stage:
     steps: float | None = None
     largest: Counts | None = None
     shared: int | None = None
-    rows: int | None = None
+    rows: tuple[int, ...] | None = None
     accumulate: int = 1
 
     @property
@@ -61,13 +62,17 @@ class Stage:
 
     def on(self, gpus: int) -> Stage:
         """The stage as ``gpus`` see it. Raises ConfigError where the recipe's rows do not divide among them."""
-        rows = self.rows or self.shared
-        if rows is None:
+        most = self.shared if self.rows is None else gcd(*self.rows)
+        if most is None:
             return self
-        if rows % gpus:
+        if most % gpus:
             raise ConfigError(f"--gpus: the recipe's rows cannot be divided among {gpus} GPUs")
-        if self.shared is None:
-            return replace(self, micro_steps=rows // gpus, rows=None)
+        if self.rows is not None:  # every source in as many parts
+            mean, large = sum(self.rows) / len(self.rows) / most, max(self.rows) / most
+            return replace(
+                self, accumulate=most // gpus, micro_steps=most // gpus * len(self.rows), rows=None,
+                row_counts=self.row_counts.times(mean), largest=self.row_counts.times(large) if large > mean else None,
+            )  # fmt: skip
         largest = None if self.largest is None else self.largest.times(1 / gpus)
         return replace(self, row_counts=self.row_counts.times(1 / gpus), largest=largest, shared=None)
 
@@ -145,13 +150,13 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
     )  # fmt: skip
 
 
-def _rows(values: Mapping[str, Any], where: str) -> int:
-    """Rows of a step of all sources."""
+def _rows(values: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """Rows of a step, of every source."""
     try:
-        rows = sum(int(source["rows"]) for source in values["sources"])
+        rows = tuple(int(source["rows"]) for source in values["sources"])
     except (KeyError, TypeError, ValueError):
-        rows = 0
-    if rows < 1:
+        rows = ()
+    if not rows or min(rows) < 1:
         raise ConfigError(f"{where}: to plan, a recipe needs the rows of its sources, or plan.micro_steps")
     return rows
 
@@ -212,6 +217,12 @@ def _of_sources(stage: Stage, values: Mapping[str, Any], where: str) -> Stage:
         stage, counts=whole.times(steps), row_counts=whole.times(1 / micro), steps=steps, micro_steps=micro,
         largest=max(each, key=lambda one: one.tokens).times(1 / parts), shared=gcd(*(n // parts for n, _ in rows)),
     )  # fmt: skip
+
+
+def touched(stage: Stage) -> int:
+    """Numbers of parameters that have gradients: of a table of which some rows train, all of it."""
+    p = parameters(stage.model)
+    return p.inputs + p.embeddings + p.head if stage.alignment else trained(stage)
 
 
 def trained(stage: Stage) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -218,12 +219,13 @@ class ModelRecipe:
 
     @property
     def shapes(self) -> int:
-        """Shapes of batches that are compiled for, at most: torch's own eight, and the widths of two doublings of every
-        source of rows of equal compute; as many again for the frozen copy that teaches.
+        """Shapes of batches that are compiled for, at most: torch's own eight, the widths of two doublings of every source
+        of rows of equal compute, and those of rows that are padded; as many again for the frozen copy that teaches.
         """
-        widths = [s.packing.widths for s in self.sources if isinstance(s, ShardSource | EpisodeSource)
-                  and s.packing.mode == "compute"]  # fmt: skip
-        return (8 + 2 * sum(widths)) * (1 if self.distillation is None else 2)
+        packings = [s.packing for s in self.sources if isinstance(s, ShardSource | EpisodeSource)]
+        widths = [2 * p.widths for p in packings if p.mode == "compute"]
+        widths += [math.ceil(p.budget / 64) for p in packings if p.mode == "pad"]
+        return (8 + sum(widths)) * (1 if self.distillation is None else 2)
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, for a senseless value, and where parts do not go together."""

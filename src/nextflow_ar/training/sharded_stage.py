@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nextflow_ar.config import ModelConfig
-from nextflow_ar.model.nextflow import NextFlowModel
+from nextflow_ar.model.nextflow import NextFlowModel, allow_shapes
 from nextflow_ar.precision import best_dtype
 from nextflow_ar.training import sharded
 from nextflow_ar.training.distributed_checkpoint import Checkpoints
@@ -48,12 +48,14 @@ class Shards:
         codebook: Tensor | None,
         *,
         flex: bool = True,
+        shapes: int = 8,
     ) -> NextFlowModel:
         """The model in shards, from the checkpoint folder ``start`` or from nothing; it is whole nowhere.
 
         ``freeze``: switches off what does not train. ``codebook``: what the code embeddings of a new model start as.
-        ``flex``: compiled layers on GPUs attend by FlexAttention.
+        ``flex``: compiled layers on GPUs attend by FlexAttention. ``shapes``: of batches that they are compiled for.
         """
+        allow_shapes(shapes)
         mesh = sharded.device_mesh(self.world, self.config)
         model = sharded.build(config, mesh, self.config, freeze, flex=flex)
         if start is not None:

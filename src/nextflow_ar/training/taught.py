@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
 from nextflow_ar.config import ConfigError
-from nextflow_ar.model.checkpoint import WEIGHTS_FILE, checkpoint_folder, load_architecture
+from nextflow_ar.model.checkpoint import checkpoint_folder, load_architecture, load_bundle
 from nextflow_ar.model.nextflow import LossReport, NextFlowModel
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.vocab import Vocabulary
-from nextflow_ar.storage import stream_weights
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.training.recipe import ModelRecipe
 
 
 class Taught:
-    """The frozen copy of a model that has just been started, or another checkpoint that reads and draws the same tokens,
+    """The frozen model that a run starts from, as it is stored, or another checkpoint that reads and draws the same tokens,
     where the recipe says ``distillation``. Raises ConfigError for one that does not, StorageError.
     """
 
@@ -26,9 +23,9 @@ class Taught:
         self._teacher: NextFlowModel | None = None
         if self._config is None:
             return
-        self._teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        assert recipe.start is not None  # as the recipe's check sees to
+        folder = checkpoint_folder(self._config.teacher or recipe.start)
         if self._config.teacher is not None:
-            folder = checkpoint_folder(self._config.teacher)
             config, text_tokenizer = load_architecture(folder)
             codes = ImageTokenizer.from_pretrained(folder / "image_tokenizer").fingerprint()
             same = config == model.config and codes == image_tokenizer.fingerprint()
@@ -36,7 +33,7 @@ class Taught:
                 raise ConfigError(
                     f"distillation.teacher: {folder} is of another architecture, vocabulary or image tokenizer"
                 )
-            self._teacher.load_state_dict(dict(stream_weights(folder, WEIGHTS_FILE)))
+        self._teacher = load_bundle(folder, model.head.weight.device).model
 
     @property
     def shards(self) -> bool:
