@@ -219,6 +219,8 @@ def test_what_does_not_go_together_is_one_line(place: Path, one: dict[str, Any])
     for changes, told in (
         ({"trains": "lora", "lora": {}, "start": "x"}, "adapters are not trained in shards"),
         ({"together": True}, "together is for runs that are not sharded"),
+        ({"sharding": None, "together": True, "accumulate": 2}, "together: true is for accumulate: 1"),
+        ({"precision": "bfloat16"}, r"precision is for runs that are not sharded: set sharding\.params"),
         ({"checkpointing": True}, r"set sharding\.compile and sharding\.recompute"),
     ):
         with pytest.raises(ConfigError, match=told):

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_PATIENCE = timedelta(hours=2)
+"""How long processes wait for one: the first writes the finished model alone, which of a large one on a slow file system
+takes longer than NCCL's own ten minutes.
+"""
 
 
 class World:
@@ -30,7 +36,8 @@ class World:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
             # gloo beside nccl: counts and checkpoints travel as CPU tensors
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=_PATIENCE)
         return cls(dist.get_rank(), size)
 
     @property

@@ -265,6 +265,10 @@ class ModelRecipe:
             )
         if self.sharding is not None and self.together:
             raise ConfigError("together is for runs that are not sharded: leave it out")
+        if self.sharding is not None and self.precision != "auto":
+            raise ConfigError("precision is for runs that are not sharded: set sharding.params")
+        if self.together and self.accumulate > 1:
+            raise ConfigError("together: true is for accumulate: 1")
         if not self.sources:
             raise ConfigError("a recipe needs at least one source")
         parts = self.accumulate * processes
