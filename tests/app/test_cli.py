@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nextflow_ar.app.cli import run
+from nextflow_ar.app.cli import app, run
 from nextflow_ar.app.stages import _known_defaults
 from nextflow_ar.config import from_dict, load_yaml, to_dict
 from nextflow_ar.model.checkpoint import load_bundle, save_bundle
@@ -337,3 +337,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == "0.1.0"
     assert run(["generate", "--help"]) == 0
     assert "--guidance" in capsys.readouterr().out
+    commands = [[c.name or c.callback.__name__] for c in app.registered_commands if c.callback]
+    for group in app.registered_groups:
+        assert group.typer_instance is not None and group.name
+        commands += [
+            [group.name, c.name or c.callback.__name__]
+            for c in group.typer_instance.registered_commands
+            if c.callback
+        ]
+    assert ["extract"] in commands and ["data", "check"] in commands and len(commands) > 15
+    for command in commands:
+        assert run([*[name.replace("_", "-") for name in command], "--help"]) == 0, command
+        assert "--help" in capsys.readouterr().out

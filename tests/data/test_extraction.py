@@ -275,6 +275,8 @@ def test_a_source_that_changed_before_its_end_is_extracted_anew_there(
     add("e")
     assert found() == (1, "abcde")
     assert found() == (0, "abcde")
+    (place / "c.txt").write_text("another x")
+    assert found() == (2, "abxde")
     for name in "cde":
         (place / f"{name}.png").unlink()
     with pytest.raises(

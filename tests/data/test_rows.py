@@ -543,6 +543,23 @@ def test_places_that_are_no_source(tmp_path: Path) -> None:
         open_source(tmp_path / "a.csv")
     with pytest.raises(SourceError, match="neither pictures nor"):
         open_source(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a dog\n")
+    (tmp_path / "0.png").write_bytes(png())
+    with pytest.raises(SourceError, match=r"metadata.csv is not read: make it metadata.jsonl"):
+        open_source(tmp_path)
+
+
+def test_numbered_pictures_are_told_as_what_they_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(colour=["red", "blue"][i % 2]))
+    run(["data", "check", str(tmp_path), "-m", str(GOLDEN)])
+    told = "read as 1 clips, 1 of them folders of numbered frames; 0 have words (docs/data.md)"
+    assert told in capsys.readouterr().err
+    assert run(["extract", str(tmp_path), "-o", str(tmp_path / "s"), "--device", "cuda"]) == 2
+    assert "--device cuda: there is no CUDA device here" in capsys.readouterr().err
 
 
 @pytest.mark.shared

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from nextflow_ar.app.cli import run
+from nextflow_ar.config import load_yaml
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.generation.pipeline import NextFlowPipeline
+from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
 from tests.conftest import tiny_image_tokenizer
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "overfit.yaml"
@@ -46,3 +48,10 @@ def test_ten_captions_by_heart_and_drawing_well_on_its_way(
     pipeline = NextFlowPipeline.from_pretrained(out / "final")
     images = [np.asarray(Image.open(pictures / f"{word}.png")) for word in WORDS]
     assert pipeline.describe(images) == [f"picture {word} of leaves" for word in WORDS]
+
+
+def test_the_recipe_fits_the_bundled_tokenizer() -> None:
+    """What stands in its header is all that it takes."""
+    model = load_yaml(RECIPE)["model"]
+    quantizer = tokenizer_config("nano").quantizer
+    assert (model["codes"], model["code_dim"]) == (quantizer.codebook_size, quantizer.dim)

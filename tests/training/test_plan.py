@@ -130,6 +130,7 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
         (tiny("trains=alignment"), tables),
         (tiny("trains=alignment", "sharding=null"), 68 + 8 * 4),
     ):
+        assert times(aligned, MACHINE, 1, 0.5).optimizer > 0
         assert (
             moments(aligned) == 2 * kept
             and memory(aligned, 1).gradients == memory(aligned, 1).average == 4 * tables

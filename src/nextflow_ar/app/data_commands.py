@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from nextflow_ar.data.sources import Source
     from nextflow_ar.data.video import VideoConfig
     from nextflow_ar.data.workers import Extraction
 
@@ -19,7 +20,7 @@ data_app = typer.Typer(
 Place = Annotated[
     str,
     typer.Argument(
-        help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME[@CONFIG][/SPLIT]."
+        help="Folder, .jsonl, .json, .parquet, .tar or video file, or hf://OWNER/NAME (then @CONFIG, /SPLIT)."
     ),
 ]
 Given = Annotated[
@@ -91,6 +92,7 @@ def check(
     from nextflow_ar.training.runs import progress_bar
 
     source = open_source(place, _video(video))
+    _tell_clips(source)
     folder = resolve_model(model)
     config, tokenizer = load_architecture(folder)
     vocab = Vocabulary(tokenizer, config.text_vocab, config.codes)
@@ -222,11 +224,32 @@ def extract(
     _tell_left_out(found["rows"], found["broken"], f" to {out}")
 
 
+def _tell_clips(source: Source) -> None:
+    """Say so where pictures are taken for the frames of clips."""
+    from nextflow_ar.data.clips import Clip
+    from nextflow_ar.data.video import VideoSource
+
+    if isinstance(source, VideoSource):
+        clips = [clip for clip in source.clips if isinstance(clip, Clip)]
+        told = sum(clip.caption is not None or bool(clip.texts) for clip in clips)
+        frames = sum(clip.path.is_dir() for clip in clips)
+        typer.echo(
+            f"read as {len(clips)} clips, {frames} of them folders of numbered frames; {told} have words (docs/data.md)",
+            err=True,
+        )
+
+
 def _extract(job: Extraction, workers: int, ray: int, process: int, processes: int) -> dict[str, Any]:
+    from nextflow_ar.config import ConfigError
     from nextflow_ar.data.sources import open_source
     from nextflow_ar.training.runs import progress_bar
 
-    open_source(job.place, job.video)  # one line now instead of one from every worker
+    _tell_clips(open_source(job.place, job.video))  # one line now instead of one from every worker
+    if job.device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device {job.device}: there is no CUDA device here")
     job.counter()
     with progress_bar("extract", 1) as update:
         if ray:

@@ -20,6 +20,7 @@ from PIL import Image as PILImage
 from nextflow_ar.data.layouts import coco_rows
 from nextflow_ar.data.parquet_rows import group_rows
 from nextflow_ar.data.rows import Row, RowError, parse_row
+from nextflow_ar.data.tar_members import by_key, content, goes_on
 
 if TYPE_CHECKING:
     from nextflow_ar.data.video import VideoConfig
@@ -45,7 +46,7 @@ class Source(Protocol):
 
 
 Span = tuple[str | int, ...]
-"""A file's name and which of its rows (first, behind the last), or a checksum of lines of text."""
+"""A file's name and which of its rows (first, behind the last), or checksums of what is told in text."""
 
 
 def spans_of(source: Source, start: int, stop: int) -> list[Span] | None:
@@ -89,6 +90,7 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
     if kind is not None:
         return kind([path])
     if path.is_dir():
+        _no_csv(path)
         for suffix, of_folder in _KINDS.items():
             shards = [p for p in sorted(path.glob(f"*{suffix}")) if p.name not in _TABLES]
             if shards and (suffix != ".json" or _only_rows(path)):
@@ -104,6 +106,16 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
             f"{path}: {', '.join(_KINDS)} and video files, folders and hf://OWNER/NAME are accepted"
         )
     return FolderSource(path)
+
+
+def _no_csv(folder: Path) -> None:
+    """Raises SourceError for a table of pictures as image folders of Hugging Face may have it, too."""
+    table = folder / "metadata.csv"
+    if not table.is_file() or any((folder / name).is_file() for name in _TABLES):
+        return
+    with table.open("rb") as file:
+        if b"file_name" in file.readline():
+            raise SourceError(f"{table} is not read: make it metadata.jsonl, a line of JSON a row")
 
 
 def _only_rows(folder: Path) -> bool:
@@ -339,7 +351,7 @@ class FolderSource:
             yield from islice(self._listed(self.table), start, None)
             return
         for path in self.files[start:]:
-            beside = next((p for s in _CAPTION_SUFFIXES if (p := path.with_suffix(s)).is_file()), None)
+            beside = _beside(path)
             if beside is None:
                 yield RowError(f"{path}: no caption beside it ({path.stem}.txt or .caption)")
                 continue
@@ -356,7 +368,13 @@ class FolderSource:
     def spans(self, start: int, stop: int) -> list[Span]:
         """See :func:`spans_of`."""
         if self.table is None:
-            return [(path.relative_to(self.folder).as_posix(),) for path in self.files[start:stop]]
+            return [
+                (
+                    path.relative_to(self.folder).as_posix(),
+                    zlib.crc32(told.read_bytes()) if (told := _beside(path)) else 0,
+                )
+                for path in self.files[start:stop]
+            ]
         with self.table.open("rb") as file:
             lines = list(islice((line for line in file if line.strip()), start, stop))
         return [(len(lines), _checksum(lines))]
@@ -377,6 +395,11 @@ class FolderSource:
                     if isinstance(values, dict)
                     else _no_mapping(values, where)
                 )
+
+
+def _beside(picture: Path) -> Path | None:
+    """The file of a picture's caption."""
+    return next((p for s in _CAPTION_SUFFIXES if (p := picture.with_suffix(s)).is_file()), None)
 
 
 def image_folder(values: dict[str, Any]) -> dict[str, Any]:
@@ -403,48 +426,18 @@ class TarSource(_Files):
         """The rows of a shard from ``start`` on; with None all of them, from headers alone, good only for counting."""
         try:
             with tarfile.open(path) as shard:
-                for number, (key, members) in enumerate(_by_key(shard)):
+                for number, (key, members) in enumerate(by_key(shard)):
                     if start is None:
                         yield RowError(key)
                     elif number >= start:
-                        content = {suffix: _content(shard, member) for suffix, member in members.items()}
-                        yield _shard_row(content, f"{path}: {key}")
-                if _goes_on(path, shard.offset):
+                        found = {suffix: content(shard, member) for suffix, member in members.items()}
+                        yield _shard_row(found, f"{path}: {key}")
+                if goes_on(path, shard.offset):
                     raise tarfile.ReadError(
                         "something that is no file of it follows: a broken header, or tars that were joined"
                     )
         except (tarfile.TarError, EOFError, OSError) as error:
             yield RowError(f"{path}: the shard is damaged ({error})")
-
-
-def _goes_on(path: Path, end: int) -> bool:
-    """Whether anything but zeros stands behind where a tar was read to: tarfile takes a broken header for its end."""
-    with path.open("rb") as file:
-        file.seek(end)
-        return any(any(block) for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def _by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    key, found = "", {}
-    for member in shard:
-        shard.members.clear()  # it would remember every header  # pyright: ignore[reportAttributeAccessIssue]
-        if not member.isfile():
-            continue
-        folder, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        current = f"{folder}/{stem}" if folder else stem
-        if current != key:
-            if found:
-                yield key, found
-            key, found = current, {}
-        found[suffix.lower()] = member
-    if found:
-        yield key, found
-
-
-def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    content = shard.extractfile(member)
-    return content.read() if content else b""
 
 
 def _shard_row(members: dict[str, bytes], where: str) -> Row | RowError:

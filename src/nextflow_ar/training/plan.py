@@ -104,14 +104,19 @@ def muon_flops(stage: Stage) -> float:
     )  # the few matrices outside the layers are left out
 
 
+def _muon(stage: Stage) -> int:
+    """Parameters that Muon trains."""
+    layers = parameters(stage.model).layers
+    muon = {"everything": layers, "lora": stage.adapters, "alignment": 0}[stage.trains]
+    return muon if stage.optimizer.muon_lr else 0
+
+
 def moments(stage: Stage) -> float:
     """Moments that the optimiser keeps, in numbers of parameters: AdamW two, Muon one for hidden matrices."""
-    p = parameters(stage.model)
-    muon = {"everything": p.layers, "lora": stage.adapters, "alignment": 0}[stage.trains]
     kept = (
         trained(stage) if stage.sharding is None else touched(stage)
     )  # of some rows: shards keep those of the table
-    return 2 * kept - (muon if stage.optimizer.muon_lr else 0)
+    return 2 * kept - _muon(stage)
 
 
 def memory(stage: Stage, gpus: int) -> Memory:
@@ -213,7 +218,7 @@ def times(
     elementwise = passes * saved_bytes(config) * row.tokens * config.layers / gpu.bandwidth
     elementwise += SOFTMAX * row.predicted * config.vocab / gpu.bandwidth
     state = 2 * 4 * moments(stage) + UPDATE * trained(stage)
-    state += MUON * (2 * trained(stage) - moments(stage))  # Muon has one moment, AdamW two
+    state += MUON * _muon(stage)
     state += 12 * trained(stage) if stage.averaged else 0
     line = _line(stage, gpus)
     # Without shards every GPU updates all; Muon's matrices are dealt out over all that are sharded together.
