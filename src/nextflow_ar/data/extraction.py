@@ -112,8 +112,7 @@ class ShardWriter:
         records, wrong, read = _records(islice(rows, self.config.rows), first, self.tokenizer, self.config)
         self._ahead = (first + read, rows)
         if not read:
-            if name.is_file():
-                raise StorageError(f"{name}: its source has no such rows any more: remove it")
+            none_behind(self.out, number)
             return None
         items = _items(self.source, first, first + read)
         write_atomic(name, encoded(records, self.fingerprint, read, self.counter, items))
@@ -151,6 +150,17 @@ def settled(out: Path, number: int, source: Source, rows: int, fingerprint: str)
         return held >= rows or source.count() <= first + held
     except SourceError:
         return True
+
+
+def none_behind(out: Path, number: int) -> None:
+    """Raises StorageError for shards from ``number`` on, where the source has no rows any more: they would be trained."""
+    left = [
+        path for path in sorted(out.glob("*.parquet")) if path.stem.isdigit() and int(path.stem) >= number
+    ]
+    if left:
+        raise StorageError(
+            f"{left[0]}: its source has no such rows any more: remove it, and all behind it ({len(left)} in all)"
+        )
 
 
 def _items(source: Source, first: int, stop: int) -> str:

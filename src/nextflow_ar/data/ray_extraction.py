@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nextflow_ar.data.code_shards import MANIFEST, read_manifest
-from nextflow_ar.data.extraction import ShardWriter, note_broken, same_source, settled
+from nextflow_ar.data.extraction import ShardWriter, none_behind, note_broken, same_source, settled
 from nextflow_ar.data.sources import SourceError, open_source
 from nextflow_ar.data.workers import Extraction, one_thread
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
@@ -55,6 +55,7 @@ def extract_with_ray(job: Extraction, actors: int, *, gpus: float = 0.0) -> dict
     same_source(job.out, job.place)  # also where nothing is missing
     source = open_source(job.place, job.video)
     shards = -(-source.count() // job.config.rows)
+    none_behind(job.out, shards)
     claimed = job.out / MANIFEST
     made = read_manifest(claimed)["tokenizer"] if claimed.is_file() else ""
     missing = [n for n in range(shards) if not settled(job.out, n, source, job.config.rows, made)]
