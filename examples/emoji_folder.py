@@ -1,5 +1,5 @@
 """A folder data set of captioned pictures from emoji files: each laid over plain backgrounds, with metadata.jsonl:
-python examples/emoji_folder.py MANIFEST -o FOLDER [--group "Animals & Nature"] [--backgrounds 3] [--held-out 1]
+python examples/emoji_folder.py MANIFEST -o FOLDER [--group "Animals & Nature"] [--backgrounds 12] [--held-out 1]
 
 A line of MANIFEST: {"files": {"3d": "3d/1f436.png"}, "caption": "dog face", "group": "Animals & Nature"}; rows with a
 "skin_tone" are left out. FOLDER_held_out gets each emoji on backgrounds that FOLDER does not show it on.
@@ -16,7 +16,9 @@ from PIL import Image
 
 BACKGROUNDS = {
     "white": (255, 255, 255), "black": (20, 20, 20), "grey": (150, 150, 150), "blue": (60, 110, 220),
-    "green": (70, 160, 80), "yellow": (245, 215, 80), "pink": (245, 170, 195),
+    "green": (70, 160, 80), "yellow": (245, 215, 80), "pink": (245, 170, 195), "red": (205, 60, 55),
+    "orange": (240, 145, 55), "purple": (135, 85, 180), "brown": (125, 85, 55), "cyan": (100, 205, 220),
+    "beige": (230, 215, 185),
 }  # fmt: skip
 
 
@@ -37,6 +39,10 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=0, help="further pictures of it, in FOLDER_held_out")
     parser.add_argument("--style", default="3d")
     args = parser.parse_args()
+    if not args.manifest.is_file():
+        parser.error(f"no manifest {args.manifest}: a file with a line of JSON for every emoji is expected")
+    if args.backgrounds < 1 or args.held_out < 0 or args.backgrounds + args.held_out > len(BACKGROUNDS):
+        parser.error(f"--backgrounds and --held-out share {len(BACKGROUNDS)} backgrounds: {', '.join(BACKGROUNDS)}")
     shown, rng = args.backgrounds, np.random.default_rng(0)
     lines: dict[Path, list[str]] = {args.out: [], args.out.with_name(args.out.name + "_held_out"): []}
     for row in map(json.loads, args.manifest.read_text().splitlines()):
@@ -48,8 +54,10 @@ def main() -> None:
             folder, picture = list(lines)[number >= shown], f"{file.stem}-{name}.png"
             folder.mkdir(parents=True, exist_ok=True)
             on_background(file, BACKGROUNDS[name]).save(folder / picture)
-            text = f"{row['caption']}, {args.style} emoji on a {name} background"
+            text = f"{row['caption']}, {args.style} emoji on {'an' if name[0] in 'aeiou' else 'a'} {name} background"
             lines[folder].append(json.dumps({"file_name": picture, "text": text}))
+    if not lines[args.out]:
+        parser.error(f"{args.manifest} has no emoji of group {args.group!r} in style {args.style!r}")
     for folder in filter(lines.get, lines):
         (folder / "metadata.jsonl").write_text("\n".join(lines[folder]) + "\n")
         print(f"{len(lines[folder])} pictures in {folder}")
