@@ -35,10 +35,21 @@ def test_with_a_time_they_follow_from_how_long_a_step_takes(begun_at: int, slow:
 def test_when_the_time_is_over_one_step_more_ends_it() -> None:
     now = [0.0]
     pace = Pace(7, 1.0, clock=lambda: now[0])
-    for step in range(1, 51):
-        now[0] += 1.0
+    now[0] += 1.0
+    pace.passed(1)
+    assert pace.steps == 2
+
+
+def test_few_slow_steps_end_in_time_too() -> None:
+    now, step = [0.0], 0
+    pace = Pace(7, 300.0, clock=lambda: now[0])
+    while step < pace.steps:
+        step += 1
+        now[0] += 90.0 if step == 1 else 20.0  # the first compiles
         pace.passed(step)
-    assert pace.steps == 51
+        assert pace.steps == 10**9 or now[0] >= 150.0
+    assert step == 11
+    assert now[0] == 290.0
 
 
 def test_several_processes_have_no_time() -> None:

@@ -6,10 +6,13 @@ import contextlib
 import io
 import json
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +185,8 @@ def stop_request() -> Iterator[Callable[[], bool]]:
 
 class Pace:
     """How many steps a run has: ``steps``, or, with ``seconds``, as many as fit into so much time from now on. How long one
-    takes is measured over 25, once 25 others have compiled what there is to compile; until then the end is far away.
+    takes is measured over 25, once 25 others have compiled what there is to compile; until then the end is far away. Where
+    half of the time is over before that, every further step says again how many fit: few slow ones end in time, too.
 
     Raises ConfigError for a time with several ``processes``, which would not stop together.
     """
@@ -197,19 +201,24 @@ class Pace:
         if seconds is not None and processes > 1:
             raise ConfigError("a number of minutes is for one process: several would not stop together")
         self.steps = steps if seconds is None else _FAR
-        self._clock, self._seen, self._from = clock, 0, 0.0
-        self._end = None if seconds is None else clock() + seconds
+        self._clock, self._seen, now = clock, 0, clock()
+        self._ends = deque([now], maxlen=_WARM + 1)
+        self._half, self._end = (None, None) if seconds is None else (now + seconds / 2, now + seconds)
 
     def passed(self, step: int) -> None:
         """Note that a step is over; ``step``: how many there have been in all."""
-        if self._end is None:
+        if self._end is None or self._seen == 2 * _WARM or step >= self.steps:
             return
+        now = self._clock()
         self._seen += 1
-        if self._seen == _WARM:
-            self._from = self._clock()
+        self._ends.append(now)
         if self._seen == 2 * _WARM:
-            each = max(1e-9, (self._clock() - self._from) / _WARM)
-            self.steps = step + max(1, int((self._end - _CLOSING - self._clock()) / each))
+            each = (now - self._ends[0]) / _WARM
+        elif now >= self._half:
+            each = statistics.median(b - a for a, b in pairwise(self._ends))
+        else:
+            return
+        self.steps = step + max(1, int((self._end - _CLOSING - now) / max(1e-9, each)))
 
 
 class Every:
