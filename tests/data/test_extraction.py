@@ -374,9 +374,14 @@ def test_codes_of_another_tokenizer_are_refused(rows: Path, tmp_path: Path) -> N
     other = tiny_image_tokenizer(seed=1)
     with pytest.raises(StorageError, match="made by another image tokenizer"):
         CodeShards(out, other)
-    for changed in ((other, CONFIG), (tokenizer, replace(CONFIG, seed=1))):
-        with pytest.raises(StorageError, match="another tokenizer or setting"):
-            extract(open_source(rows), changed[0], out, changed[1])
+    seeded = replace(CONFIG, seed=1, fit="pad")
+    print_ = tokenizer.fingerprint()[:5]
+    for made, config, why in (
+        (other, CONFIG, rf"\(tokenizer {print_}\S+, not \S+\)"),
+        (tokenizer, seeded, r"\(fit crop, not pad; seed 0, not 1\)"),
+    ):
+        with pytest.raises(StorageError, match=f"another tokenizer or setting {why}: name another folder"):
+            extract(open_source(rows), made, out, config)
     with pytest.raises(StorageError, match="no extraction here"):
         CodeShards(tmp_path, tokenizer)
     # saving rounds to bf16; the fingerprint is that of the saved weights, and a new decoder does not change codes
@@ -482,6 +487,36 @@ def test_extract_as_a_command(rows: Path, tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().err
     assert "rows.jsonl, not of" in told and len(told.split("nextflow-ar: ")[1].splitlines()) == 1
     assert run(["extract", str(rows), "-o", out, *options, "--process", "2", "--processes", "2"]) == 2
+
+
+def test_rows_left_out_are_tried_again_where_asked(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_image_tokenizer().save_pretrained(tmp_path / "t")
+    out = tmp_path / "s"
+    options = ["extract", str(rows), "-o", str(out), "--image-tokenizer", str(tmp_path / "t"), "--rows", "3"]
+    assert run([*options, "--workers", "2"]) == 0
+    assert "--retry" not in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    PILImage.fromarray(dead_leaves((9,), 40, 40)).save(tmp_path / "gone.png")
+    assert run(options) == 0
+    told = capsys.readouterr().out
+    assert f"0 rows written to {out}, 0 left out" in told
+    assert f"2 left out earlier ({out}/broken_*.json): --retry tries them again" in told
+    assert run([*options, "--retry", "--seed", "1"]) == 1  # refused before anything is removed
+    assert run([*options, "--retry", "--processes", "2"]) == 2
+    assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
+    capsys.readouterr()
+    assert run([*options, "--retry"]) == 0
+    told = capsys.readouterr().out
+    assert f"5 rows written to {out}, 1 left out" in told and "caption is empty" in told and "earlier" not in told
+    found = [r["row"] for r in CodeShards(out, ImageTokenizer.from_pretrained(tmp_path / "t")).records()]
+    assert found == [0, 1, 2, 3, 4, 6, 7]
+    after = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    assert after["000002.parquet"] == before["000002.parquet"]
+    (out / "broken_000.json").write_text("{")
+    assert run(options) == 1
+    assert "broken_000.json: no list of rows left out" in capsys.readouterr().err
 
 
 def test_shards_tell_how_many_tokens_texts_have(

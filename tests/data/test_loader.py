@@ -124,6 +124,26 @@ def test_a_restart_anywhere_gives_the_same_rows(
     assert [columns(other.rows()) for _ in range(12)] != expected
 
 
+def test_a_folder_that_lacks_shards_says_which(
+    bundle: Bundle, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    holes = Path(shutil.copytree(folders[0], tmp_path / "holes"))
+    assert loader(bundle, source_of(*folders)).incomplete() == []
+    for number in (1, 3):
+        (holes / f"{number:06d}.parquet").unlink()
+    (told,) = loader(bundle, source_of(folders[1], holes)).incomplete()
+    assert told == f"{holes} lacks 2 shards (000001, 000003): extract again writes them"
+
+
+def test_pictures_of_more_scales_than_the_model_has_are_refused(
+    bundle: Bundle, folders: tuple[Path, Path]
+) -> None:
+    deep = CodeShards(folders[0], bundle.image_tokenizer).config.num_scales
+    model = replace(TINY_MODEL, max_scales=deep - 1)
+    with pytest.raises(StorageError, match=f"have {deep} scales, the model has embeddings for {deep - 1}: "):
+        ShardLoader(source_of(folders[0]), bundle.image_tokenizer, bundle.vocab, LAYOUT, model)
+
+
 def test_processes_share_the_rows_of_one_stream(bundle: Bundle, folders: tuple[Path, Path]) -> None:
     source = source_of(*folders, rows=6)
     alone, parts = loader(bundle, source), [loader(bundle, source) for _ in range(3)]

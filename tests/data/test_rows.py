@@ -218,6 +218,24 @@ def test_the_check_warns_about_a_one_sided_mix(tmp_path: Path, capsys: pytest.Ca
     assert "none: no such file or folder" in capsys.readouterr().err
 
 
+def test_the_check_names_keys_that_nothing_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [
+        {"file_name": "a.png", "text": "a dog", "promt": "misspelt"},
+        {"file_name": "a.png", "captions": ["a dog"], "promt": "again", "url": None},
+        {"file_name": "a.png", "image": "a.png", "question": "what", "answer": "a dog"},
+        {"segments": [{"text": "a", "supervised": True}], "id": 3},
+        {"image": "a.png", "text": "a dog"},
+        {"images": ["a.png"], "texts": ["a"], "prompt": "tell"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ignored"] == {"promt": 2, "file_name": 1, "id": 1}
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN)]) == 0
+    told = capsys.readouterr().out
+    assert "keys that nothing reads (rows): 'promt' (2), " in told and "'id' (1)" in told and "..." not in told
+
+
 def texts(source: Any, start: int = 0) -> list[str]:
     return [
         next(p.text for p in row.parts if isinstance(p, TextPart)) if isinstance(row, Row) else "!" + str(row)

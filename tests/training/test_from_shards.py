@@ -532,6 +532,16 @@ def test_shards_in_dialogue_make_a_model_of_dialogue(
     told = check_data(mixed_run.documents_ahead())
     assert any("have chat marks, which this model is not asked with" in line for line in told)
     assert not any("chat marks" in line for line in check_data(make("plain").documents_ahead()))
+    hidden = sorted(Path(marked[0]["folder"]).glob("*.parquet"))[0]
+    whole = hidden.read_bytes()
+    hidden.unlink()
+    try:
+        training = make("holes")
+    finally:
+        hidden.write_bytes(whole)
+    caplog.clear()
+    training.self_test()
+    assert sum("lacks 1 shards (000000)" in record.message for record in caplog.records) == 1
 
 
 def test_without_an_average_the_weights_are_kept_once(make: Make) -> None:

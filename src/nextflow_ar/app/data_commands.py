@@ -197,12 +197,15 @@ def extract(
     process: Annotated[int, typer.Option("--process", min=0, help="Number of this process.")] = 0,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work.")] = 1,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Make the shards again that lack rows: their pictures are whole now.")
+    ] = False,
     video: Video = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Turn a data set into shards of codes, once, for any number of trainings."""
     from nextflow_ar.config import ConfigError, from_dict
-    from nextflow_ar.data.extraction import ExtractionConfig
+    from nextflow_ar.data.extraction import ExtractionConfig, left_out
     from nextflow_ar.data.workers import Extraction
     from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
 
@@ -217,11 +220,15 @@ def extract(
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device, text_tokenizer)
-    found = _extract(job, workers, ray, process, processes)
+    if retry and processes > 1:
+        raise ConfigError("--retry removes shards, which one process does: run it without --processes first")
+    found = _extract(job, workers, ray, process, processes, retry=retry)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
     _tell_left_out(found["rows"], found["broken"], f" to {out}")
+    if earlier := left_out(out).keys() - found["broken"].keys():
+        typer.echo(f"{len(earlier)} left out earlier ({out}/broken_*.json): --retry tries them again")
 
 
 def _tell_clips(source: Source) -> None:
@@ -239,18 +246,27 @@ def _tell_clips(source: Source) -> None:
         )
 
 
-def _extract(job: Extraction, workers: int, ray: int, process: int, processes: int) -> dict[str, Any]:
+def _extract(
+    job: Extraction, workers: int, ray: int, process: int, processes: int, *, retry: bool
+) -> dict[str, Any]:
     from nextflow_ar.config import ConfigError
+    from nextflow_ar.data.extraction import ShardWriter, forget_left_out
     from nextflow_ar.data.sources import open_source
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
     from nextflow_ar.training.runs import progress_bar
 
-    _tell_clips(open_source(job.place, job.video))  # one line now instead of one from every worker
+    source = open_source(job.place, job.video)
+    _tell_clips(source)  # one line now instead of one from every worker
     if job.device.startswith("cuda"):
         import torch
 
         if not torch.cuda.is_available():
             raise ConfigError(f"--device {job.device}: there is no CUDA device here")
     job.counter()
+    if retry:
+        tokenizer = ImageTokenizer.from_pretrained(job.tokenizer)  # refused before anything is removed
+        ShardWriter(source, tokenizer, job.out, job.config, job.place)
+        forget_left_out(job.out)
     with progress_bar("extract", 1) as update:
         if ray:
             from nextflow_ar.data.ray_extraction import extract_with_ray

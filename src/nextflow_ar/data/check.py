@@ -17,13 +17,14 @@ from nextflow_ar.tokenizer.pictures import MAX_PIXELS, PictureError
 class CheckReport:
     """``rows`` read; ``problems``: one line each, with file and place; ``left_out``: likewise, rows that a filter drops on
     purpose; ``kinds``: how many rows draw, read, or only write;
-    ``ratios``: pictures by nearest final grid; ``tokens``: least, mean and most per good row.
+    ``ignored``: keys that nothing reads, by rows; ``ratios``: pictures by nearest final grid; ``tokens``: least, mean and most per good row.
     """
 
     rows: int = 0
     problems: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
     ratios: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
 
@@ -41,6 +42,7 @@ class CheckReport:
             "problems": self.problems,
             "left_out": self.left_out,
             "kinds": dict(self.kinds),
+            "ignored": dict(self.ignored.most_common()),
             "ratios": dict(self.ratios.most_common()),
             "tokens": dict(zip(("least", "mean", "most"), self.tokens, strict=True)),
         }
@@ -57,6 +59,9 @@ class CheckReport:
             lines.append(
                 "pictures by final grid: " + ", ".join(f"{k} {n}" for k, n in self.ratios.most_common(12))
             )
+        if self.ignored:
+            some = ", ".join(f"{key!r} ({n})" for key, n in self.ignored.most_common(8))
+            lines.append(f"keys that nothing reads (rows): {some}{', ...' * (len(self.ignored) > 8)}")
         if self.left_out:
             lines.append(f"{len(self.left_out)} left out on purpose, such as: {self.left_out[0]}")
         if self.kinds and not self.kinds["drawing"]:
@@ -89,6 +94,7 @@ def check_rows(
         if isinstance(row, RowError):
             (report.left_out if isinstance(row, LeftOut) else report.problems).append(str(row))
             continue
+        report.ignored.update(map(printable, row.ignored))
         length, told = _measure(row, num_scales, count_text, deep, dialogue, context_images, report)
         length += _marks(row, count_text) if dialogue else 0
         if length > most_tokens and not told:

@@ -240,6 +240,11 @@ class CodeShards:
         if not self.files:
             raise StorageError(f"{folder}: the extraction holds no shard yet")
 
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there although later ones are: of an extraction that was stopped, or lost."""
+        there = {int(path.stem) for path in self.files if path.stem.isdigit()}
+        return sorted(set(range(max(there, default=0))) - there)
+
     def shard(self, number: int) -> CodeShard:
         """The shard that is file ``number`` of :attr:`files`. Raises StorageError as CodeShard does."""
         return CodeShard(self.files[number], self.fingerprint)

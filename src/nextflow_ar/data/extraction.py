@@ -179,6 +179,32 @@ def note_broken(out: Path, who: str, broken: dict[str, str], first: int, rows: i
     write_atomic(known, json.dumps(before | broken, indent=1, ensure_ascii=False).encode())
 
 
+def left_out(out: Path) -> dict[str, str]:
+    """All rows that an extraction left out so far, by number, and why. Raises StorageError for a damaged list."""
+    found: dict[str, str] = {}
+    for path in sorted(out.glob("broken_*.json")):
+        try:
+            found |= json.loads(path.read_bytes())
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"{path}: no list of rows left out ({error}): remove it") from None
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
+def forget_left_out(out: Path) -> list[int]:
+    """Remove the shards that lack rows of theirs, and what is noted of these, so that an extraction makes them again; the
+    numbers of the shards.
+    """
+    if not (missing := left_out(out)):
+        return []
+    each = setting_of(read_manifest(out / MANIFEST), out / MANIFEST).rows
+    numbers = sorted({int(row) // each for row in missing})
+    for number in numbers:
+        (out / f"{number:06d}.parquet").unlink(missing_ok=True)
+    for path in out.glob("broken_*.json"):
+        path.unlink()
+    return numbers
+
+
 def same_source(out: Path, place: Path | str) -> None:
     """Raises StorageError when ``out`` holds an extraction of a source at another place. Manifests of before say none."""
     path = out / MANIFEST
@@ -212,8 +238,27 @@ def _claim(out: Path, manifest: dict[str, Any], config: ExtractionConfig, place:
             "--correct-given, or name another folder"
         )
     if known != manifest:
-        raise StorageError(f"{out} holds codes of another tokenizer or setting: name another folder")
+        raise StorageError(
+            f"{out} holds codes of another tokenizer or setting ({_differences(known, manifest)}): name another folder"
+        )
     same_source(out, place)
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    """Which values of two manifests are not the same, those there first."""
+    told = []
+    for key in sorted(there.keys() | asked.keys()):
+        a, b = there.get(key), asked.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            told += [_differences(a, b)] if a != b else []
+        elif a != b:
+            told.append(f"{key} {_brief(a)}, not {_brief(b)}")
+    return "; ".join(told)
+
+
+def _brief(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 20 else text[:10] + "..."
 
 
 @dataclass

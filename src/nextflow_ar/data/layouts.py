@@ -44,7 +44,7 @@ def plain_form(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if all(edit):
         return _edit(values, *(str(name) for name in edit))
     if {"image", "text"} <= present and not {"caption", "prompt", "question"} & present:
-        return {**values, "caption": values["text"]}
+        return {("caption" if key == "text" else key): value for key, value in values.items()}
     return values
 
 

@@ -181,6 +181,12 @@ class _Stream:
             ShardOrder(CodeShards(f.folder, tokenizer), i, source.seed, counter)
             for i, f in enumerate(source.folders)
         ]
+        for order in self.orders:
+            if (scales := order.shards.config.num_scales) > model.max_scales:
+                raise StorageError(
+                    f"{order.folder}: its pictures have {scales} scales, the model has embeddings for {model.max_scales}: "
+                    f"extract with --scales {model.max_scales}"
+                )
         weights = np.array([f.weight for f in source.folders])
         self._edges = np.cumsum(weights / weights.sum())
         packing = source.packing
@@ -336,6 +342,15 @@ class ShardLoader:
         self._state = self._stream.state()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards") if prefetch else None
         self._next: tuple[tuple[int, int], Future[_Made]] | None = None
+
+    def incomplete(self) -> list[str]:
+        """A line for every folder that lacks shards although it has later ones."""
+        told = []
+        for order in self._stream.orders:
+            if lost := order.shards.missing():
+                some = ", ".join(f"{number:06d}" for number in lost[:3]) + ", ..." * (len(lost) > 3)
+                told.append(f"{order.folder} lacks {len(lost)} shards ({some}): extract again writes them")
+        return told
 
     @property
     def skipped(self) -> int:

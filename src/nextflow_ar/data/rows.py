@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,10 +101,11 @@ Part = TextPart | PicturePart
 
 @dataclass(frozen=True)
 class Row:
-    """One document. ``where``: file and place, for messages."""
+    """One document. ``where``: file and place, for messages; ``ignored``: keys beside its form that nothing reads."""
 
     parts: tuple[Part, ...]
     where: str
+    ignored: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def pictures(self) -> list[PictureRef]:
@@ -129,10 +130,11 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
         raise RowError(f"{where}: {error}") from None
     present = {key for key, value in values.items() if value is not None}
     if "segments" in present:
-        return reader.full(values["segments"])
+        return replace(reader.full(values["segments"]), ignored=frozenset(present - {"segments"}))
     for needed, form in _FORMS:
         if needed <= present:
-            return form(reader, values)
+            read = needed | {"prompt"} if form is _story else needed
+            return replace(form(reader, values), ignored=frozenset(present - read))
     accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
     raise RowError(f"{where}: no known form among the keys {sorted(present)}; accepted: segments; {accepted}")
 

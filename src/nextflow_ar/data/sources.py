@@ -405,10 +405,11 @@ def _beside(picture: Path) -> Path | None:
 def image_folder(values: dict[str, Any]) -> dict[str, Any]:
     """Hugging Face's names as ours; several captions: the first."""
     found = dict(values)
-    if "image" not in found and (file := found.get("file_name") or found.get("file")):
-        found["image"] = file
+    named = next((key for key in ("file_name", "file") if found.get(key)), None)
+    if "image" not in found and named:
+        found["image"] = found.pop(named)
     if "image" in found and not {"caption", "prompt", "question"} & set(found):
-        told = found.pop("text", None) or found.get("captions")
+        told = found.pop("text", None) or found.pop("captions", None)
         found["caption"] = told[0] if isinstance(told, list) and told else told
     return found
 

@@ -49,7 +49,7 @@ from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import ModelRecipe, ShardSource, Source, in_dialogue, with_defaults
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
-from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_data, check_manner, self_test
+from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_material, self_test
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
@@ -431,8 +431,7 @@ class ModelTrainer:
                 self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
             except SelfTestError as error:
                 trouble = str(error)
-            check_data(self.documents_ahead(), dialogue=bool(self.generation.get("dialogue")))
-            check_manner((d for one in self.loaders.values() for d in one.peek(_LOOK)), self.generation)
+            check_material(self.documents_ahead(), self.loaders.values(), self.generation, _LOOK)
         if trouble := self.world.gather(trouble)[0]:
             raise SelfTestError(trouble)
 

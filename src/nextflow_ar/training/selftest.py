@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build, i
 from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_START, Vocabulary
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.types import Codes, Document, Image, Mark, Text
+
+if TYPE_CHECKING:
+    from nextflow_ar.data.loader import ShardLoader
 
 _LOG = logging.getLogger(__name__)
 _MOST_SCALES = 8
@@ -163,6 +166,20 @@ def _stepwise(
         at = sample.positions[:, None, place : place + 1].to(device)
         found.append(model.step(x, at, None, cache))
     return torch.cat(found, dim=1)[0]
+
+
+def check_material(
+    documents: Iterable[Document], loaders: Iterable[ShardLoader], generation: Mapping[str, Any], look: int
+) -> list[str]:
+    """:func:`check_data` of ``documents``, :func:`check_manner` of the first ``look`` of every loader, and a warning for
+    every folder of shards that lacks some.
+    """
+    shards = list(loaders)
+    lacking = [line for one in shards for line in one.incomplete()]
+    for line in lacking:
+        _LOG.warning("self-test: %s", line)
+    told = check_data(documents, dialogue=bool(generation.get("dialogue")))
+    return lacking + told + check_manner((d for one in shards for d in one.peek(look)), generation)
 
 
 def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:
