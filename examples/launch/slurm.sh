@@ -5,7 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@600
+#SBATCH --signal=B:USR1@1800
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -14,7 +14,7 @@
 #
 #   sbatch --nodes=2 examples/launch/slurm.sh recipes/7b_pretrain_256.yaml --set out=/shared/runs/mine
 #
-# Ten minutes before the time is up, or after `scancel --batch --signal=USR1 JOB`, the training finishes its step, saves
+# Half an hour before the time is up (a step may take minutes, `nextflow-ar plan` says how many), or after `scancel --batch --signal=USR1 JOB`, the training finishes its step, saves
 # and stops, and the job queues itself again: it goes on where it stopped, with as many nodes as it then has. The run's
 # folder must be on a file system that all nodes see. Slurm itself requeues jobs of broken nodes, which then go on from
 # the last checkpoint.
