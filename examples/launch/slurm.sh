@@ -14,10 +14,10 @@
 #
 #   sbatch --nodes=2 examples/launch/slurm.sh recipes/7b_pretrain_256.yaml --set out=/shared/runs/mine
 #
-# Half an hour before the time is up (a step may take minutes, `nextflow-ar plan` says how many), or after `scancel --batch --signal=USR1 JOB`, the training finishes its step, saves
-# and stops, and the job queues itself again: it goes on where it stopped, with as many nodes as it then has. The run's
-# folder must be on a file system that all nodes see. Slurm itself requeues jobs of broken nodes, which then go on from
-# the last checkpoint.
+# Half an hour before the time is up (`nextflow-ar plan` says what a step takes), or after `scancel --batch --signal=USR1
+# JOB`, the training finishes its step, saves and stops, and the job queues itself again: it goes on where it stopped, with
+# as many nodes as it then has. The run's folder must be on a file system that all nodes see. Slurm itself requeues jobs of
+# broken nodes, which then go on from the last checkpoint.
 set -uo pipefail
 
 on_node() {
