@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -250,14 +250,27 @@ def _field_type(kind: Any, name: str) -> Any:
 def from_dict(kind: type[T], values: object, where: str = "config") -> T:
     """Build dataclass ``kind`` from plain values, strictly.
 
-    Raises ConfigError, one line, on an unknown or missing key or a value of the wrong type.
+    Raises ConfigError, one line, on an unknown or missing key, a value of the wrong type or a number that is not finite.
     """
+    for key, value in _numbers(values):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}: {key}: a finite number is expected, got {value}")
     try:
         return cast(T, TypeAdapter(kind).validate_python(values))
     except ValidationError as error:
         first = error.errors()[0]
         extra = _accepted(kind, first["loc"]) if first["type"] == "unexpected_keyword_argument" else ""
         raise ConfigError(_one_line(error, values, where) + extra) from None
+
+
+def _numbers(values: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """All floats in plain values, with their places (``optimizer.lr``)."""
+    if isinstance(values, float):
+        yield key, values
+    elif isinstance(values, dict | list | tuple):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        for name, value in pairs:
+            yield from _numbers(value, f"{key}.{name}" if key else str(name))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
