@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--group", help="only emoji of this group")
-    parser.add_argument("--backgrounds", type=int, default=1, help="pictures of every emoji")
+    parser.add_argument("--backgrounds", type=int, default=12, help="pictures of every emoji")
     parser.add_argument("--held-out", type=int, default=0, help="further pictures of it, in FOLDER_held_out")
     parser.add_argument("--style", default="3d")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -123,6 +124,70 @@ def test_the_model_takes_over_the_loaded_weights_and_draws_only_what_is_new(
         "scale_inputs.connector.0.weight", "scale_inputs.connector.2.weight", "scale_inputs.scale_embed.weight",
         "scale_inputs.length_embed.weight",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", ["missing", "biases", "wrapped", "head", "shape", "tower", "none"])
+def test_weights_that_are_not_there_are_not_drawn_at_random(wrong: str, tmp_path: Path) -> None:
+    save_qwen(tmp_path, rows=320, tied=wrong == "none")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    up = "model.layers.1.mlp.up_proj.weight"
+    lacking = {
+        "missing": [up], "biases": [k for k in weights if k.endswith("q_proj.bias")], "head": ["lm_head.weight"],
+        "tower": [k for k in weights if ".blocks." in k or k.startswith("visual.")],
+    }.get(wrong, [])  # fmt: skip
+    assert set(lacking) <= set(weights) and (lacking or wrong in ("wrapped", "shape", "none"))
+    weights = {k: v for k, v in weights.items() if k not in lacking}
+    if wrong == "wrapped":
+        weights = {f"base_model.{k}": v for k, v in weights.items()}
+    if wrong == "shape":
+        weights[up] = weights[up][:, :8].contiguous()
+    save_file(weights, path, {"format": "pt"})
+    if wrong in ("none", "tower"):  # a tied head has no weights of its own, and the ViT is not taken over
+        assert len(load_language_model(tmp_path, torch.float32).weights) > 20
+        return
+    what = {
+        "missing": r"lack \S*layers\.1\.mlp\.up_proj\.weight \(1 in all\)", "biases": r"lack \S*q_proj\.bias \(2 in all\)",
+        "head": r"lack lm_head\.weight \(1 in all\)", "shape": r"do not fit \S*up_proj\.weight \(1 in all\)",
+        "wrapped": r"lack \S+ \(\d\d in all\)",
+    }[wrong]  # fmt: skip
+    with pytest.raises(StorageError, match=f"^{tmp_path}: its weights {what}$"):
+        load_language_model(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+            "its rope_scaling is linear, default or mrope is accepted",
+        ),
+        ({"hidden_act": "gelu"}, "its hidden_act is gelu, silu is accepted"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": None},
+            "its layer_types is sliding_attention, full_attention is accepted",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_our_text_stack_does_not_have_are_refused(
+    changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    save_qwen(tmp_path, rows=320, tied=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] = {k: v for k, v in (config["text_config"] | changes).items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StorageError, match=f"no Qwen2.5-VL to load: {why}$"):
+        load_language_model(tmp_path, torch.float32)
+
+
+def test_entries_beyond_the_table_start_as_the_mean(tmp_path: Path) -> None:
+    theirs = save_qwen(tmp_path, rows=280, tied=False)  # the tokenizer has 290
+    bundle = initialise_from(tmp_path, tiny_image_tokenizer())
+    mean = theirs.model.language_model.embed_tokens.weight.mean(0)
+    for row in (280, 289, 290, 319):
+        torch.testing.assert_close(
+            bundle.model.backbone.embed_tokens.weight[row], mean, atol=1e-6, rtol=1e-5
+        )
 
 
 def test_init_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,10 @@ def load_language_model(name: str | Path, dtype: torch.dtype) -> LanguageModel:
             found = AutoConfig.from_pretrained(name)
             if not isinstance(found, Qwen2_5_VLConfig):
                 raise StorageError(f"{name}: a {found.model_type} is no Qwen2.5-VL")
-            whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
+            _known_settings(found.text_config)
+            whole, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(name)
     except StorageError:
         raise
@@ -154,10 +157,33 @@ def load_language_model(name: str | Path, dtype: torch.dtype) -> LanguageModel:
         raise StorageError(f"{name}: no Qwen2.5-VL to load: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise StorageError(f"{name}: its text tokenizer is not a fast one (tokenizer.json)")
+    # what is missing, or of another shape, transformers draws at random
+    for what, names in (("lack", report["missing_keys"]), ("do not fit", report["mismatched_keys"])):
+        wrong = sorted(key for key in map(_key, names) if ".visual." not in key)
+        if wrong:
+            raise StorageError(f"{name}: its weights {what} {wrong[0]} ({len(wrong)} in all)")
     stack = whole.model.language_model
     text = found.text_config
     assert isinstance(text, Qwen2_5_VLTextConfig)
     return LanguageModel(stack.state_dict(), whole.lm_head.weight.detach(), text, tokenizer)
+
+
+def _key(told: Any) -> str:
+    """The parameter's name: of one of another shape transformers tells both shapes, too."""
+    return told if isinstance(told, str) else told[0]
+
+
+def _known_settings(text: Any) -> None:
+    """Raises ValueError for settings of a Qwen2.5-VL that change what it computes, and that our text stack does not have."""
+    kind = (text.rope_parameters or {}).get("rope_type", "default")
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    for key, value, accepted in (
+        ("rope_scaling", kind, ("default", "mrope")),
+        ("hidden_act", text.hidden_act, ("silu",)),
+        ("layer_types", "sliding_attention" if len(layers) > 1 else min(layers), ("full_attention",)),
+    ):
+        if value not in accepted:
+            raise ValueError(f"its {key} is {value}, {' or '.join(accepted)} is accepted")
 
 
 __all__ = [

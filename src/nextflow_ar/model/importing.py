@@ -92,7 +92,7 @@ def _taller(table: Tensor, rows: int, known: int, below: int = 0) -> Tensor:
     """
     out = table.new_zeros(rows + below, table.shape[1])
     out[: min(known, len(table))] = table[:known]
-    out[known:rows] = table[:known].float().mean(0).to(table.dtype)
+    out[min(known, len(table)) : rows] = table[:known].float().mean(0).to(table.dtype)
     return out
 
 
