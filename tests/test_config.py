@@ -46,7 +46,10 @@ def test_mistakes_are_named() -> None:
             {"quantizer": {**values["quantizer"], "semantic_weight": math.inf}},
             r"^here: quantizer.semantic_weight: a finite number is expected, got inf$",
         ),
-        ({"encoder_channels": [8, math.nan]}, r"^here: encoder_channels.1: a finite number is expected, got nan$"),
+        (
+            {"encoder_channels": [8, math.nan]},
+            r"^here: encoder_channels.1: a finite number is expected, got nan$",
+        ),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             from_dict(ImageTokenizerConfig, values | change, "here")

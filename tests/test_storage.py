@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
+import socket
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nextflow_ar.app.cli import run
 from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
 from nextflow_ar.storage import (
     StorageError,
@@ -188,6 +193,68 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         write_folder(tmp_path / "file" / "x", lambda _: None)
     with pytest.raises(StorageError, match="no such checkpoint folder"):
         load_bundle(tmp_path / "none")
+
+
+def test_what_dead_processes_began_is_removed(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead = tmp_path / f".model.{gone.pid}@{host}.abc"
+    alive, other = (
+        tmp_path / f".model.{os.getpid()}@{host}.abc",
+        tmp_path / f".model.{gone.pid}@elsewhere.abc",
+    )
+    for left in (dead, alive, other, tmp_path / ".model.old"):
+        left.mkdir()
+    write_atomic(tmp_path / ".model.old" / "a", b"before")  # killed between the two moves
+    sums = {"a": hashlib.sha256(b"before").hexdigest()}
+    write_atomic(tmp_path / ".model.old" / "checksums.json", json.dumps(sums).encode())
+
+    def broken(target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left"):
+        write_folder(tmp_path / "model", broken)
+    assert (tmp_path / "model" / "a").read_bytes() == b"before"
+    assert {p.name for p in tmp_path.iterdir()} == {"model", alive.name, other.name}
+    write_folder(tmp_path / "model", lambda target: write_atomic(target / "b", b"after"))
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"b", "checksums.json"}
+
+
+def test_the_card_is_anybodys_to_edit(bundle: Bundle, tmp_path: Path) -> None:
+    folder = saved(bundle, tmp_path / "model")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    assert load_bundle(folder).card.endswith("# mine\n")
+    assert run(["export", str(folder), "-o", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "README.md").read_text().endswith("# mine\n")
+    (folder / "README.md").unlink()
+    assert run(["export", str(folder), "-o", str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("checksums.json", "[]", "no mapping of files to checksums"),
+        ("generation.json", "[]", "no mapping of keys to values"),
+    ],
+)
+def test_small_files_of_another_kind_are_one_line(
+    name: str, content: str, why: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = saved(bundle, tmp_path / "model")
+    if name != "checksums.json":
+        (folder / "checksums.json").unlink()
+    (folder / name).write_text(content)
+    with pytest.raises(StorageError, match=why):
+        load_bundle(folder)
+
+
+def test_parts_lie_in_their_folder(bundle: Bundle, tmp_path: Path) -> None:
+    folder = saved(bundle, tmp_path / "model")
+    index = json.dumps({"weight_map": {"a": "../other.safetensors"}})
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(StorageError, match="is no index of weights"):
+        weight_files(folder, "model.safetensors")
 
 
 def test_a_checkpoint_replaces_nothing_but_a_checkpoint(tmp_path: Path) -> None:

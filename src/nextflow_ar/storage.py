@@ -7,15 +7,17 @@ old one intact. ``checksums.json`` names every file with its SHA-256; loading ve
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,19 +47,30 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def _write(path: Path, pieces: Iterable[Any]) -> None:
     """:func:`write_atomic` of what the ``pieces`` (anything with a buffer) are, one after the other."""
+
+    def fill(file: IO[bytes]) -> None:
+        for piece in pieces:
+            file.write(piece)
+
+    write_stream(path, fill)
+
+
+def write_stream(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """:func:`write_atomic` of what ``fill(file)`` writes, without holding it. Raises StorageError."""
     # containers on several machines, with a folder that all see, may count their processes alike
     temporary = path.with_name(f".{path.name}.{os.getpid()}_{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
@@ -93,9 +106,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises StorageError when the disk is full or the place not writable, and as :func:`check_replaceable` does.
     """
     check_replaceable(folder)
+    old = folder.with_name(f".{folder.name}.old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        _clear_dead(folder)
+        if old.is_dir() and not folder.exists():  # killed between the two renames below
+            old.rename(folder)
+        name = f".{folder.name}.{os.getpid()}@{socket.gethostname()}."
+        temporary = Path(tempfile.mkdtemp(prefix=name, dir=folder.parent))
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
     try:
@@ -107,7 +125,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             if f.is_file()
         }
         write_atomic(temporary / CHECKSUMS, json.dumps(sums, indent=1).encode())
-        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -117,6 +134,29 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear_dead(folder: Path) -> None:
+    """Remove what processes of this machine that are no more had begun to write in place of ``folder``."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*@{glob.escape(socket.gethostname())}.*"):
+        number = left.name.removeprefix(f".{folder.name}.").partition("@")[0]
+        if number.isdigit() and not _alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def first_line(error: BaseException, most: int = 120) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 def sha256(path: Path) -> str:
@@ -157,11 +197,18 @@ def stream_checked(folder: Path, name: str) -> Iterator[bytes]:
 def _sums(folder: Path) -> dict[str, str]:
     """Checksums of a folder's files: its own list, or its part of the list one level up."""
     if (folder / CHECKSUMS).is_file():
-        return json.loads((folder / CHECKSUMS).read_text())
+        return _listed(folder / CHECKSUMS)
     above = folder.parent / CHECKSUMS
-    listed = json.loads(above.read_text()) if above.is_file() else {}
+    listed = _listed(above) if above.is_file() else {}
     prefix = folder.name + "/"
     return {name.removeprefix(prefix): digest for name, digest in listed.items() if name.startswith(prefix)}
+
+
+def _listed(path: Path) -> dict[str, str]:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no mapping of files to checksums")
+    return found
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -176,7 +223,7 @@ def find_folder(name: str | Path) -> Path | None:
     try:
         return Path(snapshot_download(text))
     except Exception as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)
         raise StorageError(f"{text}: neither a folder here nor a model on the Hub ({reason})") from None
 
 
@@ -215,7 +262,10 @@ def weight_files(folder: Path, name: str) -> list[str]:
     if not (folder / index).is_file():
         return [name]
     try:
-        return sorted(set(json.loads(read_checked(folder, index))["weight_map"].values()))
+        names = sorted(set(json.loads(read_checked(folder, index))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("files of another folder")
+        return names
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StorageError(f"{folder}: {index} is no index of weights") from None
 

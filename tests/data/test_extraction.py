@@ -509,7 +509,11 @@ def test_rows_left_out_are_tried_again_where_asked(
     capsys.readouterr()
     assert run([*options, "--retry"]) == 0
     told = capsys.readouterr().out
-    assert f"5 rows written to {out}, 1 left out" in told and "caption is empty" in told and "earlier" not in told
+    assert (
+        f"5 rows written to {out}, 1 left out" in told
+        and "caption is empty" in told
+        and "earlier" not in told
+    )
     found = [r["row"] for r in CodeShards(out, ImageTokenizer.from_pretrained(tmp_path / "t")).records()]
     assert found == [0, 1, 2, 3, 4, 6, 7]
     after = {path.name: path.read_bytes() for path in out.glob("*.parquet")}

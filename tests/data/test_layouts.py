@@ -78,6 +78,17 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
             {"image_name": "b.png", "matched_text_index": 1}, {"image_name": "a.png", "matched_text_index": 0}]},
         [learned("<a.png>"), learned("one"), learned("<b.png>"), learned("two")],
     ),
+    (  # texts that follow each other are one, which ends once
+        {"text_list": ["one.", " ", "two.", "three"], "image_info": [{"image_name": "a.png", "matched_text_index": 3}]},
+        [learned("one. two."), learned("<a.png>"), learned("three")],
+    ),
+    ({"images": [None, None, "a.png"], "texts": ["one", "two", None]}, [learned("one\ntwo"), learned("<a.png>")]),
+    (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "text": "what"}, {"type": "text", "text": "now?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "this"}, {"type": "text", "text": "that"}]}]},
+        [given("what\nnow?"), learned("this\nthat")],
+    ),
     ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
 ]  # fmt: skip

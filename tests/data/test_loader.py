@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from nextflow_ar.config import ConfigError, from_dict
 from nextflow_ar.data import code_shards, shard_order
 from nextflow_ar.data import loader as loader_module
 from nextflow_ar.data.code_shards import CodeShard, CodeShards, as_document
@@ -175,19 +177,20 @@ def slowly(bundle: Bundle, source: ShardSource, layout: LayoutOptions) -> Iterat
     for number in count():
         draw = np.random.default_rng([3, source.seed, number]).random()
         chosen = min(int(np.searchsorted(edges, draw, side="right")), len(orders) - 1)
-        settings, parts = source.folders[chosen], next(orders[chosen])
+        settings = source.folders[chosen]
         turned, without, planned = np.random.default_rng([4, source.seed, number]).random(3)
-        if turned < settings.invert:
-            parts = invert(parts, settings.question)
-        elif planned < settings.planned:
-            parts = plan(parts)
-        if without < settings.condition_dropout:
-            parts = drop_condition(parts)
-        document = as_document(parts, dialogue=settings.dialogue)
-        sample = build(document, bundle.vocab, layout)
-        cost = sample_flops(sample, TINY_MODEL) if compute else len(sample)
-        if cost > budget or (packing.longest is not None and len(sample) > packing.longest):
-            continue
+        for parts in orders[chosen]:
+            if turned < settings.invert:
+                parts = invert(parts, settings.question)
+            elif planned < settings.planned:
+                parts = plan(parts)
+            if without < settings.condition_dropout:
+                parts = drop_condition(parts)
+            document = as_document(parts, dialogue=settings.dialogue)
+            sample = build(document, bundle.vocab, layout)
+            cost = sample_flops(sample, TINY_MODEL) if compute else len(sample)
+            if cost <= budget and (packing.longest is None or len(sample) <= packing.longest):
+                break
         waiting[number] = sample, task_of(document)
         row = [number] if packing.mode == "pad" else packer.add(number, cost, len(sample))
         if row is not None:
@@ -320,9 +323,51 @@ def test_what_fits_no_row_is_left_out_and_counted(
     assert stream.skipped > 0 and all(len(row.sample) <= 60 for row in rows)
     assert {task for row in rows for task in row.tasks} >= {"draw", "write"}
     assert len([r for r in caplog.records if "fits no row and is left out" in r.message]) == 1
+    short = Packing("pad", 60)
+    both = loader(
+        bundle, source_of(*folders, packing=short, rows=1)
+    )  # of the one some are too long, of the other none
+    drawn, orders = both._stream.drawn, both._stream.orders
+    for _ in range(200):
+        both.rows()
+    assert both._stream.drawn - drawn == 200 and orders[0].skipped > 5 and orders[1].skipped == 0
+    assert 0.15 < orders[0].accepted / 200 < 0.35  # its share is of what is kept: weights 1 and 3
     nothing = loader(bundle, source_of(folders[1], packing=Packing("length", 8)))
     with pytest.raises(StorageError, match=r"no document of it fits a row \(5 are too long\)"):
         nothing.rows()
+
+
+def test_a_budget_of_compute_that_was_meant_as_tokens_is_refused(
+    bundle: Bundle, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_PLACES", 2000)
+    stream = loader(bundle, source_of(folders[0], packing=Packing("compute", 4096)))
+    with pytest.raises(
+        StorageError, match="a row of 4096 TFLOPs holds more than 2,000 places of this model: give"
+    ):
+        stream.rows()
+    limited = loader(
+        bundle, source_of(folders[0], packing=Packing("compute", 4096, longest=300, open_rows=2))
+    )
+    assert max(len(row.sample) for row in limited.rows()) <= 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "why"),
+    [
+        (Packing, {"mode": "compute", "budget": 1.0, "longest": 0}, "longest is at least 1, got 0"),
+        (Packing, {"mode": "compute", "budget": math.inf}, "a finite number is expected, got inf"),
+        (
+            ShardSource,
+            {"kind": "shards", "rows": 1, "seed": -1, "folders": [{"folder": "x"}],
+             "packing": {"mode": "pad", "budget": 9}},
+            "seed is at least 0, got -1",
+        ),
+    ],
+)  # fmt: skip
+def test_senseless_settings_are_named(kind: type, values: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        from_dict(kind, values)
 
 
 def test_other_shards_and_damaged_ones_are_refused(

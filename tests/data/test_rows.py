@@ -233,7 +233,9 @@ def test_the_check_names_keys_that_nothing_reads(tmp_path: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out)["ignored"] == {"promt": 2, "file_name": 1, "id": 1}
     assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN)]) == 0
     told = capsys.readouterr().out
-    assert "keys that nothing reads (rows): 'promt' (2), " in told and "'id' (1)" in told and "..." not in told
+    assert (
+        "keys that nothing reads (rows): 'promt' (2), " in told and "'id' (1)" in told and "..." not in told
+    )
 
 
 def texts(source: Any, start: int = 0) -> list[str]:

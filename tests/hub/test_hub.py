@@ -192,6 +192,14 @@ def test_any_to_any(model: NextFlowForConditionalGeneration, processor: NextFlow
         (lambda m, p: p(images=[np.zeros((4, 4))], text="a"), "a picture is a Pillow image"),
         (lambda m, p: p(images=[picture(0)], text=["a", "b"]), "2 texts, but pictures for 1"),
         (lambda m, p: m.generate(p(text="a")["input_ids"], generation_mode="audio"), "text or image"),
+        (
+            lambda m, p: m.generate(p(text="a")["input_ids"], max_length=8),
+            "generate knows no max_length here",
+        ),
+        (lambda m, p: m.generate(p(text="a")["input_ids"], num_return_sequences=3), "num_return_sequences"),
+        (lambda m, p: type(m).from_pretrained("nano", dtype="foo"), "dtype is one such as float32"),
+        (lambda m, p: type(m).from_pretrained("nano", device_map="balanced"), "device_map is one device"),
+        (lambda m, p: type(m).from_pretrained("nano", load_in_8bit=True), "is not loaded with load_in_8bit"),
         (lambda m, p: m.documents(torch.tensor([[p.vocab.boi]])), "stands alone"),
         (lambda m, p: m.documents(torch.tensor([[p.vocab.boi, p.vocab.eoi]])), "fewer pictures"),
         (
@@ -211,6 +219,15 @@ def test_mistakes_are_one_line(
     with pytest.raises(ValueError, match=message) as error:
         call(model, processor)
     assert "\n" not in str(error.value)
+
+
+def test_the_former_name_of_dtype_counts(folder: Path) -> None:
+    for asked in (torch.float32, "float32", torch.bfloat16):
+        loaded = NextFlowForConditionalGeneration.from_pretrained(folder, torch_dtype=asked)
+        wanted = getattr(torch, asked) if isinstance(asked, str) else asked
+        assert {p.dtype for p in loaded.model.parameters()} == {wanted}
+    placed = NextFlowForConditionalGeneration.from_pretrained(folder, device_map={"": "cpu"}, dtype="auto")
+    assert placed.device.type == "cpu"
 
 
 class FakeHub:

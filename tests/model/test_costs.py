@@ -118,6 +118,13 @@ def test_any_document_counts_and_costs_what_its_sample_does(
         assert isinstance(cost, int) and cost == sample_flops(sample, config)
 
 
+def test_a_response_in_pieces_by_hand() -> None:
+    """Three tokens, two more, then the end: the place before each predicts it."""
+    found = count([TextShape(4), TextShape(3, True), TextShape(2, True)])
+    assert (found.tokens, found.predicted) == (9, 6)
+    assert found == count([TextShape(4), TextShape(5, True)])
+
+
 def test_marks_and_cut_pictures_by_hand() -> None:
     three = ScaleSchedule.square(3)  # 1 + 4 + 9 cells
     # two tokens 1 + 2, <boi> 3, 2x2 block 4 x 7; the last token predicts <boi>, which and the block predict the codes

@@ -185,9 +185,7 @@ def test_entries_beyond_the_table_start_as_the_mean(tmp_path: Path) -> None:
     bundle = initialise_from(tmp_path, tiny_image_tokenizer())
     mean = theirs.model.language_model.embed_tokens.weight.mean(0)
     for row in (280, 289, 290, 319):
-        torch.testing.assert_close(
-            bundle.model.backbone.embed_tokens.weight[row], mean, atol=1e-6, rtol=1e-5
-        )
+        torch.testing.assert_close(bundle.model.backbone.embed_tokens.weight[row], mean, atol=1e-6, rtol=1e-5)
 
 
 def test_init_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,17 @@ def test_a_caption_sees_the_last_grid_and_learns_to_stop(vocab: Vocabulary) -> N
     assert span.closed and span.inputs == (1, 9)
 
 
+def test_a_response_in_pieces_goes_on_and_ends_once(vocab: Vocabulary) -> None:
+    z, q = vocab.encode("zq")
+    pieces = build(Document((Text("q"), Text("z", True), Text("q", True), Text("z", True))), vocab, OPTIONS)
+    assert pieces.targets.tolist() == [z, q, z, vocab.end] and pieces.tokens.tolist() == [q, z, q, z]
+    whole = build(Document((Text("q"), Text("zqz", True))), vocab, OPTIONS)
+    if vocab.encode("zqz") == [z, q, z]:
+        assert torch.equal(whole.targets, pieces.targets) and torch.equal(whole.weights, pieces.weights)
+    cut = build(Document((Text("z", True), Text("q"), Text("z", True))), vocab, OPTIONS)
+    assert cut.targets.tolist() == [vocab.end, z, vocab.end]  # before what the user says it ends
+
+
 def test_a_given_image_may_be_its_closing_block_alone(vocab: Vocabulary) -> None:
     options = LayoutOptions(C, context_images="closing")
     sample, scales = (build(Document.image_to_text(codes(), "zq"), vocab, o) for o in (options, OPTIONS))

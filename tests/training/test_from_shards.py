@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import logging
 import shutil
@@ -22,8 +24,9 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.sequence.layout import scale_block
-from nextflow_ar.sequence.vocab import TURN_END, TURN_START
+from nextflow_ar.sequence.vocab import TURN_END, TURN_START, train_text_tokenizer
 from nextflow_ar.storage import StorageError, pack_weights, read_weights
+from nextflow_ar.training import runs
 from nextflow_ar.training.adapters import weights_print
 from nextflow_ar.training.meters import Speedometer, measured_peak
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
@@ -38,6 +41,8 @@ OPTIMIZER = {
     "schedule": "cosine", "decay": 0.0, "final": 0.1, "clip": 1.0,
 }  # fmt: skip
 Make = Callable[..., ModelTrainer]
+EXACT = {"precision": "float32"}
+"""Two models that say the same do so to a few bits only in bf16, which CPUs that have it train in."""
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +108,15 @@ def test_resuming_in_mid_shard_equals_never_stopping(make: Make, prefetch: bool)
 
 
 def test_what_is_replayed_is_said_as_the_start_said_it(make: Make) -> None:
-    plain, own = make("a").advance(), make("b", distillation={"share": 1.0}).advance()
+    plain, own = make("a", **EXACT).advance(), make("b", distillation={"share": 1.0}, **EXACT).advance()
     assert plain["norm"] == own["norm"] > 0.1  # shards are what is to be learnt
     every = {"share": 1.0, "shards": True}
-    replayed = make("c", distillation=every)
+    replayed = make("c", distillation=every, **EXACT)
     first = replayed.advance()
     assert first["norm"] < 1e-3 * plain["norm"] and first["loss"] == plain["loss"]  # it says what it said
-    half = make("d", distillation={"share": 0.5, "shards": True}).advance()
+    half = make("d", distillation={"share": 0.5, "shards": True}, **EXACT).advance()
     assert half["norm"] == pytest.approx(plain["norm"] / 2, rel=1e-2)
-    moved = make("e", distillation=every)
+    moved = make("e", distillation=every, **EXACT)
     with torch.no_grad():
         moved.model.head.weight.add_(0.02 * torch.randn(moved.model.head.weight.shape))
     assert moved.advance()["norm"] > 10 * first["norm"]  # and is drawn back where it has moved
@@ -124,13 +129,15 @@ def test_another_checkpoint_may_teach(make: Make, place: Path, tmp_path: Path) -
         tmp_path / "other", bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, {}, "# other\n"
     )
     every = {"share": 1.0, "shards": True, "teacher": str(tmp_path / "other")}
-    told = make("a", distillation=every).advance()["norm"]
-    there = make("b", distillation=every)
+    told = make("a", distillation=every, **EXACT).advance()["norm"]
+    there = make("b", distillation=every, **EXACT)
     there.model.load_state_dict(load_bundle(tmp_path / "other").model.state_dict())
     assert there.advance()["norm"] < 1e-2 * told  # it says what the other one says
-    few = make("e", distillation=every, trains="lora", lora={"rank": 2}).advance()
+    few = make("e", distillation=every, **EXACT, trains="lora", lora={"rank": 2}).advance()
     assert few["norm"] > 0  # adapters are no part of what teaches
-    own = make("f", distillation={"share": 1.0, "shards": True}, trains="lora", lora={"rank": 2}).advance()
+    own = make(
+        "f", distillation={"share": 1.0, "shards": True}, **EXACT, trains="lora", lora={"rank": 2}
+    ).advance()
     assert own["norm"] < 1e-2 * few["norm"]
     with pytest.raises(ConfigError, match=r"distillation.teacher: .*nano is of another architecture"):
         make("c", distillation=every | {"teacher": "nano"})
@@ -349,7 +356,7 @@ def test_adapters_on_a_start_whose_weights_are_in_parts(
     wanted = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
     final = make(**LORA, steps=2, start=str(start)).fit()
     adapter = tmp_path / "run" / "adapter"
-    assert json.loads((adapter / "base.json").read_text()) == {"weights": wanted}
+    assert json.loads((adapter / "base.json").read_text())["weights"] == wanted
     single = (place / "base" / "model.safetensors").read_bytes()  # as adapters from before name it
     assert weights_print(place / "base") == hashlib.sha256(single).hexdigest() != wanted
     out = tmp_path / "merged"
@@ -363,6 +370,129 @@ def test_adapters_on_a_start_whose_weights_are_in_parts(
     capsys.readouterr()
     assert run(["export", str(start), "--adapter", str(adapter), "-o", str(tmp_path / "no")]) == 1
     assert "it was trained on other weights than those of" in capsys.readouterr().err
+
+
+def test_a_merged_adapter_is_the_model_that_it_was_trained_as(
+    make: Make, place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sampling defaults and configuration with it; of another pixel decoder a line tells."""
+    tokenizer = load_bundle(place / "base").image_tokenizer
+    with torch.no_grad():
+        tokenizer.decoder.last_weight.mul_(2)
+    tokenizer.save_pretrained(tmp_path / "other")
+    model = to_dict(replace(TINY_MODEL, rope_range=20.0))
+    changed = {"model": model, "image_tokenizer": str(tmp_path / "other"), "generation": {"guidance": 1.5}}
+    final = make(**LORA, steps=2, **changed).fit()
+    out, adapter = tmp_path / "merged", tmp_path / "run" / "adapter"
+    assert run(["export", str(place / "base"), "--adapter", str(adapter), "-o", str(out)]) == 0
+    assert (
+        f"another pixel decoder than {place / 'base'} has: --image-tokenizer {tmp_path / 'other'}"
+        in caplog.text
+    )
+    mine, theirs = load_bundle(out), load_bundle(final)
+    assert mine.model.config == theirs.model.config and mine.model.config.rope_range == 20.0
+    assert mine.generation == theirs.generation and mine.generation["guidance"] == 1.5
+    told = json.loads((adapter / "base.json").read_text())
+    (adapter / "base.json").write_text(json.dumps({"weights": told["weights"]}))  # as of before
+    (adapter / "checksums.json").unlink()
+    assert run(["export", str(place / "base"), "--adapter", str(adapter), "-o", str(tmp_path / "old")]) == 0
+    assert load_bundle(tmp_path / "old").model.config.rope_range == TINY_MODEL.rope_range
+    (adapter / "base.json").write_text(json.dumps(told | {"codes": "others"}))
+    assert run(["export", str(place / "base"), "--adapter", str(adapter), "-o", str(tmp_path / "no")]) == 1
+
+
+def swapped(place: Path, folder: Path, change: str) -> None:
+    """Another checkpoint where one was."""
+    bundle = load_bundle(place / "base")
+    text, images = bundle.vocab.tokenizer, bundle.image_tokenizer
+    if change == "weights":
+        bundle.model.head.weight.add_(0.5)
+    if change == "words":
+        text = train_text_tokenizer(["other words than those, in another order"] * 3, 300)
+    if change == "codes":
+        images = tiny_image_tokenizer(seed=5)
+    save_bundle(folder, bundle.model, images, text, {}, "# other\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "recipe_of", "what"),
+    [
+        ("weights", {**LORA}, "start"),
+        ("weights", {"distillation": {"share": 1.0}}, "start"),
+        ("weights", {"distillation": {"share": 1.0, "teacher": "TEACHER"}}, "distillation.teacher"),
+        ("words", {}, "text tokenizer"),
+        ("weights", {}, None),  # its checkpoint holds all weights
+    ],
+)
+def test_a_run_goes_on_with_what_it_was_begun_with(
+    make: Make, place: Path, tmp_path: Path, change: str, recipe_of: dict[str, Any], what: str | None
+) -> None:
+    folder = Path(shutil.copytree(place / "base", tmp_path / "named"))
+    changes = json.loads(json.dumps(recipe_of).replace("TEACHER", str(folder)))
+    if what != "distillation.teacher":
+        changes |= {"start": str(folder)}
+    first = make(**changes)
+    first.advance()
+    first.save()
+    assert make(**changes).step == 1
+    swapped(place, folder, change)
+    if what is None:
+        assert make(**changes).step == 1
+        return
+    with pytest.raises((StorageError, ConfigError)) as caught:
+        make(**changes)
+    if change == "weights":
+        assert f"its checkpoint was made with another {what} than the recipe's folder holds by now" in str(
+            caught.value
+        )
+
+
+def test_a_teacher_has_the_architecture_of_its_pupil(make: Make) -> None:
+    model = to_dict(replace(TINY_MODEL, rope_range=20.0))
+    with pytest.raises(
+        ConfigError, match=r"cannot teach a model of another architecture \(model: rope_range\)"
+    ):
+        make(distillation={"share": 1.0}, model=model)
+
+
+def test_a_damaged_checkpoint_is_one_line(make: Make, tmp_path: Path) -> None:
+    first = make()
+    first.advance()
+    first.save()
+    path = tmp_path / "run" / "checkpoint.pt"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for content, why in ((b"", "zip"), (bytes(flipped), "is damaged"), (whole[:-100], "zip")):
+        path.write_bytes(content)
+        with pytest.raises(
+            StorageError, match=f"checkpoint.pt: the checkpoint cannot be read: .*{why}"
+        ) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+    torch.save([1], path)
+    with pytest.raises(StorageError, match="it is no training's"):
+        make()
+    path.write_bytes(whole)
+    resolved = tmp_path / "run" / "recipe.yaml"
+    resolved.write_text("")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        make()
+
+
+def test_a_write_that_fails_is_told_as_it_was() -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 1000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        runs._save({"a": torch.zeros(5000)}, Full())
+    file = io.BytesIO()
+    runs._save({"a": torch.arange(5000)}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["a"], torch.arange(5000))
 
 
 def test_adapters_resume_and_hold_little(make: Make) -> None:

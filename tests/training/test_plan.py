@@ -156,7 +156,9 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
     assert trained(few) == 3 * 2 * (8 + 6 + 12) == few.adapters and moments(few) == 2 * few.adapters
     assert memory(few, 1).gradients == 4 * few.adapters and memory(few, 1).average == 4 * few.adapters
     assert memory(few, 1).weights == 4 * (total + few.adapters)
-    assert useful_flops(few, few.row_counts) < useful_flops(tiny(), few.row_counts)
+    layers, head = 3 * 2 * (8 * 144 + 42 * 8), 2 * 6 * 4 * 10
+    assert useful_flops(few, few.row_counts) == 2 * layers + 2 * head  # neither has a gradient of its weights
+    assert memory(tiny("sharding=null"), 1).logits - memory(few, 1).logits == 4 * 4 * 10
     with pytest.raises(ConfigError, match="'lm_head' is no layer that takes adapters; accepted: q_proj"):
         tiny("trains=lora", "lora={targets: [lm_head]}")
 
@@ -303,6 +305,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         ([recipe, "--set", "plan.documents.songs.samples=1"], "missing key 'plan.documents.songs.text'"),
         ([recipe, "--set", "sources=[]", "--set", "plan.rows=1"], "unknown key 'plan.rows'"),
         ([recipe, "--set", "checkpointnig=true"], "unknown key 'checkpointnig'"),
+        ([recipe, "--set", "plan.row=0"], "row is at least 1, got 0"),
+        ([recipe, "--set", "plan.documents={}"], "plan.documents needs at least one kind"),
+        ([recipe, "--set", "plan.scales=19"], "plan.scales is from 1 to 18, got 19"),
+        ([recipe, "--set", "plan.documents.text.samples=-5"], "samples is above 0, got -5"),
+        ([recipe, "--set", "plan.documents.text_to_image.inverted=2"], "inverted is a share from 0 to 1"),
+        ([recipe, "--set", "accumulate=0"], "accumulate is at least 1, got 0"),
     ):
         assert run(["plan", *arguments]) == 2, arguments
         assert line in capsys.readouterr().err, arguments

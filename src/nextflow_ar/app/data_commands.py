@@ -198,7 +198,8 @@ def extract(
     processes: Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work.")] = 1,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     retry: Annotated[
-        bool, typer.Option("--retry", help="Make the shards again that lack rows: their pictures are whole now.")
+        bool,
+        typer.Option("--retry", help="Make the shards again that lack rows: their pictures are whole now."),
     ] = False,
     video: Video = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,

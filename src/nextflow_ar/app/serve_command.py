@@ -177,13 +177,14 @@ def load(model: str, device: str, rows: int, keep: int) -> NextFlowPipeline:
 
     from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype, resolve_model
     from nextflow_ar.model.checkpoint import load_bundle
+    from nextflow_ar.storage import first_line
 
     folder = resolve_model(model)
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise ServeError(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
+        raise ServeError(f"--device {device}: {first_line(error, 200)}") from None
     return NextFlowPipeline(load_bundle(folder, place, best_dtype(place)), rows, keep * _MEGA)
 
 

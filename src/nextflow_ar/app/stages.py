@@ -193,19 +193,22 @@ def export_bundle(
     of the same architecture and vocabulary; the weights become the mean of all, in which those count for ``share`` together
     (None: every one as much as this). Raises ConfigError, StorageError.
     """
+    import torch
+
     from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
-    from nextflow_ar.model.checkpoint import CARD_FILE, load_bundle, save_bundle
-    from nextflow_ar.storage import check_replaceable, read_checked
+    from nextflow_ar.model.checkpoint import load_bundle, save_bundle
+    from nextflow_ar.storage import check_replaceable
 
     check_replaceable(out)
     if share is not None and not (average and 0 < share < 1):
         raise ConfigError(f"a share of the mean is above 0 and below 1 and needs --average, got {share:g}")
     folder = resolve_model(model)
-    bundle = load_bundle(folder)
+    # computed with in fp32; else what is stored is only copied
+    bundle = load_bundle(folder, dtype=torch.float32 if adapter is not None or average else torch.bfloat16)
     if adapter is not None:
         from nextflow_ar.training.adapters import merge_adapter
 
-        merge_adapter(bundle, folder, adapter)
+        bundle = merge_adapter(bundle, folder, adapter)
     if average:
         _average(bundle, average, share)
     if image_tokenizer is not None:
@@ -215,7 +218,7 @@ def export_bundle(
     _fitting_defaults(generation, bundle.image_tokenizer.config, "--set")
     bundle.generation = generation
     NextFlowPipeline(bundle)  # senseless settings are an error here, not at the next load
-    text = card if card is not None else read_checked(folder, CARD_FILE).decode()
+    text = card if card is not None else bundle.card
     save_bundle(out, bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, generation, text)
 
 

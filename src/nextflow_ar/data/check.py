@@ -17,7 +17,8 @@ from nextflow_ar.tokenizer.pictures import MAX_PIXELS, PictureError
 class CheckReport:
     """``rows`` read; ``problems``: one line each, with file and place; ``left_out``: likewise, rows that a filter drops on
     purpose; ``kinds``: how many rows draw, read, or only write;
-    ``ignored``: keys that nothing reads, by rows; ``ratios``: pictures by nearest final grid; ``tokens``: least, mean and most per good row.
+    ``ignored``: keys that nothing reads, by rows; ``ratios``: pictures by nearest final grid;
+    ``tokens``: least, mean and most per good row.
     """
 
     rows: int = 0

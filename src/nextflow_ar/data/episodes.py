@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
+from nextflow_ar.config import within
 from nextflow_ar.data.loader import Packing
 from nextflow_ar.data.playground.curriculum import PLANNED, READ_ALONE, THOUGHT, by_task, corpus
 from nextflow_ar.data.playground.planning import TALKS, TOLD
@@ -54,6 +55,7 @@ class EpisodeSource:
 
     def __post_init__(self) -> None:
         answers = by_task(self.tasks)
+        within("at least 0", seed=self.seed)
         if self.rows < 1:
             raise ValueError("a source of episodes has at least one row")
         for name in self.canvases:

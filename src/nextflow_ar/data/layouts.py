@@ -94,7 +94,11 @@ def _page(values: Mapping[str, Any]) -> dict[str, Any]:
     segments = []
     for place, text in enumerate(texts):
         segments += [_drawn({"image": image}) for image in at.get(place, [])]
-        if str(text).strip():
+        if not str(text).strip():
+            continue
+        if segments and "text" in segments[-1] and isinstance(text, str):
+            segments[-1]["text"] += f" {text.strip()}"
+        else:
             segments.append(_drawn({"text": text}))
     return {"segments": segments}
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict
 
-from nextflow_ar.config import ModelConfig
+from nextflow_ar.config import ModelConfig, within
 from nextflow_ar.data.code_shards import CodeShards, as_document
 from nextflow_ar.data.packing import Packer
 from nextflow_ar.data.shard_order import Place, ShardOrder
@@ -39,6 +39,8 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.types import Codes, Document, Image, Text
 
 _LOG = logging.getLogger(__name__)
+_PLACES = 1 << 17
+"""Of one row, more than any training computes at once: a budget of compute that was meant as one of tokens gets there."""
 _STEP = 64
 """Rows of varying length are padded to a multiple of this many places, which keeps the number of shapes small."""
 
@@ -95,6 +97,8 @@ class Packing:
     def __post_init__(self) -> None:
         if self.budget <= 0 or self.open_rows < 1:
             raise ValueError("budget is above 0 and open_rows at least 1")
+        if self.longest is not None and self.longest < 1:
+            raise ValueError(f"longest is at least 1, got {self.longest}")
         if not 1 <= self.widths <= 64:
             raise ValueError(f"widths is from 1 to 64, got {self.widths}")
         if self.longest is not None and self.mode != "compute":
@@ -129,6 +133,7 @@ class ShardSource:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        within("at least 0", seed=self.seed)
         if self.rows < 1 or not self.folders:
             raise ValueError("a source of shards has at least one row and one folder")
 
@@ -247,25 +252,33 @@ class _Stream:
         """The documents of the next row."""
         while True:
             number, place = self._draw()
-            order, (cost, length) = self.orders[place.folder], self._measured(number, place)
-            if not self._fits(cost, length):
-                order.skipped += 1
-                if order.skipped == 1:
-                    _LOG.warning(
-                        "%s: a document of %d tokens fits no row and is left out", order.folder, length
-                    )
-                if order.epoch and not order.accepted:
-                    raise StorageError(
-                        f"{order.folder}: no document of it fits a row ({order.skipped} are too long): "
-                        "raise the packing's budget"
-                    )
-                continue
+            order = self.orders[place.folder]
+            while not self._fits(*(measured := self._measured(number, place))):
+                self._skip(order, measured[1])
+                place = order.next()  # of the same folder: what it has too long takes nothing from its share
             order.accept(place)
             self._pending[number] = place
             pad = self.source.packing.mode == "pad"
-            row = [number] if pad else self._packer.add(number, cost, length)
+            row = [number] if pad else self._packer.add(number, *measured)
+            if self._packer.most > _PLACES:
+                raise StorageError(
+                    f"{order.folder}: a row of {self.source.packing.budget:g} TFLOPs holds more than {_PLACES:,} places of "
+                    "this model: give packing a smaller budget, or longest"
+                )
             if row is not None:
                 return row
+
+    def _skip(self, order: ShardOrder, length: int) -> None:
+        """A document fits no row. Raises StorageError where none of its folder does."""
+        order.skipped += 1
+        if order.skipped == 1:
+            _LOG.warning("%s: a document of %d tokens fits no row and is left out", order.folder, length)
+        if order.epoch and not order.accepted:
+            limit = "" if self.source.packing.longest is None else " or its longest"
+            raise StorageError(
+                f"{order.folder}: no document of it fits a row ({order.skipped} are too long): "
+                f"raise the packing's budget{limit}"
+            )
 
     def _row(self, found: list[tuple[int, Place]]) -> PackedRow:
         documents = [

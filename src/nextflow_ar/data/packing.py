@@ -26,7 +26,7 @@ class Packer:
 
     ``budget``: cost that a row may have; ``longest``: length that it may have besides (None: any). ``open_rows``: rows
     held open at once; the more, the fuller they get. :meth:`state` and :meth:`restore` carry it over a restart in
-    mid-stream. Raises ValueError for an item that no row can hold.
+    mid-stream. ``most``: length of the longest row so far. Raises ValueError for an item that no row can hold.
     """
 
     def __init__(self, budget: float, *, longest: int | None = None, open_rows: int = 32) -> None:
@@ -34,7 +34,7 @@ class Packer:
             raise ValueError("budget is above 0 and open_rows at least 1")
         self.budget, self.longest, self.open_rows = budget, longest, open_rows
         self._bins: list[Bin] = []
-        self.taken = 0
+        self.taken = self.most = 0
 
     def _fits(self, row: Bin, cost: float, length: int) -> bool:
         return row.cost + cost <= self.budget and (
@@ -58,6 +58,7 @@ class Packer:
         row.items.append(number)
         row.cost += cost
         row.length += length
+        self.most = max(self.most, row.length)
         return self._close() if len(self._bins) > self.open_rows else None
 
     def _close(self) -> list[int]:

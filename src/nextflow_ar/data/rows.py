@@ -186,7 +186,16 @@ class _Reader:
     def full(self, segments: object) -> Row:
         if not isinstance(segments, list) or not segments:
             raise self.fail("segments is a list of at least one text or image")
-        parts = [self.segment(segment, f"segment {i}") for i, segment in enumerate(segments)]
+        parts: list[Part] = []
+        for i, segment in enumerate(segments):
+            part = self.segment(segment, f"segment {i}")
+            before = parts[-1] if parts else part
+            kind = (TextPart, before.role, before.supervised)
+            if parts and isinstance(before, TextPart) and kind == (type(part), part.role, part.supervised):
+                assert isinstance(part, TextPart)  # a text in pieces is one text: what it says ends once
+                parts[-1] = replace(before, text=f"{before.text}\n{part.text}")
+            else:
+                parts.append(part)
         return self.row(*parts)
 
     def segment(self, segment: object, place: str) -> Part:

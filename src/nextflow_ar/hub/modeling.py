@@ -22,8 +22,23 @@ from nextflow_ar.hub.tokens import document_of
 from nextflow_ar.model.checkpoint import Bundle, load_bundle
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.layout import IGNORED, build
+from nextflow_ar.storage import StorageError, first_line
 from nextflow_ar.types import Codes, Document, TextDelta
 
+_LOADED_OTHERWISE = {
+    "load_in_8bit",
+    "load_in_4bit",
+    "quantization_config",
+    "subfolder",
+    "gguf_file",
+    "variant",
+}
+"""Of from_pretrained's options those that ask for other weights or numbers than the folder's own."""
+_SAMPLED_OTHERWISE = {
+    "max_length", "num_return_sequences", "num_beams", "penalty_alpha", "repetition_penalty", "min_new_tokens",
+    "stopping_criteria", "logits_processor", "bad_words_ids",
+}  # fmt: skip
+"""Of generate's options those that ask for other tokens, which the engine does not know."""
 _OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -35,8 +50,31 @@ def folder_of(name: str | Path, **options: Any) -> Path:
     if asked and not Path(name).exists() and str(name).count("/") == 1:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(name), **asked))
+        try:
+            return Path(snapshot_download(str(name), **asked))
+        except Exception as error:
+            raise StorageError(f"{name}: the Hub did not give it ({first_line(error)})") from None
     return resolve_model(name)
+
+
+def _device(asked: Any) -> torch.device:
+    """Raises ValueError for what is not one device."""
+    if isinstance(asked, dict) and len(asked) == 1:  # as accelerate names one for all
+        (asked,) = asked.values()
+    try:
+        return torch.device("cpu" if asked in (None, "auto") else asked)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device_map is one device (cpu, cuda:0), got {asked!r}") from None
+
+
+def _dtype(asked: Any) -> torch.dtype | None:
+    """None: what is fastest. Raises ValueError for what is no dtype of numbers."""
+    found = getattr(torch, asked, None) if isinstance(asked, str) and asked != "auto" else asked
+    if found in (None, "auto") and asked in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is one such as float32 or bfloat16, got {asked!r}")
+    return found
 
 
 class NextFlowForConditionalGeneration(PreTrainedModel):
@@ -63,20 +101,24 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
         *_: Any,
         config: NextFlowConfig | None = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         **kwargs: Any,
     ) -> NextFlowForConditionalGeneration:
         """Load a checkpoint folder, a Hub id or a bundled model, every file verified.
 
-        ``dtype``: of the transformer (None or "auto": the fastest that the device has). ``device_map``: one device.
-        Raises StorageError or RequestError, one line.
+        ``dtype``: of the transformer (None or "auto": the fastest that the device has); ``torch_dtype``: its former name.
+        ``device_map``: one device. Raises StorageError or RequestError, one line; ValueError for an option that this model
+        does not know and that would change what is loaded.
         """
+        unknown = sorted(key for key in _LOADED_OTHERWISE & set(kwargs) if kwargs[key])
+        if unknown:
+            raise ValueError(
+                f"a NextFlow model is not loaded with {', '.join(unknown)}; dtype and device_map are known"
+            )
         folder = folder_of(name, **kwargs)
-        device = torch.device("cpu" if device_map in (None, "auto") else device_map)
-        chosen = best_dtype(device) if dtype in (None, "auto") else dtype
-        chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-        assert isinstance(chosen, torch.dtype)
-        bundle = load_bundle(folder, device, chosen)
+        device, chosen = _device(device_map), _dtype(torch_dtype if dtype is None else dtype)
+        bundle = load_bundle(folder, device, best_dtype(device) if chosen is None else chosen)
         config = config or NextFlowConfig.from_pretrained(folder)
         config.name_or_path = str(name)
         return cls(config, bundle).eval()
@@ -165,11 +207,20 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
         size: tuple[int, int] | None = None,
         think: bool | None = None,
         seed: int = 0,
-        **_: Any,
+        **others: Any,
     ) -> Tensor | list[PILImage.Image]:
         """Mode "text": the token ids with the answer behind them, padded on the right; greedy unless ``do_sample``. Mode
-        "image": a picture for each row. What is not said is as the checkpoint has it.
+        "image": a picture for each row. What is not said is as the checkpoint has it. Raises ValueError for transformers'
+        options that would give other tokens and that this model does not know.
         """
+        unknown = sorted(
+            k for k in _SAMPLED_OTHERWISE & set(others) if others[k] not in (None, 1, 1.0, [], ())
+        )
+        if unknown:
+            raise ValueError(
+                f"generate knows no {', '.join(unknown)} here: max_new_tokens, do_sample, temperature, top_k, top_p, "
+                "guidance_scale and seed are known"
+            )
         pipeline, vocab = self.pipeline, self._bundle.vocab
         documents = self.documents(input_ids, pixel_values, attention_mask)
         seeds = [fold_seed(seed, row) for row in range(len(documents))]

@@ -174,7 +174,7 @@ def _key(told: Any) -> str:
 
 
 def _known_settings(text: Any) -> None:
-    """Raises ValueError for settings of a Qwen2.5-VL that change what it computes, and that our text stack does not have."""
+    """Raises ValueError for settings of a Qwen2.5-VL that change what it computes and that our text stack lacks."""
     kind = (text.rope_parameters or {}).get("rope_type", "default")
     layers = set(getattr(text, "layer_types", None) or ["full_attention"])
     for key, value, accepted in (

@@ -187,8 +187,9 @@ def load_bundle(
     vocab = Vocabulary(load_text_tokenizer(folder / "text_tokenizer"), config.text_vocab, config.codes)
     image_tokenizer = ImageTokenizer.from_pretrained(folder / "image_tokenizer")
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    card = read_checked(folder, CARD_FILE).decode() if (folder / CARD_FILE).is_file() else ""
-    return Bundle(model, image_tokenizer.to(device), vocab, generation, card)
+    card = folder / CARD_FILE  # prose, which people edit: its checksum does not count
+    told = card.read_text(errors="replace") if card.is_file() else ""
+    return Bundle(model, image_tokenizer.to(device), vocab, generation, told)
 
 
 def find_checkpoint(name: Path | str) -> Path | None:
@@ -214,7 +215,10 @@ def checkpoint_folder(name: Path | str) -> Path:
 def load_generation(folder: Path) -> dict[str, Any]:
     """A checkpoint folder's sampling defaults. Raises StorageError."""
     try:
-        return json.loads(read_checked(folder, GENERATION_FILE))
+        found = json.loads(read_checked(folder, GENERATION_FILE))
+        if not isinstance(found, dict):
+            raise ValueError("no mapping of keys to values")
+        return found
     except ValueError as error:
         raise StorageError(f"{folder}: {GENERATION_FILE} is not valid JSON: {error}") from None
 

@@ -122,7 +122,7 @@ def _goes_on(after: Shape | None) -> bool:
     """Whether a response learns what stands behind it instead of its own end."""
     if isinstance(after, ImageShape):
         return after.supervised or after.begun
-    return isinstance(after, MarkShape) and after.supervised
+    return after is not None and after.supervised
 
 
 def forward_flops(counts: Counts, config: ModelConfig) -> tuple[float, float]:

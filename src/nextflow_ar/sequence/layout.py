@@ -231,10 +231,10 @@ class _Builder:
             if isinstance(segment, Text):
                 ids = self.vocab.encode(segment.text)
                 if segment.supervised:
-                    # What a response learns to end with is what follows in it: an image, or the mark that ends the turn.
+                    # What a response learns to end with is what follows in it: an image, more text, or the turn's end.
                     after = document.segments[i + 1] if i < last else None
                     begun = isinstance(after, Image) and after.begun
-                    goes_on = begun or (isinstance(after, Image | Mark) and after.supervised)
+                    goes_on = begun or (after is not None and after.supervised)
                     self.supervised_text(ids, None if goes_on else self.vocab.end)
                 else:
                     self.text(ids)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextflow_ar.config import ConfigError
-from nextflow_ar.model.checkpoint import WEIGHTS_FILE, Bundle, checkpoint_folder
+from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
+from nextflow_ar.model.checkpoint import WEIGHTS_FILE, Bundle
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.storage import (
     StorageError,
@@ -23,8 +25,10 @@ from nextflow_ar.storage import (
     write_atomic,
     write_folder,
 )
-from nextflow_ar.training.recipe import LoraConfig
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training.recipe import LoraConfig, ModelRecipe
 
+_LOG = logging.getLogger(__name__)
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_FILE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 """The first two are peft's own form; the third names the weights that the adapter was trained on."""
 
@@ -40,10 +44,11 @@ def _peft() -> Any:
 def add_adapters(model: NextFlowModel, config: LoraConfig, generator: torch.Generator) -> None:
     """Put adapters that change nothing yet into ``model``, and freeze all else. Raises ConfigError for unknown targets."""
     peft = _peft()
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     for target in config.targets:
-        found = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not found or "head" in found:
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not found or "head" in found or not set(found) <= set(linear):
             accepted = sorted({name.rpartition(".")[2] for name in linear if name.startswith("backbone.")})
             raise ConfigError(
                 f"lora.targets: {target!r} is no layer that takes adapters; accepted: {', '.join(accepted)}"
@@ -71,27 +76,43 @@ def adapter_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def save_adapter(folder: Path, named: dict[str, Tensor], config: LoraConfig, start: Path) -> None:
-    """Write an adapter's folder, in the form that peft reads too. ``named``: parameters by the adapted model's names.
-    ``start``: what it was trained on, as a recipe names it. Raises StorageError.
+def save_adapter(
+    folder: Path, named: dict[str, Tensor], recipe: ModelRecipe, bound: dict[str, str], whole: Bundle
+) -> None:
+    """Write an adapter's folder, in the form that peft reads too, with what else makes it the model ``whole``: its
+    configuration, sampling defaults and pixel decoder's digest. ``named``: parameters by the adapted model's names.
+    ``bound``: digests, of ``start`` among them (:mod:`bound`). Raises StorageError.
     """
-    peft = _peft()
+    peft, config = _peft(), recipe.lora
+    assert config is not None
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=list(config.targets),
-        base_model_name_or_path=str(start),
+        base_model_name_or_path=str(recipe.start),
         inference_mode=True,
     )
+    base = {
+        "weights": bound["start"], "config": to_dict(whole.model.config), "generation": whole.generation,
+        "image_tokenizer": str(recipe.image_tokenizer), "codes": bound["image_tokenizer"],
+        "decoder": decoder_print(whole.image_tokenizer),
+    }  # fmt: skip
 
     def fill(target: Path) -> None:
         settings.save_pretrained(str(target))
         write_atomic(target / ADAPTER_WEIGHTS, pack_weights(adapter_weights(named)))
-        write_atomic(
-            target / BASE_FILE, json.dumps({"weights": weights_print(checkpoint_folder(start))}).encode()
-        )
+        write_atomic(target / BASE_FILE, json.dumps(base, indent=1).encode())
 
     write_folder(folder, fill)
+
+
+def decoder_print(tokenizer: ImageTokenizer) -> str:
+    """Digest of what :meth:`ImageTokenizer.fingerprint` leaves out, as it is saved (bf16)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        if name.startswith("decoder."):
+            digest.update(name.encode() + tensor.bfloat16().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weights_print(folder: Path) -> str:
@@ -149,17 +170,35 @@ def averaged(
 
 
 def merge_adapter(bundle: Bundle, base: Path, adapter: Path) -> Bundle:
-    """``bundle``, loaded from ``base``, with an adapter's folder merged in (in place).
+    """``bundle``, loaded from ``base``, with an adapter's folder merged in: the model that the adapter was trained as, its
+    configuration and sampling defaults included. The pixel decoder stays that of ``base``; a warning says so where the
+    adapter's run had another.
 
-    Raises StorageError when the adapter is damaged or was trained on other weights.
+    Raises StorageError when the adapter is damaged or was trained on other weights or codes.
     """
     try:
         settings = json.loads(read_checked(adapter, ADAPTER_CONFIG))
-        known = json.loads(read_checked(adapter, BASE_FILE))["weights"]
-        scaling = float(settings["lora_alpha"]) / int(settings["r"])
+        known = json.loads(read_checked(adapter, BASE_FILE))
+        scaling, weights = float(settings["lora_alpha"]) / int(settings["r"]), known["weights"]
+        config = from_dict(ModelConfig, known["config"], str(adapter)) if "config" in known else None
+        generation = dict(known.get("generation", bundle.generation))
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{adapter}: not an adapter of this project ({error})") from None
-    if known != weights_print(base):
+    if weights != weights_print(base):
         raise StorageError(f"{adapter}: it was trained on other weights than those of {base}")
-    merge_into(bundle.model, read_weights(adapter, ADAPTER_WEIGHTS), scaling)
-    return bundle
+    if known.get("codes", mine := bundle.image_tokenizer.fingerprint()) != mine:
+        raise StorageError(
+            f"{adapter}: it was trained with the codes of another image tokenizer than {base} has"
+        )
+    if "decoder" in known and known["decoder"] != decoder_print(bundle.image_tokenizer):
+        _LOG.warning(
+            "%s was trained beside another pixel decoder than %s has: --image-tokenizer %s takes it over",
+            adapter, base, known["image_tokenizer"],
+        )  # fmt: skip
+    model = bundle.model
+    if config is not None and config != model.config:
+        model = NextFlowModel.empty(config)
+        model.load_state_dict(bundle.model.state_dict(), assign=True)
+        model = model.eval().requires_grad_(False)
+    merge_into(model, read_weights(adapter, ADAPTER_WEIGHTS), scaling)
+    return replace(bundle, model=model, generation=generation)

@@ -137,11 +137,18 @@ class Checkpoints:
         where = self.place(steps[-1] if step is None else step)
         try:
             facts = json.loads((where / FACTS_FILE).read_text())
+            if not isinstance(facts, dict) or "step" not in facts:
+                raise ValueError(f"{FACTS_FILE} is no training's")
             reader, alone = FileSystemReader(where), self.world.size == 1
             with _quietly():
                 load_state(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
-            raise StorageError(f"{where}: the checkpoint cannot be read: {_reason(error)}") from None
+            reason = _reason(error)
+            if "Missing key" in reason:
+                reason = (
+                    f"it holds other tensors than the recipe trains ({reason}): muon_lr stays 0, or above it"
+                )
+            raise StorageError(f"{where}: the checkpoint cannot be read: {reason}") from None
         return facts
 
     def _beside(self, step: int) -> Path:

@@ -37,6 +37,7 @@ from nextflow_ar.sequence.vocab import (
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training import adapters
+from nextflow_ar.training.bound import bindings, check_bound
 from nextflow_ar.training.carrying import carry_from
 from nextflow_ar.training.distributed_checkpoint import export_bundle
 from nextflow_ar.training.episode_feed import Drafting, EpisodeFeed
@@ -46,7 +47,15 @@ from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
-from nextflow_ar.training.recipe import ModelRecipe, ShardSource, Source, in_dialogue, with_defaults
+from nextflow_ar.training.recipe import (
+    GENERATION_DEFAULTS,
+    MAY_CHANGE,
+    ModelRecipe,
+    ShardSource,
+    Source,
+    in_dialogue,
+    with_defaults,
+)
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
 from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_material, self_test
@@ -60,15 +69,6 @@ from nextflow_ar.types import Document
 Preview = Callable[[Bundle, int], list[np.ndarray]]
 """Draws rows of pictures for a sample sheet; given by the application, since training knows no sampling."""
 
-GENERATION_DEFAULTS: dict[str, Any] = {
-    "guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "think": False,
-}  # fmt: skip
-"""Of a model that starts from nothing."""
-MAY_CHANGE = (
-    "out", "steps", "accumulate", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing",
-    "peak", "tensorboard", "sharding", "prefetch", "workers", "flex", "precision",
-)  # fmt: skip
-"""Keys that a resumed run may have otherwise than before."""
 _LOG = logging.getLogger(__name__)
 _TOLD = 20
 """Steps from one line of metrics to the next."""
@@ -136,6 +136,7 @@ class ModelTrainer:
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
         self.looks_late = cuda and self.world.size == 1  # waits for no step before the next one is under way
+        self.bound = bindings(recipe, self.text_tokenizer, self.image_tokenizer)
         self._resume()
         if self.world.rank == 0:
             self.run.rewind(self.step)
@@ -219,6 +220,7 @@ class ModelTrainer:
         state = self.run.load() if self.shards is None else self.shards.load(self._state())
         if state is None:
             return
+        check_bound(state.get("bound", {}), self.bound, self.recipe.out)
         if isinstance(self.optimizer, StageOptimizer):
             self.model.load_state_dict(state["model"], strict=self.recipe.lora is None)
             self.averages = {k: v.to(self.device) for k, v in state["averages"].items()}
@@ -237,6 +239,7 @@ class ModelTrainer:
         self._stop_if_broken()
         facts = {
             "step": self.step,
+            "bound": self.bound,
             "seen": (self.documents, self.tokens),
             "loaders": {str(number): loader.state() for number, loader in self.loaders.items()},
         }
@@ -407,11 +410,9 @@ class ModelTrainer:
                 self.shards.checkpoints.place(self.step), folder, self.config, self.image_tokenizer,
                 self.text_tokenizer, self.generation, card,
             )  # fmt: skip
-        if self.recipe.lora is not None and self.recipe.start is not None:
-            adapters.save_adapter(
-                folder.parent / "adapter", self.averages, self.recipe.lora, self.recipe.start
-            )
         bundle = self.bundle(torch.device("cpu"))  # a GPU may have no room for another one
+        if self.recipe.lora is not None:
+            adapters.save_adapter(folder.parent / "adapter", self.averages, self.recipe, self.bound, bundle)
         save_bundle(folder, bundle.model, self.image_tokenizer, self.text_tokenizer, bundle.generation, card)
         return folder
 

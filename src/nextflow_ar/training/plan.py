@@ -79,11 +79,11 @@ class Times:
 
 
 def useful_flops(stage: Stage, counts: Counts) -> float:
-    """FLOPs of a training over ``counts``: forward, and twice that backward; layers that stay as they are need the
-    gradient of their inputs only.
+    """FLOPs of a training over ``counts``: forward, and twice that backward; layers, and a head beside adapters, that stay
+    as they are need the gradient of their inputs only.
     """
     layers, head = forward_flops(counts, stage.model)
-    return layers * (3 if stage.trains == "everything" else 2) + 3 * head
+    return layers * (3 if stage.trains == "everything" else 2) + head * (2 if stage.trains == "lora" else 3)
 
 
 def executed_flops(stage: Stage, counts: Counts) -> float:
@@ -136,7 +136,8 @@ def memory(stage: Stage, gpus: int) -> Memory:
         else config.layers * layer
     )
     edges = row.tokens * config.hidden * (2 + 4 + 4)  # embeddings, and the last norm in fp32
-    logits = 2.0 * min(HELD_LOGITS, row.predicted * config.vocab) + 4 * p.head
+    logits = 2.0 * min(HELD_LOGITS, row.predicted * config.vocab)
+    logits += 0 if stage.trains == "lora" else 4 * p.head  # its gradient
     if not stage.chunked_head:
         logits = row.predicted * config.vocab * (2 + 4 + 4)  # bf16 logits, their fp32 copy, its gradient
     gathered, gradients = 0.0, 4.0 * trains / line
@@ -181,7 +182,7 @@ def communication(stage: Stage, gpu: Gpu, gpus: int) -> float:
     """
     if gpus == 1:
         return 0.0
-    total, trains, sharding = parameters(stage.model).total, trained(stage), stage.sharding
+    total, trains, sharding = parameters(stage.model).total, touched(stage), stage.sharding
     line = _line(stage, gpus)
     groups = gpus // line
     across = gpu.link if gpus <= gpu.node else min(gpu.link, gpu.network * gpu.node)

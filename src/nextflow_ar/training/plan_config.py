@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from pydantic import ConfigDict
 
+from nextflow_ar.config import within
+from nextflow_ar.scales import BASE_SIZES
+
 
 @dataclass(frozen=True)
 class DocumentPlan:
@@ -18,6 +21,12 @@ class DocumentPlan:
     text: int
     images: int = 1
     inverted: float = 0.0
+
+    def __post_init__(self) -> None:
+        within("above 0", samples=self.samples)
+        within("at least 0", text=self.text, images=self.images, inverted=self.inverted)
+        if self.inverted > 1 or self.text + self.images == 0:
+            raise ValueError("inverted is a share from 0 to 1, and a document has text or images")
 
 
 @dataclass(frozen=True)
@@ -37,3 +46,10 @@ class PlanConfig:
     checkpointing: bool | None = None
     chunked_head: bool = True
     paper_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        within("at least 1", row=self.row, micro_steps=self.micro_steps)
+        if not self.documents:
+            raise ValueError("plan.documents needs at least one kind")
+        if not 1 <= self.scales <= len(BASE_SIZES):
+            raise ValueError(f"plan.scales is from 1 to {len(BASE_SIZES)}, got {self.scales}")

@@ -123,6 +123,9 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
         adapters = adapter_parameters(
             model, from_dict(LoraConfig, values.get("lora") or {}, f"{where}: lora")
         )
+    accumulate = values.get("accumulate", 1)
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ConfigError(f"{where}: accumulate is at least 1, got {accumulate}")
     again = bool(values.get("checkpointing")) if sharding is None else sharding.recompute
     plan = None
     if values.get("plan") is not None:
@@ -139,7 +142,7 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
         chunked_head=plan is None or plan.chunked_head,
         sharding=sharding,
         adapters=adapters,
-        accumulate=int(values.get("accumulate", 1)),
+        accumulate=accumulate,
     )
     if plan is None:
         return _of_sources(stage, values, where)

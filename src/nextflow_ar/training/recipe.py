@@ -21,6 +21,16 @@ from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan_config import PlanConfig
 from nextflow_ar.training.sharded import ShardingConfig
 
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "think": False,
+}  # fmt: skip
+"""Of a model that starts from nothing."""
+MAY_CHANGE = (
+    "out", "steps", "accumulate", "sheet_seconds", "save_seconds", "compile", "optimizer", "correction", "checkpointing",
+    "peak", "tensorboard", "sharding", "prefetch", "workers", "flex", "precision", "plan",
+)  # fmt: skip
+"""Keys that a resumed run may have otherwise than before."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -9,12 +9,13 @@ import signal
 import statistics
 import threading
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nextflow_ar.config import ConfigError
-from nextflow_ar.storage import StorageError, check_replaceable, write_atomic
+from nextflow_ar.config import ConfigError, load_yaml
+from nextflow_ar.storage import StorageError, check_replaceable, first_line, write_atomic, write_stream
 
 _CHECKPOINT = "checkpoint.pt"
 _WARM, _FAR = 25, 10**9
@@ -66,7 +67,7 @@ class RunFolder:
                 f"{path} holds a checkpoint but not its recipe.yaml: remove it, or name another folder"
             )
         if whole or parts:
-            old = yaml.safe_load(resolved.read_text())
+            old = load_yaml(resolved)
             with contextlib.suppress(ValueError):
                 old = known(old)
             changed = [k for k in {*old, *recipe} - set(may_change) if old.get(k) != recipe.get(k)]
@@ -117,9 +118,7 @@ class RunFolder:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint atomically; the old one survives a full disk."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.path / _CHECKPOINT, buffer.getvalue())
+        write_stream(self.path / _CHECKPOINT, lambda file: _save(state, file))
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None at a run's beginning. Raises StorageError when it is damaged."""
@@ -127,11 +126,16 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch writes checksums, and reads without a look at them
+            if damaged is not None:
+                raise ValueError(f"{damaged} is damaged")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(found, dict) or not {"step", "model", "optimizer"} <= found.keys():
+                raise ValueError("it is no training's")
+            return found
         except Exception as error:
-            raise StorageError(
-                f"{path}: the checkpoint cannot be read: {str(error).splitlines()[0][:120]}"
-            ) from None
+            raise StorageError(f"{path}: the checkpoint cannot be read: {first_line(error)}") from None
 
     def sheet(self, name: str, rows: list[np.ndarray], zoom: int = 2) -> Path:
         """Write rows of pictures, each (n, H, W, 3) uint8, as one PNG; returns its path."""
@@ -181,6 +185,29 @@ def stop_request() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+def _save(state: dict[str, Any], file: IO[bytes]) -> None:
+    """``torch.save``; a write that fails is the error that it was, which torch hides behind one of its own."""
+    failed: list[OSError] = []
+
+    class Noted:
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(state, cast(IO[bytes], Noted()))
+    except Exception:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 class Pace:

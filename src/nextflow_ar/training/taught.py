@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nextflow_ar.config import ConfigError
+from nextflow_ar.config import ConfigError, to_dict
 from nextflow_ar.model.checkpoint import checkpoint_folder, load_architecture, load_bundle
 from nextflow_ar.model.nextflow import LossReport, NextFlowModel
 from nextflow_ar.sequence.batch import Batch
@@ -25,8 +25,15 @@ class Taught:
             return
         assert recipe.start is not None  # as the recipe's check sees to
         folder = checkpoint_folder(self._config.teacher or recipe.start)
+        config, text_tokenizer = load_architecture(folder)
+        if (
+            self._config.teacher is None and config != model.config
+        ):  # it would be given another layout than its own
+            keys = [k for k, v in to_dict(config).items() if v != to_dict(model.config)[k]]
+            raise ConfigError(
+                f"distillation: {folder} cannot teach a model of another architecture (model: {', '.join(keys)})"
+            )
         if self._config.teacher is not None:
-            config, text_tokenizer = load_architecture(folder)
             codes = ImageTokenizer.from_pretrained(folder / "image_tokenizer").fingerprint()
             same = config == model.config and codes == image_tokenizer.fingerprint()
             if not same or text_tokenizer.get_vocab() != vocab.tokenizer.get_vocab():

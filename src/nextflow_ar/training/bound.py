@@ -1,0 +1,43 @@
+"""What a run's checkpoints go with beside their recipe: the weights and tokenizers in the folders that it names.
+
+A recipe names folders. What is in them may be another model by the time a run is resumed, and would be trained on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nextflow_ar.data.token_counts import TokenCounter
+from nextflow_ar.model.checkpoint import checkpoint_folder
+from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast
+from nextflow_ar.storage import StorageError
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training.adapters import weights_print
+from nextflow_ar.training.recipe import ModelRecipe
+
+START, TEACHER, IMAGES, TEXT = "start", "distillation.teacher", "image_tokenizer", "text tokenizer"
+
+
+def bindings(
+    recipe: ModelRecipe, text_tokenizer: PreTrainedTokenizerFast, image_tokenizer: ImageTokenizer
+) -> dict[str, str]:
+    """Digests by what they are of: both tokenizers; the weights of ``start`` where a checkpoint does not hold them, of
+    adapters, or they teach; those of another teacher. Raises StorageError.
+    """
+    found = {IMAGES: image_tokenizer.fingerprint(), TEXT: TokenCounter(text_tokenizer).fingerprint}
+    teacher = None if recipe.distillation is None else recipe.distillation.teacher or recipe.start
+    if recipe.start is not None and (recipe.lora is not None or teacher == recipe.start):
+        found[START] = weights_print(checkpoint_folder(recipe.start))
+    if teacher is not None and teacher != recipe.start:
+        found[TEACHER] = weights_print(checkpoint_folder(teacher))
+    return found
+
+
+def check_bound(saved: dict[str, str], now: dict[str, str], out: Path) -> None:
+    """Raises StorageError where a checkpoint in ``out`` was made with another of these. Older ones tell of none."""
+    for what in saved.keys() & now.keys():
+        if saved[what] != now[what]:
+            raise StorageError(
+                f"{out}: its checkpoint was made with another {what} than the recipe's folder holds by now: put that one "
+                "back, or begin anew with --set out=FOLDER"
+            )
