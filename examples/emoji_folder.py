@@ -41,8 +41,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.manifest.is_file():
         parser.error(f"no manifest {args.manifest}: a file with a line of JSON for every emoji is expected")
-    if args.backgrounds < 1 or args.held_out < 0 or args.backgrounds + args.held_out > len(BACKGROUNDS):
-        parser.error(f"--backgrounds and --held-out share {len(BACKGROUNDS)} backgrounds: {', '.join(BACKGROUNDS)}")
+    if not 1 <= args.backgrounds <= args.backgrounds + args.held_out <= len(BACKGROUNDS):
+        parser.error(
+            f"--backgrounds and --held-out share {len(BACKGROUNDS)} backgrounds: {', '.join(BACKGROUNDS)}"
+        )
     shown, rng = args.backgrounds, np.random.default_rng(0)
     lines: dict[Path, list[str]] = {args.out: [], args.out.with_name(args.out.name + "_held_out"): []}
     for row in map(json.loads, args.manifest.read_text().splitlines()):

@@ -59,10 +59,10 @@ def folder_of(name: str | Path, **options: Any) -> Path:
 
 def _device(asked: Any) -> torch.device:
     """Raises ValueError for what is not one device."""
-    if isinstance(asked, dict) and len(asked) == 1:  # as accelerate names one for all
-        (asked,) = asked.values()
+    alone = isinstance(asked, dict) and len(asked) == 1  # as accelerate names one for all
+    named: Any = next(iter(asked.values())) if alone else asked
     try:
-        return torch.device("cpu" if asked in (None, "auto") else asked)
+        return torch.device("cpu" if named in (None, "auto") else named)
     except (RuntimeError, TypeError):
         raise ValueError(f"device_map is one device (cpu, cuda:0), got {asked!r}") from None
 

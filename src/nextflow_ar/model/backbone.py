@@ -146,9 +146,10 @@ def load_language_model(name: str | Path, dtype: torch.dtype) -> LanguageModel:
             if not isinstance(found, Qwen2_5_VLConfig):
                 raise StorageError(f"{name}: a {found.model_type} is no Qwen2.5-VL")
             _known_settings(found.text_config)
-            whole, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
+            whole, report = loaded
             tokenizer = AutoTokenizer.from_pretrained(name)
     except StorageError:
         raise

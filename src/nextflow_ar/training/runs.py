@@ -230,7 +230,8 @@ class Pace:
         self.steps = steps if seconds is None else _FAR
         self._clock, self._seen, now = clock, 0, clock()
         self._ends = deque([now], maxlen=_WARM + 1)
-        self._half, self._end = (None, None) if seconds is None else (now + seconds / 2, now + seconds)
+        self._end = None if seconds is None else now + seconds
+        self._half = now + (seconds or 0.0) / 2
 
     def passed(self, step: int) -> None:
         """Note that a step is over; ``step``: how many there have been in all."""
