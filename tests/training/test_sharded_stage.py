@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -207,6 +208,24 @@ def test_a_sheet_without_room_ends_no_training(place: Path, caplog: pytest.LogCa
     assert "no sample sheet at step 1: out of memory" in caplog.text and not list(
         (place / "full").glob("*.png")
     )
+
+
+def test_a_checkpoint_that_does_not_fit_says_why(place: Path, one: dict[str, Any]) -> None:
+    shutil.copytree(place / "one", place / "changed")
+    with pytest.raises(
+        StorageError, match=r"other tensors than the recipe trains .*: muon_lr stays 0, or above it"
+    ):
+        trainer(place, "changed", optimizer=OPTIMIZER)
+    (facts,) = (place / "changed").glob("checkpoints/*/facts.json")
+    told = json.loads(facts.read_text())
+    facts.write_text(json.dumps(told | {"bound": told["bound"] | {"image_tokenizer": "another"}}))
+    with pytest.raises(
+        StorageError, match="its checkpoint was made with another image_tokenizer than the recipe's folder"
+    ):
+        trainer(place, "changed")
+    facts.write_text("{}")
+    with pytest.raises(StorageError, match=r"facts.json is no training's"):
+        trainer(place, "changed")
 
 
 def test_what_does_not_go_together_is_one_line(place: Path, one: dict[str, Any]) -> None:

@@ -137,8 +137,8 @@ class Checkpoints:
         where = self.place(steps[-1] if step is None else step)
         try:
             facts = json.loads((where / FACTS_FILE).read_text())
-            if not isinstance(facts, dict) or "step" not in facts:
-                raise ValueError(f"{FACTS_FILE} is no training's")
+            if not isinstance(facts, dict):
+                raise ValueError(f"{FACTS_FILE} is no mapping")
             reader, alone = FileSystemReader(where), self.world.size == 1
             with _quietly():
                 load_state(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)

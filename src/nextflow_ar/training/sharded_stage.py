@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.nextflow import NextFlowModel, allow_shapes
 from nextflow_ar.precision import best_dtype
+from nextflow_ar.storage import StorageError
 from nextflow_ar.training import sharded
 from nextflow_ar.training.distributed_checkpoint import Checkpoints
 from nextflow_ar.training.optim import OptimizerConfig
@@ -108,6 +109,8 @@ class Shards:
             return None
         tensors = state.tensors()
         facts = self.checkpoints.load(tensors)
+        if "step" not in facts:
+            raise StorageError(f"{self.checkpoints.folder}: the checkpoint's facts.json is no training's")
         state.generator.set_state(tensors["generator"])
         return facts
 
