@@ -19,6 +19,7 @@ from nextflow_ar.config import (
     to_dict,
     within,
 )
+from nextflow_ar.training.optim import OptimizerConfig
 from tests.conftest import TINY_MODEL, TINY_TOKENIZER
 
 
@@ -56,6 +57,17 @@ def test_mistakes_are_named() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="'rope': input should be 'qwen' or 'per_axis'"):
         from_dict(ModelConfig, to_dict(TINY_MODEL) | {"rope": "none"})
+
+
+def test_what_may_be_endless() -> None:
+    values = {
+        "lr": 1e-3, "muon_lr": 0.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9, "warmup": 1, "schedule": "constant",
+        "decay": 0.1, "final": 0.1, "clip": math.inf,
+    }  # fmt: skip
+    assert from_dict(OptimizerConfig, values).clip == math.inf
+    for key, value in (("clip", math.nan), ("clip", -math.inf), ("lr", math.inf)):
+        with pytest.raises(ConfigError, match=f"{key}: a finite number is expected"):
+            from_dict(OptimizerConfig, values | {key: value})
 
 
 def test_overrides() -> None:

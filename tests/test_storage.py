@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nextflow_ar import storage
 from nextflow_ar.app.cli import run
 from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
 from nextflow_ar.storage import (
@@ -196,14 +196,17 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_what_dead_processes_began_is_removed(tmp_path: Path) -> None:
-    host = socket.gethostname()
-    gone = subprocess.Popen(["true"])
+    home, gone = storage._home(), subprocess.Popen(["sleep", "60"])
+    life = storage._life(gone.pid)
+    gone.kill()
     gone.wait()
-    dead = tmp_path / f".model.{gone.pid}@{host}.abc"
+    assert storage._life(gone.pid) == "" != life
+    dead, reborn = (tmp_path / f".model.{who}@{home}.abc" for who in (life, f"{os.getpid()}_1"))
     alive, other = (
-        tmp_path / f".model.{os.getpid()}@{host}.abc",
-        tmp_path / f".model.{gone.pid}@elsewhere.abc",
+        tmp_path / f".model.{storage._life(os.getpid())}@{home}.abc",
+        tmp_path / f".model.{life}@else.abc",
     )
+    reborn.mkdir()
     for left in (dead, alive, other, tmp_path / ".model.old"):
         left.mkdir()
     write_atomic(tmp_path / ".model.old" / "a", b"before")  # killed between the two moves

@@ -250,10 +250,12 @@ def _field_type(kind: Any, name: str) -> Any:
 def from_dict(kind: type[T], values: object, where: str = "config") -> T:
     """Build dataclass ``kind`` from plain values, strictly.
 
-    Raises ConfigError, one line, on an unknown or missing key, a value of the wrong type or a number that is not finite.
+    Raises ConfigError, one line, on an unknown or missing key, a value of the wrong type, or a number that is none or
+    endless; ``clip`` and seconds may be endless.
     """
     for key, value in _numbers(values):
-        if not math.isfinite(value):
+        never = key.rpartition(".")[2] == "clip" or key.endswith("_seconds")
+        if not math.isfinite(value) and not (never and value == math.inf):
             raise ConfigError(f"{where}: {key}: a finite number is expected, got {value}")
     try:
         return cast(T, TypeAdapter(kind).validate_python(values))

@@ -112,7 +112,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         _clear_dead(folder)
         if old.is_dir() and not folder.exists():  # killed between the two renames below
             old.rename(folder)
-        name = f".{folder.name}.{os.getpid()}@{socket.gethostname()}."
+        name = f".{folder.name}.{_life(os.getpid())}@{_home()}."
         temporary = Path(tempfile.mkdtemp(prefix=name, dir=folder.parent))
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -125,10 +125,16 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             if f.is_file()
         }
         write_atomic(temporary / CHECKSUMS, json.dumps(sums, indent=1).encode())
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
+        for attempt in range(3):
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                temporary.rename(folder)
+                break
+            except OSError:  # another process put something there in between
+                if attempt == 2:
+                    raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -138,20 +144,29 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def _clear_dead(folder: Path) -> None:
     """Remove what processes of this machine that are no more had begun to write in place of ``folder``."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*@{glob.escape(socket.gethostname())}.*"):
-        number = left.name.removeprefix(f".{folder.name}.").partition("@")[0]
-        if number.isdigit() and not _alive(int(number)):
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*@{glob.escape(_home())}.*"):
+        life = left.name.removeprefix(f".{folder.name}.").partition("@")[0]
+        number = life.partition("_")[0]
+        if number.isdigit() and _life(int(number)) != life:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def _home() -> str:
+    """Where a process's number means one process: the machine and, on Linux, its name space (containers have their own)."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}_{space.stat().st_ino if space.exists() else 0}"
+
+
+def _life(process: int) -> str:
+    """A process, and on Linux when it began: numbers come again. "" of one that is no more."""
     try:
         os.kill(process, 0)
+        told = Path(f"/proc/{process}/stat").read_bytes()
+        return f"{process}_{told.rpartition(b')')[2].split()[19].decode()}"
     except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
+        return ""
+    except (OSError, IndexError):  # somebody else's, or no Linux
+        return f"{process}_0"
 
 
 def first_line(error: BaseException, most: int = 120) -> str:

@@ -19,7 +19,14 @@ from tokenizers import AddedToken, Tokenizer
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.code_shards import CodeShards, as_document
-from nextflow_ar.data.extraction import ExtractionConfig, ShardWriter, extract, same_source, settled
+from nextflow_ar.data.extraction import (
+    ExtractionConfig,
+    ShardWriter,
+    extract,
+    lacking,
+    same_source,
+    settled,
+)  # fmt: skip
 from nextflow_ar.data.ray_extraction import ShardActor
 from nextflow_ar.data.rows import Row, RowError, parse_row
 from nextflow_ar.data.sources import Span, open_source, spans_of
@@ -503,7 +510,7 @@ def test_rows_left_out_are_tried_again_where_asked(
     told = capsys.readouterr().out
     assert f"0 rows written to {out}, 0 left out" in told
     assert f"2 left out earlier ({out}/broken_*.json): --retry tries them again" in told
-    assert run([*options, "--retry", "--seed", "1"]) == 1  # refused before anything is removed
+    assert run([*options, "--retry", "--seed", "1"]) == 1
     assert run([*options, "--retry", "--processes", "2"]) == 2
     assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
     capsys.readouterr()
@@ -521,6 +528,10 @@ def test_rows_left_out_are_tried_again_where_asked(
     (out / "broken_000.json").write_text("{")
     assert run(options) == 1
     assert "broken_000.json: no list of rows left out" in capsys.readouterr().err
+    (out / "broken_000.json").write_text(json.dumps({"0": "on purpose: nothing moves"}))
+    (out / "broken_001.json").unlink()
+    assert run(options) == 0 and "left out earlier" not in capsys.readouterr().out
+    assert lacking(out) == ()
 
 
 def test_shards_tell_how_many_tokens_texts_have(

@@ -90,6 +90,7 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
         [given("what\nnow?"), learned("this\nthat")],
     ),
     ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
+    ({"image": "a.png", "text": "a dog", "caption": None}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
 ]  # fmt: skip
 

@@ -52,6 +52,19 @@ def test_few_slow_steps_end_in_time_too() -> None:
     assert now[0] == 290.0
 
 
+@pytest.mark.parametrize(
+    ("time", "first", "each", "steps"), [(120, 65, 0.5, 99), (600, 310, 1.0, 285), (300, 160, 2.0, 68)]
+)
+def test_a_long_beginning_leaves_the_rest(time: float, first: float, each: float, steps: int) -> None:
+    now, step = [0.0], 0
+    pace = Pace(7, time, clock=lambda: now[0])
+    while step < pace.steps:
+        step += 1
+        now[0] += first if step == 1 else each
+        pace.passed(step)
+    assert step == steps and time - 12 < now[0] <= time
+
+
 def test_several_processes_have_no_time() -> None:
     with pytest.raises(ConfigError, match="one process"):
         Pace(7, 60.0, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,7 +223,7 @@ def extract(
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device, text_tokenizer)
     if retry and processes > 1:
-        raise ConfigError("--retry removes shards, which one process does: run it without --processes first")
+        raise ConfigError("--retry is for one call, which may have --workers: leave --processes out")
     found = _extract(job, workers, ray, process, processes, retry=retry)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
@@ -251,13 +252,11 @@ def _extract(
     job: Extraction, workers: int, ray: int, process: int, processes: int, *, retry: bool
 ) -> dict[str, Any]:
     from nextflow_ar.config import ConfigError
-    from nextflow_ar.data.extraction import ShardWriter, forget_left_out
+    from nextflow_ar.data.extraction import forget_left_out, lacking
     from nextflow_ar.data.sources import open_source
-    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
     from nextflow_ar.training.runs import progress_bar
 
-    source = open_source(job.place, job.video)
-    _tell_clips(source)  # one line now instead of one from every worker
+    _tell_clips(open_source(job.place, job.video))  # one line now instead of one from every worker
     if job.device.startswith("cuda"):
         import torch
 
@@ -265,9 +264,7 @@ def _extract(
             raise ConfigError(f"--device {job.device}: there is no CUDA device here")
     job.counter()
     if retry:
-        tokenizer = ImageTokenizer.from_pretrained(job.tokenizer)  # refused before anything is removed
-        ShardWriter(source, tokenizer, job.out, job.config, job.place)
-        forget_left_out(job.out)
+        job = replace(job, again=lacking(job.out))
     with progress_bar("extract", 1) as update:
         if ray:
             from nextflow_ar.data.ray_extraction import extract_with_ray
@@ -280,4 +277,6 @@ def _extract(
         else:
             found = job.run(process, processes, lambda shard, rows: update(0, f"shard {shard}, {rows} rows"))
         update(1, f"{found['rows']} rows")
+    if job.again:
+        forget_left_out(job.out, job.again, found["broken"])
     return found

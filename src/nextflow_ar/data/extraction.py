@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -29,7 +29,7 @@ from nextflow_ar.data.code_shards import (
     read_manifest,
     setting_of,
 )
-from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart, printable
+from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart, printable
 from nextflow_ar.data.sources import Source, SourceError, spans_of
 from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invertible
@@ -42,6 +42,8 @@ from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
 
 _LOG = logging.getLogger(__name__)
+_PURPOSE = "on purpose: "
+"""Before why a row was left out that has no fault."""
 
 
 def extract(
@@ -54,16 +56,18 @@ def extract(
     process: int = 0,
     processes: int = 1,
     counter: TokenCounter | None = None,
+    again: Collection[int] = (),
     progress: Callable[[int, int], None] = lambda shards, rows: None,
 ) -> dict[str, Any]:
     """Write the shards that are missing; returns how many rows this call wrote and which it left out, and why.
 
     ``place``: where the source is, as ``open_source`` takes it, so that an extraction goes on with the same one only; "" is
     not looked at. ``process`` of ``processes`` writes every so-manieth shard. ``counter``: of the text tokenizer that will
-    be trained with, so that shards tell how many tokens their texts have and no training has to count them. Raises
+    be trained with, so that shards tell how many tokens their texts have and no training has to count them. ``again``:
+    shards that are made although they are there (:func:`lacking`). Raises
     StorageError when the folder holds an extraction of another source, setting or tokenizer, or cannot be written.
     """
-    writer = ShardWriter(source, tokenizer, out, config, place, counter)
+    writer = ShardWriter(source, tokenizer, out, config, place, counter, again)
     written, broken, number = 0, {}, process
     while (found := writer.write(number)) is not None:
         written, broken = written + found["rows"], broken | found["broken"]
@@ -75,7 +79,8 @@ def extract(
 
 
 class ShardWriter:
-    """Writes the shards of one extraction, any of them and in any order. ``place``, ``counter``: see :func:`extract`.
+    """Writes the shards of one extraction, any of them and in any order. ``place``, ``counter``, ``again``: see
+    :func:`extract`.
 
     Raises StorageError when the folder holds an extraction of another source, setting or tokenizer.
     """
@@ -88,8 +93,9 @@ class ShardWriter:
         config: ExtractionConfig,
         place: Path | str = "",
         counter: TokenCounter | None = None,
+        again: Collection[int] = (),
     ) -> None:
-        self.counter = counter
+        self.counter, self.again = counter, again
         self.source, self.tokenizer, self.out, self.config = source, tokenizer, out, config
         self._ahead: tuple[int, Iterator[Row | RowError]] = (-1, iter(()))  # (row, the source from there on)
         self.fingerprint = tokenizer.fingerprint()
@@ -105,7 +111,9 @@ class ShardWriter:
 
         Raises StorageError when it is there, but damaged, of another tokenizer, or of rows that are no more.
         """
-        if settled(self.out, number, self.source, self.config.rows, self.fingerprint):
+        if number not in self.again and settled(
+            self.out, number, self.source, self.config.rows, self.fingerprint
+        ):
             return {"wrote": False, "rows": 0, "broken": {}}
         name, first = self.out / f"{number:06d}.parquet", number * self.config.rows
         rows = self._rows(first)
@@ -180,29 +188,37 @@ def note_broken(out: Path, who: str, broken: dict[str, str], first: int, rows: i
 
 
 def left_out(out: Path) -> dict[str, str]:
-    """All rows that an extraction left out so far, by number, and why. Raises StorageError for a damaged list."""
+    """All rows that an extraction left out so far for a fault of theirs, by number, and why. Raises StorageError."""
     found: dict[str, str] = {}
     for path in sorted(out.glob("broken_*.json")):
-        try:
-            found |= json.loads(path.read_bytes())
-        except (ValueError, TypeError) as error:
-            raise StorageError(f"{path}: no list of rows left out ({error}): remove it") from None
+        found |= {row: why for row, why in _noted(path).items() if not why.startswith(_PURPOSE)}
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
 
 
-def forget_left_out(out: Path) -> list[int]:
-    """Remove the shards that lack rows of theirs, and what is noted of these, so that an extraction makes them again; the
-    numbers of the shards.
-    """
+def _noted(path: Path) -> dict[str, str]:
+    """The rows of one list. Raises StorageError for a damaged one."""
+    try:
+        return {str(int(row)): str(why) for row, why in json.loads(path.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path}: no list of rows left out ({error}): remove it") from None
+
+
+def lacking(out: Path) -> tuple[int, ...]:
+    """Numbers of the shards that lack rows for a fault of these."""
     if not (missing := left_out(out)):
-        return []
+        return ()
     each = setting_of(read_manifest(out / MANIFEST), out / MANIFEST).rows
-    numbers = sorted({int(row) // each for row in missing})
-    for number in numbers:
-        (out / f"{number:06d}.parquet").unlink(missing_ok=True)
+    return tuple(sorted({int(row) // each for row in missing}))
+
+
+def forget_left_out(out: Path, shards: Collection[int], still: Mapping[str, str]) -> None:
+    """Drop from all lists the rows of ``shards``, which were made again, unless they are ``still`` left out."""
+    each = setting_of(read_manifest(out / MANIFEST), out / MANIFEST).rows
     for path in out.glob("broken_*.json"):
-        path.unlink()
-    return numbers
+        noted = _noted(path)
+        kept = {row: why for row, why in noted.items() if int(row) // each not in shards or row in still}
+        if kept != noted:
+            write_atomic(path, json.dumps(kept, indent=1, ensure_ascii=False).encode())
 
 
 def same_source(out: Path, place: Path | str) -> None:
@@ -284,7 +300,7 @@ def _records(
     for number, row in enumerate(rows, start=first):
         read += 1
         if isinstance(row, RowError):
-            wrong[str(number)] = str(row)
+            wrong[str(number)] = f"{_PURPOSE if isinstance(row, LeftOut) else ''}{row}"
             continue
         try:
             parts = [

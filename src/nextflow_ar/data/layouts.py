@@ -44,7 +44,7 @@ def plain_form(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if all(edit):
         return _edit(values, *(str(name) for name in edit))
     if {"image", "text"} <= present and not {"caption", "prompt", "question"} & present:
-        return {("caption" if key == "text" else key): value for key, value in values.items()}
+        return {**{k: v for k, v in values.items() if k != "text"}, "caption": values["text"]}
     return values
 
 
@@ -96,8 +96,9 @@ def _page(values: Mapping[str, Any]) -> dict[str, Any]:
         segments += [_drawn({"image": image}) for image in at.get(place, [])]
         if not str(text).strip():
             continue
-        if segments and "text" in segments[-1] and isinstance(text, str):
-            segments[-1]["text"] += f" {text.strip()}"
+        before = segments[-1].get("text") if segments else None
+        if isinstance(before, str) and isinstance(text, str):
+            segments[-1]["text"] = f"{before} {text.strip()}"
         else:
             segments.append(_drawn({"text": text}))
     return {"segments": segments}

@@ -40,7 +40,7 @@ from nextflow_ar.types import Codes, Document, Image, Text
 
 _LOG = logging.getLogger(__name__)
 _PLACES = 1 << 17
-"""Of one row, more than any training computes at once: a budget of compute that was meant as one of tokens gets there."""
+"""Of one row, more than any training computes at once."""
 _STEP = 64
 """Rows of varying length are padded to a multiple of this many places, which keeps the number of shapes small."""
 
@@ -103,6 +103,17 @@ class Packing:
             raise ValueError(f"widths is from 1 to 64, got {self.widths}")
         if self.longest is not None and self.mode != "compute":
             raise ValueError("longest goes with the mode compute; in the others the budget is the length")
+
+    def too_much(self, most: int) -> str:
+        """What is wrong with a budget of compute that lets a row have ``most`` places, more than anybody computes at once:
+        it was meant as one of tokens, and fills the memory. "" for any other.
+        """
+        if self.mode != "compute" or most <= _PLACES:
+            return ""
+        return (
+            f"a row of {self.budget:g} TFLOPs holds more than {_PLACES:,} places of this model: give packing a smaller "
+            "budget, or longest"
+        )
 
     def width(self, longest: int) -> int:
         """Places of one whose longest row has ``longest``: in "compute" up to ``2 ** (1 / widths)`` times that, and 64."""
@@ -255,16 +266,14 @@ class _Stream:
             order = self.orders[place.folder]
             while not self._fits(*(measured := self._measured(number, place))):
                 self._skip(order, measured[1])
-                place = order.next()  # of the same folder: what it has too long takes nothing from its share
+                # of the same folder, whose share is of what it keeps; what is done to it is drawn anew
+                number, self.drawn, place = self.drawn, self.drawn + 1, order.next()
             order.accept(place)
             self._pending[number] = place
             pad = self.source.packing.mode == "pad"
             row = [number] if pad else self._packer.add(number, *measured)
-            if self._packer.most > _PLACES:
-                raise StorageError(
-                    f"{order.folder}: a row of {self.source.packing.budget:g} TFLOPs holds more than {_PLACES:,} places of "
-                    "this model: give packing a smaller budget, or longest"
-                )
+            if told := self.source.packing.too_much(self._packer.most):
+                raise StorageError(f"{order.folder}: {told}")
             if row is not None:
                 return row
 

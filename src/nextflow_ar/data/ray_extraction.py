@@ -24,7 +24,8 @@ class ShardActor:
     def __init__(self, job: Extraction) -> None:
         tokenizer = ImageTokenizer.from_pretrained(job.tokenizer, job.device)
         source = open_source(job.place, job.video)
-        self.writer = ShardWriter(source, tokenizer, Path(job.out), job.config, job.place, job.counter())
+        out = Path(job.out)
+        self.writer = ShardWriter(source, tokenizer, out, job.config, job.place, job.counter(), job.again)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """{"shard": numbers} to what was written: rows, and the rows left out with their reasons."""
@@ -58,7 +59,9 @@ def extract_with_ray(job: Extraction, actors: int, *, gpus: float = 0.0) -> dict
     none_behind(job.out, shards)
     claimed = job.out / MANIFEST
     made = read_manifest(claimed)["tokenizer"] if claimed.is_file() else ""
-    missing = [n for n in range(shards) if not settled(job.out, n, source, job.config.rows, made)]
+    missing = [
+        n for n in range(shards) if n in job.again or not settled(job.out, n, source, job.config.rows, made)
+    ]
     if not missing:
         return {"rows": 0, "broken": {}}
     options: dict[str, Any] = {"num_gpus": gpus} if gpus else {"num_cpus": 1}

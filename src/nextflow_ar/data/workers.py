@@ -28,7 +28,7 @@ class Extraction:
     """All that a process needs to take part. ``place``, ``tokenizer``: as open_source and from_pretrained take them.
 
     ``device``: of the tokenizer; "cuda" gives worker i the GPU i modulo their number. ``model``: a checkpoint whose text
-    tokenizer's counts the shards tell ("": none).
+    tokenizer's counts the shards tell ("": none). ``again``: shards to make although they are there.
     """
 
     place: str
@@ -38,6 +38,7 @@ class Extraction:
     video: VideoConfig
     device: str = "cpu"
     model: str = ""
+    again: tuple[int, ...] = ()
 
     def counter(self) -> TokenCounter | None:
         """Of the text tokenizer of ``model``. Raises StorageError."""
@@ -60,6 +61,7 @@ class Extraction:
                 process=process,
                 processes=processes,
                 counter=self.counter(),
+                again=self.again,
                 progress=progress,
             )
 

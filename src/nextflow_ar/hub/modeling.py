@@ -39,6 +39,7 @@ _SAMPLED_OTHERWISE = {
     "stopping_criteria", "logits_processor", "bad_words_ids",
 }  # fmt: skip
 """Of generate's options those that ask for other tokens, which the engine does not know."""
+_NEUTRAL = {"min_new_tokens": 0, "penalty_alpha": 0.0}
 _OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -214,7 +215,7 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
         options that would give other tokens and that this model does not know.
         """
         unknown = sorted(
-            k for k in _SAMPLED_OTHERWISE & set(others) if others[k] not in (None, 1, 1.0, [], ())
+            k for k in _SAMPLED_OTHERWISE & set(others) if others[k] not in (None, _NEUTRAL.get(k, 1), [], ())
         )
         if unknown:
             raise ValueError(

@@ -188,7 +188,7 @@ def load_bundle(
     image_tokenizer = ImageTokenizer.from_pretrained(folder / "image_tokenizer")
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     card = folder / CARD_FILE  # prose, which people edit: its checksum does not count
-    told = card.read_text(errors="replace") if card.is_file() else ""
+    told = card.read_text("utf-8", "replace") if card.is_file() else ""
     return Bundle(model, image_tokenizer.to(device), vocab, generation, told)
 
 

@@ -27,6 +27,7 @@ from nextflow_ar.storage import (
 )
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.training.recipe import LoraConfig, ModelRecipe
+from nextflow_ar.training.trainable import begin_with
 
 _LOG = logging.getLogger(__name__)
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_FILE = "adapter_model.safetensors", "adapter_config.json", "base.json"
@@ -198,7 +199,7 @@ def merge_adapter(bundle: Bundle, base: Path, adapter: Path) -> Bundle:
     model = bundle.model
     if config is not None and config != model.config:
         model = NextFlowModel.empty(config)
-        model.load_state_dict(bundle.model.state_dict(), assign=True)
+        begin_with(model, bundle.model)
         model = model.eval().requires_grad_(False)
     merge_into(model, read_weights(adapter, ADAPTER_WEIGHTS), scaling)
     return replace(bundle, model=model, generation=generation)

@@ -5,9 +5,10 @@ A recipe names folders. What is in them may be another model by the time a run i
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
-from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.model.checkpoint import checkpoint_folder
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast
 from nextflow_ar.storage import StorageError
@@ -24,7 +25,8 @@ def bindings(
     """Digests by what they are of: both tokenizers; the weights of ``start`` where a checkpoint does not hold them, of
     adapters, or they teach; those of another teacher. Raises StorageError.
     """
-    found = {IMAGES: image_tokenizer.fingerprint(), TEXT: TokenCounter(text_tokenizer).fingerprint}
+    words = json.dumps(sorted(text_tokenizer.get_vocab().items()))
+    found = {IMAGES: image_tokenizer.fingerprint(), TEXT: hashlib.sha256(words.encode()).hexdigest()}
     teacher = None if recipe.distillation is None else recipe.distillation.teacher or recipe.start
     if recipe.start is not None and (recipe.lora is not None or teacher == recipe.start):
         found[START] = weights_print(checkpoint_folder(recipe.start))

@@ -184,6 +184,8 @@ class EpisodeBatches:
                 continue
             vain, self._open[number] = 0, (found, sample)
             row = [number] if packing.mode == "pad" else packer.add(number, cost, length)
+            if told := packing.too_much(packer.most):
+                raise ConfigError(f"sources of episodes: {told}")
             if row is not None:
                 yield row
 

@@ -235,7 +235,7 @@ class Pace:
 
     def passed(self, step: int) -> None:
         """Note that a step is over; ``step``: how many there have been in all."""
-        if self._end is None or self._seen == 2 * _WARM or step >= self.steps:
+        if self._end is None or self._seen == 2 * _WARM:
             return
         now = self._clock()
         self._seen += 1
@@ -246,7 +246,10 @@ class Pace:
             each = statistics.median(b - a for a, b in pairwise(self._ends))
         else:
             return
-        self.steps = step + max(1, int((self._end - _CLOSING - now) / max(1e-9, each)))
+        left = self._end - _CLOSING - now
+        # The first also loaded and compiled, so it says little of the next; an end that was reached is one.
+        least = self.steps > step or (self._seen == 1 and left > 0)
+        self.steps = step + max(int(least), int(left / max(1e-9, each)))
 
 
 class Every:
