@@ -47,6 +47,9 @@ TextTokenizer = Annotated[
         help="Checkpoint that will be trained: shards tell how many tokens texts have, so that no training counts them.",
     ),
 ]
+Retry = Annotated[
+    bool, typer.Option("--retry", help="Make the shards again that lack rows: their pictures are whole now.")
+]
 Video = Annotated[
     list[str] | None,
     typer.Option("--video", help="How clips become rows: rate=1, frames=3, filter=false, motion.area=0.01."),
@@ -198,23 +201,17 @@ def extract(
     process: Annotated[int, typer.Option("--process", min=0, help="Number of this process.")] = 0,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work.")] = 1,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    retry: Annotated[
-        bool,
-        typer.Option("--retry", help="Make the shards again that lack rows: their pictures are whole now."),
-    ] = False,
+    retry: Retry = False,
     video: Video = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Turn a data set into shards of codes, once, for any number of trainings."""
-    from nextflow_ar.config import ConfigError, from_dict
+    from nextflow_ar.config import from_dict
     from nextflow_ar.data.extraction import ExtractionConfig, left_out
     from nextflow_ar.data.workers import Extraction
     from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
 
-    if process >= processes:
-        raise ConfigError(f"--process is from 0 to {processes - 1}, got {process}")
-    if sum((workers > 1, ray > 0, processes > 1)) > 1:
-        raise ConfigError("--workers, --ray and --processes are three ways to share the work: take one")
+    _check_shares(workers, ray, process, processes, retry=retry)
     values = {
         "num_scales": scales or tokenizer_config(tokenizer).num_scales, "fit": fit, "rows": rows, "samples": samples,
         "tokens": tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "given": given,
@@ -222,8 +219,6 @@ def extract(
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device, text_tokenizer)
-    if retry and processes > 1:
-        raise ConfigError("--retry is for one call, which may have --workers: leave --processes out")
     found = _extract(job, workers, ray, process, processes, retry=retry)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
@@ -231,6 +226,18 @@ def extract(
     _tell_left_out(found["rows"], found["broken"], f" to {out}")
     if earlier := left_out(out).keys() - found["broken"].keys():
         typer.echo(f"{len(earlier)} left out earlier ({out}/broken_*.json): --retry tries them again")
+
+
+def _check_shares(workers: int, ray: int, process: int, processes: int, *, retry: bool) -> None:
+    """Raises ConfigError for ways to share the work that do not go together."""
+    from nextflow_ar.config import ConfigError
+
+    if process >= processes:
+        raise ConfigError(f"--process is from 0 to {processes - 1}, got {process}")
+    if sum((workers > 1, ray > 0, processes > 1)) > 1:
+        raise ConfigError("--workers, --ray and --processes are three ways to share the work: take one")
+    if retry and processes > 1:
+        raise ConfigError("--retry is for one call, which may have --workers: leave --processes out")
 
 
 def _tell_clips(source: Source) -> None:
