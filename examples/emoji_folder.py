@@ -2,13 +2,16 @@
 python examples/emoji_folder.py MANIFEST -o FOLDER [--group "Animals & Nature"] [--backgrounds 12] [--held-out 1]
 
 A line of MANIFEST: {"files": {"3d": "3d/1f436.png"}, "caption": "dog face", "group": "Animals & Nature"}; rows with a
-"skin_tone" are left out. FOLDER_held_out gets each emoji on backgrounds that FOLDER does not show it on.
+"skin_tone" are left out. Further pictures: --shades, of each background a little lighter or darker, and --halves, on two
+backgrounds, one above the other. FOLDER_held_out gets each emoji on backgrounds that FOLDER does not show it on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +25,32 @@ BACKGROUNDS = {
 }  # fmt: skip
 
 
-def on_background(file: Path, colour: tuple[int, int, int], size: int = 64) -> Image.Image:
-    """The emoji over a plain colour, with a margin of a tenth."""
+SHADE = 24
+"""How much lighter or darker a shade is at most, of 255, in each channel."""
+
+
+def on_background(file: Path, upper: Sequence[int], lower: Sequence[int], size: int = 64) -> Image.Image:
+    """The emoji over one colour above another (or the same), with a margin of a tenth."""
     emoji = Image.open(file).convert("RGBA").resize((size * 4 // 5,) * 2, Image.Resampling.LANCZOS)
-    canvas = Image.new("RGBA", (size, size), (*colour, 255))
+    canvas = Image.new("RGBA", (size, size), (*upper, 255))
+    canvas.paste((*lower, 255), (0, size // 2, size, size))
     canvas.alpha_composite(emoji, ((size - emoji.width) // 2, (size - emoji.height) // 2))
     return canvas.convert("RGB")
+
+
+def backgrounds(names: Sequence[str], shades: int, halves: int, rng: np.random.Generator) -> Iterator[tuple]:
+    """(name, upper colour, lower colour) of all pictures of one emoji: each name as it is and in further shades, then
+    pairs of two names.
+    """
+    for number in range(shades):
+        for name in names:
+            off = rng.integers(-SHADE, SHADE + 1, 3) if number else 0
+            colour = tuple(np.clip(np.add(BACKGROUNDS[name], off), 0, 255).tolist())
+            yield name, colour, colour
+    pairs = list(permutations(names, 2))
+    for chosen in rng.choice(len(pairs), halves, replace=False).tolist():
+        upper, lower = pairs[chosen]
+        yield f"{upper} and {lower}", BACKGROUNDS[upper], BACKGROUNDS[lower]
 
 
 def main() -> None:
@@ -35,7 +58,9 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--group", help="only emoji of this group")
-    parser.add_argument("--backgrounds", type=int, default=12, help="pictures of every emoji")
+    parser.add_argument("--backgrounds", type=int, default=12, help="plain backgrounds of every emoji")
+    parser.add_argument("--shades", type=int, default=1, help="pictures on each of them")
+    parser.add_argument("--halves", type=int, default=0, help="further pictures on two backgrounds each")
     parser.add_argument("--held-out", type=int, default=0, help="further pictures of it, in FOLDER_held_out")
     parser.add_argument("--style", default="3d")
     args = parser.parse_args()
@@ -45,19 +70,31 @@ def main() -> None:
         parser.error(
             f"--backgrounds and --held-out share {len(BACKGROUNDS)} backgrounds: {', '.join(BACKGROUNDS)}"
         )
-    shown, rng = args.backgrounds, np.random.default_rng(0)
-    lines: dict[Path, list[str]] = {args.out: [], args.out.with_name(args.out.name + "_held_out"): []}
+    pairs = args.backgrounds * (args.backgrounds - 1)
+    if args.shades < 1 or not 0 <= args.halves <= pairs:
+        parser.error(
+            f"--shades of at least 1 and --halves of 0 to {pairs} (pairs of backgrounds) are accepted"
+        )
+    shown, order, chance = args.backgrounds, np.random.default_rng(0), np.random.default_rng(1)
+    held_out = args.out.with_name(args.out.name + "_held_out")
+    lines: dict[Path, list[str]] = {args.out: [], held_out: []}
     for row in map(json.loads, args.manifest.read_text().splitlines()):
         known = args.group in (None, row.get("group")) and args.style in row["files"]
         if not known or row.get("skin_tone"):
             continue
         file = args.manifest.parent / row["files"][args.style]
-        for number, name in enumerate(rng.permutation(list(BACKGROUNDS))[: shown + args.held_out]):
-            folder, picture = list(lines)[number >= shown], f"{file.stem}-{name}.png"
-            folder.mkdir(parents=True, exist_ok=True)
-            on_background(file, BACKGROUNDS[name]).save(folder / picture)
-            text = f"{row['caption']}, {args.style} emoji on {'an' if name[0] in 'aeiou' else 'a'} {name} background"
-            lines[folder].append(json.dumps({"file_name": picture, "text": text}))
+        names = order.permutation(list(BACKGROUNDS)).tolist()
+        for folder, found in (
+            (args.out, backgrounds(names[:shown], args.shades, args.halves, chance)),
+            (held_out, backgrounds(names[shown : shown + args.held_out], 1, 0, chance)),
+        ):
+            for number, (name, upper, lower) in enumerate(found):
+                folder.mkdir(parents=True, exist_ok=True)
+                picture = f"{file.stem}-{number}-{name.replace(' ', '-')}.png"
+                on_background(file, upper, lower).save(folder / picture)
+                article = "an" if name[0] in "aeiou" else "a"
+                text = f"{row['caption']}, {args.style} emoji on {article} {name} background"
+                lines[folder].append(json.dumps({"file_name": picture, "text": text}))
     if not lines[args.out]:
         parser.error(f"{args.manifest} has no emoji of group {args.group!r} in style {args.style!r}")
     for folder in filter(lines.get, lines):

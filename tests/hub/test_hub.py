@@ -227,6 +227,13 @@ def test_the_former_name_of_dtype_counts(folder: Path) -> None:
         wanted = getattr(torch, asked) if isinstance(asked, str) else asked
         assert {p.dtype for p in loaded.model.parameters()} == {wanted}
     placed = NextFlowForConditionalGeneration.from_pretrained(folder, device_map={"": "cpu"}, dtype="auto")
+    config = NextFlowConfig.from_pretrained(folder)
+    assert NextFlowForConditionalGeneration.from_pretrained(folder, config=config).config is config
+    config.rope_theta = 5.0
+    with pytest.raises(
+        ValueError, match=r"config is of another architecture than .*: it differs in rope_theta"
+    ):
+        NextFlowForConditionalGeneration.from_pretrained(folder, config=config)
     assert placed.device.type == "cpu"
 
 

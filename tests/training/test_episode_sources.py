@@ -25,6 +25,7 @@ from nextflow_ar.training.episode_feed import EpisodeFeed
 from nextflow_ar.training.episode_sources import Draft, EpisodeBatches, Place
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.prefetch import Ahead
+from nextflow_ar.training.recipe import CorrectionConfig
 from nextflow_ar.types import Codes
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_image_tokenizer
 
@@ -376,3 +377,12 @@ def test_recipes_are_whole(path: Path) -> None:
     assert all(isinstance(source, EpisodeSource) for source in recipe.sources)
     assert len({source.seed for source in recipe.sources}) == len(recipe.sources)  # type: ignore[union-attr]
     assert any(isinstance(source, EpisodeSource) and source.scales is None for source in recipe.sources)
+
+
+def test_self_correction_grows_from_its_first_step() -> None:
+    def shares(start: int, ramp: int) -> list[float]:
+        config = CorrectionConfig(0.6, 4, 1.0, start, ramp)
+        return [0.0 if (found := config.at(step)) is None else round(found.share, 6) for step in range(6)]
+
+    assert shares(0, 0) == shares(0, 1) == [0.6] * 6
+    assert shares(2, 3) == [0.0, 0.0, 0.2, 0.4, 0.6, 0.6]

@@ -281,6 +281,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"] == 7_700_900_864 and told["fits"] and 2 < told["days"] < 4
     assert told["accumulate"] is None and 54_000 < told["steps"] < 55_000
+    assert told["recipe_steps"] is None
+    assert run(["plan", recipe, "--gpus", "1024", "--set", "steps=27337"]) == 0
+    assert "the recipe says 27,337, 0.5 times what its documents take" in capsys.readouterr().out
     assert run(["plan", recipe, "--gpus", "512", "--set", "accumulate=2", "--json"]) == 0
     fewer = json.loads(
         capsys.readouterr().out

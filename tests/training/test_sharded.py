@@ -16,6 +16,7 @@ from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -458,6 +459,32 @@ def test_compiled_shards_on_gpus_attend_sparsely(monkeypatch: pytest.MonkeyPatch
         config = ShardingConfig(1, "float32", "float32", True, False, compiled, False)
         sharded.shard(model, cast(Any, SimpleNamespace(device_type=device)), config, flex=flex)
         assert model.sparse is expected, (device, compiled, flex)
+
+
+def test_a_flipped_bit_never_gives_other_numbers(tmp_path: Path) -> None:
+    tensors = {"x": torch.arange(500.0), "y": torch.ones(30, dtype=torch.long)}
+    checkpoints = Checkpoints(tmp_path, World())
+    checkpoints.save(1, tensors, {"open": [[1, 2], [3]], "step": 1})
+    chance, found = np.random.default_rng(0), {}
+    for file in sorted((tmp_path / "step_00000001").iterdir()):
+        whole = file.read_bytes()
+        for bit in chance.choice(8 * len(whole), 60, replace=False).tolist():
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(changed)
+            again = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+            try:
+                facts = checkpoints.load(again)
+            except StorageError as error:
+                assert "\n" not in str(error)
+                found[file.name] = found.get(file.name, 0) + 1
+            else:  # in what fills up a zip file, or is told twice
+                assert facts == {"open": [[1, 2], [3]], "step": 1}
+                assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+        file.write_bytes(whole)
+    assert checkpoints.load(tensors)["step"] == 1
+    assert found.pop("__0_0.distcp") >= 40
+    assert found == {".metadata": 60, "facts.json": 60, "digests.json": 60}
 
 
 def test_what_cannot_be_is_one_clear_line(tmp_path: Path) -> None:

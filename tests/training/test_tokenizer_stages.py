@@ -21,6 +21,7 @@ from PIL import Image
 
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig, from_dict, load_yaml, to_dict
 from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import contrastive_model
 from nextflow_ar.training.growth import start_from, without_semantics
@@ -104,6 +105,22 @@ def test_pixel_then_joint_then_decoder(teacher: str, tmp_path: Path) -> None:
     picture = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     assert torch.equal(one.encode_bytes(picture).target, two.encode_bytes(picture).target)  # codes stay
     assert two.config.decoder_channels == (16, 16, 32)
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with(tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    for seed, goes_on in ((4, True), (5, False)):
+        torch.manual_seed(seed)
+        contrastive_model(TINY_SEMANTIC, 40, 8, 1).save_pretrained(folder)
+        asked: Any = (tmp_path / "run", "joint", DUAL)
+        if goes_on:
+            first = trainer(*asked, teacher=str(folder))
+            first.advance()
+            first.save()
+            assert trainer(*asked, teacher=str(folder)).step == 1
+        else:
+            with pytest.raises(StorageError, match="made with another teacher than"):
+                trainer(*asked, teacher=str(folder))
 
 
 def test_a_grown_tokenizer_draws_what_the_pixel_branch_drew() -> None:

@@ -59,7 +59,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits, "seconds": asdict(plan.times) | {"step": plan.times.step}, "days": plan.days,
         "utilisation": plan.utilisation, "tokens_per_second_per_gpu": _rate(plan),
         "knobs": [asdict(knob) for knob in plan.knobs], "paper_tokens": plan.paper_tokens,
-        "accumulate": plan.accumulate,
+        "accumulate": plan.accumulate, "recipe_steps": plan.asked,
     }  # fmt: skip
 
 
@@ -91,6 +91,10 @@ def table(plan: Plan) -> str:
     if plan.accumulate is not None:
         lines.append(
             f"accumulate   has to be {plan.accumulate}, so that a GPU computes one row of a step at a time"
+        )
+    if plan.asked is not None:
+        lines.append(
+            f"steps        the recipe says {plan.asked:,.0f}, {plan.asked / plan.steps:.3g} times what its documents take"
         )
     if not plan.fits:
         lines.append("what helps, each alone (GiB per GPU; time of an update):")

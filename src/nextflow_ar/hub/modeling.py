@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from nextflow_ar.config import to_dict
 from nextflow_ar.generation.engine import ImageRequest, TextRequest
 from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype, fold_seed, resolve_model
 from nextflow_ar.generation.sampling import SamplingSettings
@@ -110,7 +111,7 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
 
         ``dtype``: of the transformer (None or "auto": the fastest that the device has); ``torch_dtype``: its former name.
         ``device_map``: one device. Raises StorageError or RequestError, one line; ValueError for an option that this model
-        does not know and that would change what is loaded.
+        does not know and that would change what is loaded, and for a ``config`` of another architecture.
         """
         unknown = sorted(key for key in _LOADED_OTHERWISE & set(kwargs) if kwargs[key])
         if unknown:
@@ -120,6 +121,12 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
         folder = folder_of(name, **kwargs)
         device, chosen = _device(device_map), _dtype(torch_dtype if dtype is None else dtype)
         bundle = load_bundle(folder, device, best_dtype(device) if chosen is None else chosen)
+        if config is not None and config.architecture != bundle.model.config:
+            given, own = to_dict(config.architecture), to_dict(bundle.model.config)
+            changed = sorted(key for key in own if given[key] != own[key])
+            raise ValueError(
+                f"config is of another architecture than {name}: it differs in {', '.join(changed)}"
+            )
         config = config or NextFlowConfig.from_pretrained(folder)
         config.name_or_path = str(name)
         return cls(config, bundle).eval()

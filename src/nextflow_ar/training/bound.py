@@ -9,6 +9,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from torch import nn
+
 from nextflow_ar.model.checkpoint import checkpoint_folder
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast
 from nextflow_ar.storage import StorageError
@@ -17,6 +19,8 @@ from nextflow_ar.training.adapters import weights_print
 from nextflow_ar.training.recipe import ModelRecipe
 
 START, TEACHER, IMAGES, TEXT = "start", "distillation.teacher", "image_tokenizer", "text tokenizer"
+SEMANTIC = "teacher"
+"""Of an image tokenizer's run: the frozen semantic encoder."""
 
 
 def bindings(
@@ -33,6 +37,14 @@ def bindings(
     if teacher is not None and teacher != recipe.start:
         found[TEACHER] = weights_print(checkpoint_folder(teacher))
     return found
+
+
+def module_print(module: nn.Module) -> str:
+    """Digest of a module's tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_bound(saved: dict[str, str], now: dict[str, str], out: Path) -> None:

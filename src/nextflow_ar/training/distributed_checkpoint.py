@@ -1,7 +1,7 @@
 """Checkpoints of sharded runs: every process writes and reads its own part (torch.distributed.checkpoint).
 
-``checkpoints/step_00001000/``: one file per process, ``.metadata`` (which process wrote which rows of what) and
-``facts.json`` (what the loop wants to remember). A folder of that name is whole: it is written beside its place and moved
+``checkpoints/step_00001000/``: one file per process, ``.metadata`` (which process wrote which rows of what),
+``facts.json`` (what the loop wants to remember) and ``digests.json`` (of the two before). A folder of that name is whole: it is written beside its place and moved
 there in one step, after every process has written its part. Any number of processes may read it, one alone too. All
 processes must see the same file system.
 """
@@ -9,11 +9,14 @@ processes must see the same file system.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save as save_state_later
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
@@ -36,7 +40,7 @@ from nextflow_ar.storage import PART_BYTES, StorageError, write_atomic, write_we
 from nextflow_ar.tokenizer.image_tokenizer import WEIGHTS_FILE, ImageTokenizer
 from nextflow_ar.training.parallel import World
 
-FACTS_FILE = "facts.json"
+FACTS_FILE, METADATA_FILE, DIGESTS_FILE = "facts.json", ".metadata", "digests.json"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -50,6 +54,52 @@ class _WholeFolderWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: Any) -> None:
         super().finish(metadata, results)
         self._finished()
+
+
+class _CheckingReader(FileSystemReader):
+    """Reads nothing whose bits have changed. torch writes checksums of tensors, and reads without a look at them."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        _check_digests(Path(self.path))
+        return super().read_metadata(*args, **kwargs)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        wanted: dict[str, dict[int, Any]] = {}
+        for item in plan.items:
+            stored = self.storage_data[item.storage_index]
+            wanted.setdefault(stored.relative_path, {})[stored.offset] = stored
+        for name, parts in wanted.items():
+            with (Path(self.path) / name).open("rb") as file:
+                for start, stored in parts.items():
+                    file.seek(start)
+                    _check_part(name, file.read(stored.length))
+        return super().read_data(plan, planner)
+
+
+def _check_part(name: str, part: bytes) -> None:
+    try:
+        with zipfile.ZipFile(io.BytesIO(part)) as stored:
+            whole = stored.testzip() is None
+    except Exception:  # a flipped bit may say how it is packed, and zipfile raises kinds of its own
+        whole = False
+    if not whole:
+        raise ValueError(f"{name} is damaged")
+
+
+def _check_digests(folder: Path) -> None:
+    """Raises ValueError where what says where everything lies is not what was written. Older checkpoints have no digests."""
+    if not (folder / DIGESTS_FILE).is_file():
+        return
+    told = json.loads((folder / DIGESTS_FILE).read_text())
+    if not isinstance(told, dict):
+        raise ValueError(f"{DIGESTS_FILE} is damaged")
+    for name, digest in told.items():
+        if _digest(folder / name) != digest:
+            raise ValueError(f"{name} is damaged")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _apart(tensor: Tensor, alone: bool) -> Tensor:
@@ -136,10 +186,11 @@ class Checkpoints:
             raise StorageError(f"{self.folder}: no checkpoint")
         where = self.place(steps[-1] if step is None else step)
         try:
+            _check_digests(where)
             facts = json.loads((where / FACTS_FILE).read_text())
             if not isinstance(facts, dict):
                 raise ValueError(f"{FACTS_FILE} is no mapping")
-            reader, alone = FileSystemReader(where), self.world.size == 1
+            reader, alone = _CheckingReader(where), self.world.size == 1
             with _quietly():
                 load_state(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
@@ -176,6 +227,8 @@ class Checkpoints:
     def _finish(self, step: int, facts: str) -> None:
         beside = self._beside(step)
         write_atomic(beside / FACTS_FILE, facts.encode())
+        digests = {name: _digest(beside / name) for name in (FACTS_FILE, METADATA_FILE)}
+        write_atomic(beside / DIGESTS_FILE, json.dumps(digests, indent=1).encode())
         _sync(beside)
         beside.rename(self.place(step))
         _sync(self.folder)
@@ -223,8 +276,8 @@ def export_weights(checkpoint: Path, target: Path, part_bytes: int = PART_BYTES)
     files; it holds one part at a time. Raises StorageError.
     """
     try:
-        metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    except (OSError, RuntimeError, EOFError) as error:
+        metadata = _CheckingReader(checkpoint).read_metadata().state_dict_metadata
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise StorageError(f"{checkpoint}: the checkpoint cannot be read: {_reason(error)}") from None
     stored = cast(dict[str, TensorStorageMetadata], metadata)  # only tensors are saved
     names = sorted(key.removeprefix("model.") for key in stored if key.startswith("model."))
@@ -251,7 +304,7 @@ def _read(checkpoint: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[st
     try:
         with _quietly():
             load_state(
-                cast(dict[str, Any], tensors), storage_reader=FileSystemReader(checkpoint), no_dist=True
+                cast(dict[str, Any], tensors), storage_reader=_CheckingReader(checkpoint), no_dist=True
             )
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise StorageError(f"{checkpoint}: the checkpoint cannot be read: {_reason(error)}") from None

@@ -309,6 +309,8 @@ class Plan:
     paper_tokens: float | None
     accumulate: int | None
     """What the recipe's key has to be for one row at a time, where it is not."""
+    asked: float | None = None
+    """The recipe's steps, where they are others by a hundredth or more."""
 
     @property
     def fits(self) -> bool:
@@ -341,7 +343,8 @@ def make_plan(
         )
     asked, stage = stage, stage.on(gpus)
     accumulate = stage.accumulate if asked.rows and stage.accumulate != asked.accumulate else None
-    per_update = stage.row_counts.tokens * stage.micro_steps * gpus
+    steps = stage.steps or stage.counts.tokens / (stage.row_counts.tokens * stage.micro_steps * gpus)
+    other = stage.asked is not None and abs(stage.asked - steps) > max(1, 0.01 * steps)
     return Plan(
         gpu=gpu,
         gpus=gpus,
@@ -350,12 +353,13 @@ def make_plan(
         trained=trained(stage),
         tokens=stage.counts.tokens,
         flops=useful_flops(stage, stage.counts),
-        steps=stage.steps or stage.counts.tokens / per_update,
+        steps=steps,
         memory=memory(stage, gpus),
         times=times(stage, gpu, gpus, efficiency, attention, muon),
         knobs=knobs(stage, gpu, gpus, efficiency),
         paper_tokens=stage.paper_tokens,
         accumulate=accumulate,
+        asked=stage.asked if other else None,
     )
 
 

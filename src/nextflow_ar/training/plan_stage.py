@@ -33,7 +33,7 @@ class Stage:
     on one GPU; ``largest``: of the largest micro step there (null: they are alike). ``shared``: both are of the rows of
     all GPUs together, whose number :meth:`on` divides by. ``rows``: of all GPUs in a step, by source, of which micro steps
     are made as small as can be.
-    ``steps``: of the recipe, where it does not follow from its documents. ``adapters``: parameters of adapters.
+    ``steps``: of the recipe, where it does not follow from its documents; ``asked``: of the recipe. ``adapters``: parameters of adapters.
     ``sharding``: null where every GPU holds all of the model. ``accumulate``: the recipe's.
     """
 
@@ -50,6 +50,7 @@ class Stage:
     adapters: int = 0
     paper_tokens: float | None = None
     steps: float | None = None
+    asked: float | None = None
     largest: Counts | None = None
     shared: int | None = None
     rows: tuple[int, ...] | None = None
@@ -149,8 +150,15 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
     counts = stage_counts(plan, model.context_images)
     return replace(
         stage, counts=counts, row_counts=counts.times(plan.row / counts.tokens), paper_tokens=plan.paper_tokens,
-        micro_steps=plan.micro_steps or 1, rows=None if plan.micro_steps else _rows(values, where),
+        micro_steps=plan.micro_steps or 1, asked=_steps(values, where), rows=None if plan.micro_steps else _rows(values, where),
     )  # fmt: skip
+
+
+def _steps(values: Mapping[str, Any], where: str) -> float | None:
+    steps = values.get("steps")
+    if steps is not None and not isinstance(steps, int | float):
+        raise ConfigError(f"{where}: steps is a number, got {steps!r}")
+    return steps
 
 
 def _rows(values: Mapping[str, Any], where: str) -> tuple[int, ...]:

@@ -104,8 +104,8 @@ class CorrectionConfig:
         within("at least 0", start=self.start, ramp=self.ramp)
 
     def at(self, step: int) -> SelfCorrection | None:
-        """Self-correction at a step, or None while it is off."""
-        reached = min(1.0, max(0.0, (step - self.start) / max(1, self.ramp)))
+        """Self-correction at a step (0-based), or None while it is off: the first of ``ramp`` steps has one part of it."""
+        reached = min(1.0, max(0.0, (step - self.start + 1) / max(1, self.ramp)))
         share = self.share * reached
         return SelfCorrection(share, self.top_k, self.temperature) if share > 0 else None
 

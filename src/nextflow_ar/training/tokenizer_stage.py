@@ -37,6 +37,7 @@ from nextflow_ar.tokenizer.metrics import frechet_distance, psnr, ssim
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import Trace
 from nextflow_ar.tokenizer.semantic import SemanticEncoder
+from nextflow_ar.training.bound import SEMANTIC, check_bound, module_print
 from nextflow_ar.training.crew import Crew
 from nextflow_ar.training.growth import start_from, without_semantics
 from nextflow_ar.training.memory import keep_freed_memory
@@ -88,6 +89,7 @@ class TokenizerTrainer:
             self.critic = StageOptimizer(self.discriminator.named_parameters(), config)
         self.generator = torch.Generator().manual_seed(recipe.seed + self.world.rank)
         self.step = self.revived = 0
+        self.bound = {} if self.teacher is None else {SEMANTIC: module_print(self.teacher)}
         if (state := self.run.load()) is not None:
             self._restore(state)
         self._ahead = Ahead(self._batch, self.pace.steps) if recipe.prefetch and not recipe.workers else None
@@ -134,6 +136,7 @@ class TokenizerTrainer:
         return feature_distance(self.teacher)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        check_bound(state.get("bound", {}), self.bound, self.recipe.out)
         self.model.load_state_dict(state["model"])
         for name, value in state["quantizer"].items():
             getattr(self.model.quantizer, name).copy_(value)
@@ -164,6 +167,7 @@ class TokenizerTrainer:
             "optimizer": self.optimizer.state_dict(),
             "generator": states[0],
             "step": self.step,
+            "bound": self.bound,
         }
         if self.world.size > 1:
             state["generators"] = states
