@@ -1,9 +1,9 @@
 """Checkpoints of sharded runs: every process writes and reads its own part (torch.distributed.checkpoint).
 
 ``checkpoints/step_00001000/``: one file per process, ``.metadata`` (which process wrote which rows of what),
-``facts.json`` (what the loop wants to remember) and ``digests.json`` (of the two before). A folder of that name is whole: it is written beside its place and moved
-there in one step, after every process has written its part. Any number of processes may read it, one alone too. All
-processes must see the same file system.
+``facts.json`` (what the loop wants to remember) and ``digests.json`` (of the two before). A folder of that name is
+whole: it is written beside its place and moved there in one step, after every process has written its part. Any number
+of processes may read it, one alone too. All processes must see the same file system.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _check_part(name: str, part: bytes) -> None:
 
 
 def _check_digests(folder: Path) -> None:
-    """Raises ValueError where what says where everything lies is not what was written. Older checkpoints have no digests."""
+    """Raises ValueError where the index or the facts are not what was written. Older checkpoints have no digests."""
     if not (folder / DIGESTS_FILE).is_file():
         return
     told = json.loads((folder / DIGESTS_FILE).read_text())

@@ -33,8 +33,9 @@ class Stage:
     on one GPU; ``largest``: of the largest micro step there (null: they are alike). ``shared``: both are of the rows of
     all GPUs together, whose number :meth:`on` divides by. ``rows``: of all GPUs in a step, by source, of which micro steps
     are made as small as can be.
-    ``steps``: of the recipe, where it does not follow from its documents; ``asked``: of the recipe. ``adapters``: parameters of adapters.
-    ``sharding``: null where every GPU holds all of the model. ``accumulate``: the recipe's.
+    ``steps``: of the recipe, where it does not follow from its documents; ``asked``: of the recipe.
+    ``adapters``: parameters of adapters. ``sharding``: null where every GPU holds all of the model. ``accumulate``: the
+    recipe's.
     """
 
     model: ModelConfig
@@ -150,7 +151,8 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
     counts = stage_counts(plan, model.context_images)
     return replace(
         stage, counts=counts, row_counts=counts.times(plan.row / counts.tokens), paper_tokens=plan.paper_tokens,
-        micro_steps=plan.micro_steps or 1, asked=_steps(values, where), rows=None if plan.micro_steps else _rows(values, where),
+        micro_steps=plan.micro_steps or 1, rows=None if plan.micro_steps else _rows(values, where),
+        asked=_steps(values, where),
     )  # fmt: skip
 
 
