@@ -89,6 +89,15 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
             {"role": "assistant", "content": [{"type": "text", "text": "this"}, {"type": "text", "text": "that"}]}]},
         [given("what\nnow?"), learned("this\nthat")],
     ),
+    (
+        {"images": [None, "a.png"], "texts": ["one", None], "prompt": "tell"},
+        [given("tell"), learned("one"), learned("<a.png>")],
+    ),
+    (
+        {"system": "be brief", "conversations": [
+            {"from": "system", "value": ""}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]},
+        [("be brief", "system", False), given("hi"), learned("a")],
+    ),
     ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "text": "a dog", "caption": None}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
@@ -109,6 +118,8 @@ def turn(text: Any, role: str = "human") -> dict[str, Any]:
     [
         ({"conversations": []}, "at least one turn"),
         ({"conversations": [turn("hi"), turn("  ", "gpt")]}, "turn 1: the response is empty"),
+        ({"messages": [turn(""), turn("a", "gpt")]}, "turn 0: it is empty"),
+        ({"messages": [turn([{"type": "text"}]), turn("a", "gpt")]}, "turn 0: it is empty"),
         ({"conversations": [turn("hi"), turn(None, "gpt")]}, "turn 1: the response is empty"),
         ({"conversations": [turn("hi", "robot")]}, "turn 0: from \\(or role\\) is one of system, user"),
         ({"conversations": [turn(3)]}, "turn 0: value \\(or content\\) is text, got int"),
@@ -133,6 +144,17 @@ def turn(text: Any, role: str = "human") -> dict[str, Any]:
 def test_what_is_wrong_with_a_layout(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=f"x:1: .*{message}"):
         parse_row(values, "x:1")
+
+
+def test_keys_of_a_layout_that_nothing_reads_are_told() -> None:
+    turns = [turn("hi"), turn("a", "gpt")]
+    for values, ignored in (
+        ({"id": 1, "conversations": turns}, {"id"}),
+        ({"src_img": "a.png", "edited_img": "b.png", "edit": "red", "promt": "x", "url": None}, {"promt"}),
+        ({"images": ["a.png", None], "texts": [None, "a"], "metadata": "x"}, {"metadata"}),
+        ({"image": "a.png", "text": "a dog", "id": 3}, {"id"}),
+    ):
+        assert parse_row(values, "x").ignored == ignored
 
 
 def test_pictures_in_base64() -> None:

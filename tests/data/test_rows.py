@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,8 +23,8 @@ from PIL.PngImagePlugin import PngImageFile
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.check import check_rows
 from nextflow_ar.data.hub_rows import HubSource
-from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart, parse_row
-from nextflow_ar.data.sources import SourceError, open_source
+from nextflow_ar.data.rows import PicturePart, PictureRef, Row, RowError, TextPart, parse_row
+from nextflow_ar.data.sources import SourceError, open_source, spans_of
 from nextflow_ar.model.costs import ImageShape, TextShape, count
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.tokenizer.pictures import PictureError
@@ -243,6 +244,147 @@ def texts(source: Any, start: int = 0) -> list[str]:
         next(p.text for p in row.parts if isinstance(p, TextPart)) if isinstance(row, Row) else "!" + str(row)
         for row in source.rows(start)
     ]
+
+
+def test_a_table_of_pictures_is_read_as_one_wherever_it_lies(tmp_path: Path) -> None:
+    """Its words alone would train as plain text, without a line about the pictures."""
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"file_name": "a.png", "text": "a dog"}]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for place in (tmp_path, tmp_path / "metadata.jsonl", tmp_path / "rows.json", tmp_path / "rows.parquet"):
+        if place.is_dir():
+            (tmp_path / "rows.parquet").rename(tmp_path / "rows.moved")
+        (row,) = open_source(place).rows()
+        assert isinstance(row, Row) and told(row) == [("a dog", "user", False), DRAWN], place
+        assert row.pictures[0].size() == (20, 20) and not row.ignored
+        if place.is_dir():
+            (tmp_path / "rows.moved").rename(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"img": "a.png", "text": "a dog"}, "nothing reads 'img', which is a picture: name it image"),
+        ({"jpg": b"x", "text": "a dog"}, "nothing reads 'jpg', which is a picture"),
+        ({"picture": {"bytes": b"x", "path": None}, "text": "a"}, "nothing reads 'picture'"),
+        ({"url": "https://x.org/a.JPG", "text": "a dog"}, "nothing reads 'url', which is a picture"),
+        ({"img": "a.png", "messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}, "reads 'img'"),
+        ({"image": "a.png", "prompt": "what?", "answer": "a dog"}, "nothing reads 'answer': question \\+ answer or"),
+        ({"image": "a.png", "text": "what?", "response": "a dog"}, "nothing reads 'response'"),
+    ],
+)  # fmt: skip
+def test_words_whose_picture_or_answer_nothing_reads_are_an_error(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RowError, match=f"x:1: .*{message}"):
+        parse_row(values, "x:1")
+    plain = parse_row({"text": "a dog", "url": "https://x.org/page", "file": "notes.pdf"}, "x:1")
+    assert told(plain) == [("a dog", "assistant", True)] and plain.ignored == {"url", "file"}
+
+
+def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"text": "one"}\n')
+    (tmp_path / "notes.jsonl").mkdir()
+    assert texts(open_source(tmp_path)) == ["one"]
+    pq.write_table(pa.table({"text": ["two"]}), tmp_path / "b.parquet")
+    with pytest.raises(SourceError, match=r"holds \.jsonl and \.parquet files, of which one kind is read"):
+        open_source(tmp_path)
+
+
+def test_words_in_another_encoding_are_a_broken_row(tmp_path: Path) -> None:
+    """Replaced letters would be learned."""
+    latin, marked = "un café".encode("latin-1"), "\ufeffa café".encode()
+    for name, caption in (("a", latin), ("b", marked)):
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.txt").write_bytes(caption)
+    found = texts(open_source(tmp_path))
+    assert "a.txt: not UTF-8" in found[0] and found[1:] == ["a café"]
+    with tarfile.open(tmp_path / "x.tar", "w") as shard:
+        for name in ("a.png", "a.txt", "b.png", "b.txt"):
+            shard.add(tmp_path / name, name)
+    found = texts(open_source(tmp_path / "x.tar"))
+    assert "its .txt is not UTF-8" in found[0] and found[1:] == ["a café"]
+
+
+def test_an_edited_word_is_noticed_in_every_kind_of_file(tmp_path: Path) -> None:
+    """What a resumed extraction compares."""
+    rows = [{"text": f"row {i}", "image": png()} for i in range(5)]
+
+    def written(kind: str, changed: str) -> Path:
+        file = tmp_path / f"x.{kind}"
+        found = [row | ({"text": changed} if i == 3 else {}) for i, row in enumerate(rows)]
+        if kind == "json":
+            file.write_text(json.dumps([{"text": row["text"]} for row in found]))
+        elif kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(found), file, row_group_size=2)
+        else:
+            with tarfile.open(file, "w") as shard:
+                for i, row in enumerate(found):
+                    for name, data in ((f"{i}.txt", str(row["text"]).encode()), (f"{i}.png", png())):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        shard.addfile(member, io.BytesIO(data))
+        return file
+
+    for kind in ("json", "parquet", "tar"):
+        before, same, after = (
+            [spans_of(open_source(written(kind, text)), low, low + 2) for low in (0, 2)]
+            for text in ("row 3", "row 3", "row X")
+        )
+        assert before == same and before[0] == after[0] and before[1] != after[1], kind
+
+
+def test_a_hostile_row_is_one_broken_row(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n' + "[" * 100_000 + '\n{"text": "two"}\n')
+    found = texts(open_source(tmp_path / "x.jsonl"))
+    assert (found[0], found[2]) == ("one", "two") and "not valid JSON" in found[1]
+    (tmp_path / "y.json").write_text("[" * 100_000)
+    with pytest.raises(SourceError, match="not valid JSON"):
+        list(open_source(tmp_path / "y.json").rows())
+    moments = pa.array([0, 2**62, 0], pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "when": moments}), tmp_path / "z.parquet")
+    found = texts(open_source(tmp_path / "z.parquet"))
+    assert (found[0], found[2]) == ("one", "three") and "row 1: cannot be read" in found[1]
+
+
+def test_pictures_as_objects_are_read_like_files(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
+    turned = Image.new("RGB", (20, 30), "red")
+    turned.getexif()[0x0112] = 6
+    numbers = Image.fromarray(np.full((20, 20), 0.8, np.float32))
+    for picture, size, colour in ((clear, (20, 30), 255), (turned, (30, 20), 255), (numbers, (20, 20), 204)):
+        row = parse_row({"image": picture, "caption": "a"}, "x")
+        opened = row.pictures[0].open()
+        assert opened.size == size and opened.getpixel((5, 5))[0] == colour  # pyright: ignore
+
+
+def test_a_picture_s_suffix_is_one_that_is_read(tmp_path: Path) -> None:
+    for kind, suffix in (
+        ("JPEG2000", "jp2"),
+        ("PNG", "png"),
+        ("JPEG", "jpg"),
+        ("TIFF", "tif"),
+        ("PPM", "ppm"),
+    ):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 20)).save(buffer, kind)
+        assert PictureRef("x", data=buffer.getvalue()).content()[1] == suffix
+
+
+def test_a_shard_names_no_file_outside_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1").write_bytes(png())
+    with tarfile.open("x.tar", "w") as shard:
+        data = json.dumps({"image": "1", "caption": "a dog"}).encode()
+        member = tarfile.TarInfo("0.json")
+        member.size = len(data)
+        shard.addfile(member, io.BytesIO(data))
+    (row,) = open_source("x.tar").rows()
+    assert isinstance(row, Row)
+    with pytest.raises(PictureError, match="no such file"):
+        row.pictures[0].open()
 
 
 def test_folders_with_captions_beside_pictures_or_in_a_table(tmp_path: Path) -> None:
@@ -497,6 +639,40 @@ def test_a_lost_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
     assert [t[:6] for t in texts(open_source("hf://me/it"))] == ["row 0", "!hf://", "row 2"] and not waited
 
 
+def test_a_connection_that_is_lost_while_a_set_is_opened_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Answer(Exception):
+        def __init__(self, status: int) -> None:
+            super().__init__(f"answer {status}")
+            self.response = types.SimpleNamespace(status_code=status)
+
+    def opened(*failing: Exception) -> tuple[list[str], list[float], int]:
+        """What is read of two rows where opening fails first, the waits, and how often it was tried."""
+        left, tried = list(failing), []
+        _, waited = hub(monkeypatch, [{"text": "row 0"}, {"text": "row 1"}])
+        load = sys.modules["datasets"].load_dataset
+
+        def lost(*args: Any, **kwargs: Any) -> Streamed:
+            tried.append(args)
+            if left:
+                raise left.pop(0)
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lost)
+        try:
+            return texts(open_source("hf://me/it")), waited, len(tried)
+        except SourceError as error:
+            return [str(error)], waited, len(tried)
+
+    assert opened(ConnectionError("gone"), Answer(503)) == (["row 0", "row 1"], [1, 4], 3)
+    (told,), waited, tried = opened(*[ConnectionError("gone")] * 9)
+    assert "hf://me/it/train: row 0: the connection was lost, and so it was in 4 more tries (gone)" in told
+    assert waited == [1, 4, 15, 60] and tried == 5
+    for final in (Answer(404), OSError("not there"), ConnectionError("no Hub (OfflineModeIsEnabled)")):
+        assert opened(final) == ([f"hf://me/it/train: {final}"], [], 1)
+
+
 def test_a_stream_of_the_hub_skips_without_being_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
     hub(monkeypatch, [{"text": " " if i == 2 else f"row {i}"} for i in range(9)])
@@ -591,9 +767,6 @@ def test_the_shared_photographs_are_whole() -> None:
         open_source(folder), num_scales=8, most_tokens=1024, count_text=lambda t: len(t.split())
     )
     assert report.rows == 87 and report.problems == [] and report.kinds == {"drawing": 87}
-    assert all(
-        isinstance(p, PicturePart | TextPart)
-        for r in open_source(folder).rows()
-        if isinstance(r, Row)
-        for p in r.parts
-    )
+    rows = [row for row in open_source(folder).rows() if isinstance(row, Row)]
+    assert all([type(part) for part in row.parts] == [TextPart, PicturePart] for row in rows)
+    assert len({told(row)[0][0] for row in rows}) == 87

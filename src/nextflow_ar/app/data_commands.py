@@ -140,6 +140,7 @@ def convert(
     from nextflow_ar.training.runs import progress_bar
 
     source = open_source(place, _video(video))
+    _tell_clips(source)
     with progress_bar("convert", 1) as update:
         most = None if shard is None else shard * 1_000_000
         found = run_conversion(

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from PIL import Image as PILImage
 
 MARK = "<image>"
 """Where a picture stands in the text of a dialogue (LLaVA's convention)."""
 
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
 _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "bot": "assistant",
@@ -29,23 +33,51 @@ class LayoutError(ValueError):
     """Values in a known layout that do not fit it: one line, without the place."""
 
 
-def plain_form(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Values in one of our own forms; what is in no known layout is returned as it is. Raises LayoutError."""
+def plain_form(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], frozenset[str]]:
+    """Values in one of our own forms, and which keys of a layout were read for it (none: the values are as they were, or
+    under our names). Raises LayoutError.
+    """
     present = {key for key, value in values.items() if value is not None}
     if "segments" in present:
-        return values
-    if {"conversations"} <= present or {"messages"} <= present:
-        return _dialogue(values)
-    if {"text_list", "image_info"} <= present:
-        return _page(values)
-    if {"images", "texts"} <= present and _has_gaps(values["images"], values["texts"]):
-        return _interleaved(values["images"], values["texts"])
+        return values, frozenset()
+    for needed, form, read in _LAYOUTS:
+        if needed <= present and (form is not _interleaved or _has_gaps(values["images"], values["texts"])):
+            return form(values), frozenset(read & present)
     edit = [next((name for name in names if name in present), None) for names in _EDITS]
     if all(edit):
-        return _edit(values, *(str(name) for name in edit))
-    if {"image", "text"} <= present and not {"caption", "prompt", "question"} & present:
-        return {**{k: v for k, v in values.items() if k != "text"}, "caption": values["text"]}
-    return values
+        names = [str(name) for name in edit]
+        return _edit(values, *names), frozenset(names)
+    return image_folder(values), frozenset()
+
+
+def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, Any]:
+    """The names of Hugging Face's image folders as ours; several captions: the first. ``listed``: of a table that lists
+    pictures, where a file needs no picture's suffix.
+    """
+    found = {key: value for key, value in values.items() if value is not None}
+    named = next((key for key in ("file_name", "file") if found.get(key)), None)
+    if "image" not in found and named and (listed or names_picture(found[named])):
+        found["image"] = found.pop(named)
+    if "image" in found and not {"caption", "prompt", "question"} & set(found):
+        told = found.pop("text", None) or found.pop("captions", None)
+        if told is not None or listed:
+            found["caption"] = told[0] if isinstance(told, list) and told else told
+    return found
+
+
+def names_picture(value: object) -> bool:
+    """Whether a value is a picture's or clip's bytes, or the name of a file of one."""
+    if isinstance(value, Mapping):  # as Hugging Face stores pictures
+        return isinstance(value.get("bytes"), bytes | bytearray) or names_picture(value.get("path"))
+    if isinstance(value, str):
+        return len(value) < 4096 and Path(value).suffix.lower() in _suffixes()
+    return isinstance(value, bytes | bytearray | PILImage.Image)
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    return frozenset(readable | VIDEO_SUFFIXES)
 
 
 def _edit(values: Mapping[str, Any], source: str, target: str, instruction: str) -> dict[str, Any]:
@@ -60,14 +92,15 @@ def _has_gaps(images: object, texts: object) -> bool:
     return lists and any(value is None for value in (*images, *texts))  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def _interleaved(images: list[Any], texts: list[Any]) -> dict[str, Any]:
-    """A page as two lists with gaps (OBELICS): at each place either a text or a picture."""
+def _interleaved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A page as two lists with gaps (OBELICS): at each place either a text or a picture; maybe behind a prompt."""
+    images, texts = values["images"], values["texts"]
     if len(images) != len(texts):
         raise LayoutError(
             f"{len(images)} images and {len(texts)} texts: the lists are to be equally long, with null where the "
             "other has something"
         )
-    segments = []
+    segments: list[dict[str, Any]] = [{"text": values["prompt"]}] if values.get("prompt") else []
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         if (image is None) == (text is None):
             raise LayoutError(f"place {i} of images and texts holds {'nothing' if image is None else 'both'}")
@@ -124,11 +157,13 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     given = values.get("images") if values.get("images") is not None else values.get("image")
     pictures = list(given) if isinstance(given, list) else [] if given is None else [given]
     segments: list[dict[str, Any]] = []
+    if (system := values.get("system")) is not None and str(system).strip():
+        segments.append({"text": system, "role": "system", "supervised": False})
     used = 0
     for i, turn in enumerate(turns):
         role, pieces = _turn(turn, f"turn {i}")
-        if role == "assistant" and not pieces:
-            raise LayoutError(f"turn {i}: the response is empty")
+        if not pieces and role != "system":  # many dialogues begin with a system turn that says nothing
+            raise LayoutError(f"turn {i}: {'the response' if role == 'assistant' else 'it'} is empty")
         for piece in pieces:
             if piece == {"image": None}:
                 piece = {"image": pictures[used] if used < len(pictures) else None}
@@ -187,9 +222,14 @@ def coco_rows(document: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise LayoutError("a JSON file is a list of rows, or COCO's mapping of images and annotations")
     captions: dict[Any, str] = {}
-    for annotation in annotations:
+    for i, annotation in enumerate(annotations):
+        if not isinstance(annotation, Mapping) or not isinstance(annotation.get("image_id", 0), int | str):
+            raise LayoutError(f"annotations[{i}] is a mapping, its image_id a number")
         if "caption" in annotation:
             captions.setdefault(annotation.get("image_id"), annotation["caption"])
+    for i, image in enumerate(images):
+        if not isinstance(image, Mapping) or not isinstance(image.get("id", 0), int | str):
+            raise LayoutError(f"images[{i}] is a mapping, its id a number")
     if annotations and not captions:
         raise LayoutError("its annotations have no captions (COCO's captions_*.json is what is read)")
     folder = _coco_folder(path, [str(image.get("file_name")) for image in images[:1]])
@@ -206,3 +246,12 @@ def _coco_folder(path: Path, first: list[str]) -> str:
         if first and (path.parent / folder / first[0]).is_file():
             return folder
     return ""
+
+
+_LAYOUTS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], dict[str, Any]], set[str]], ...] = (
+    ({"conversations"}, _dialogue, {"conversations", "images", "image", "system"}),
+    ({"messages"}, _dialogue, {"messages", "images", "image", "system"}),
+    ({"text_list", "image_info"}, _page, {"text_list", "image_info"}),
+    ({"images", "texts"}, _interleaved, {"images", "texts", "prompt"}),
+)
+"""Keys that say it is this layout, what makes it ours, keys that it reads."""

@@ -7,15 +7,16 @@ edit, a question) are read as the full form. Everything that is wrong with a row
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image as PILImage
+from PIL import ImageOps
 
-from nextflow_ar.data.layouts import LayoutError, plain_form
-from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture
+from nextflow_ar.data.layouts import LayoutError, names_picture, plain_form
+from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture, to_rgb
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
@@ -64,14 +65,16 @@ class PictureRef:
     def content(self) -> tuple[bytes, str]:
         """The bytes of its file, untouched, and the suffix that fits them ("png"). Raises PictureError."""
         with self._header() as file:
-            kind = (file.format or "png").lower()
+            kind = file.format or "PNG"
         data = self.data if self.path is None else self.path.read_bytes()
-        return data or b"", {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
+        known = [suffix[1:] for suffix, of in PILImage.registered_extensions().items() if of == kind]
+        usual = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
+        return data or b"", usual if usual in known or kind == "MPO" or not known else known[0]
 
     def _header(self) -> PILImage.Image:
         try:
             return PILImage.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise PictureError(f"{self.name}: no such file") from None
         except Exception as error:
             reason = " ".join(str(error).split())[:100]
@@ -123,18 +126,24 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
 
     ``folder``: what its paths are relative to. Raises RowError.
     """
-    reader = _Reader(where, folder)
+    reader, given = _Reader(where, folder), values
+    every = {key for key, value in values.items() if value is not None}
     try:
-        values = plain_form(values)
+        values, read = plain_form(values)
     except LayoutError as error:
         raise RowError(f"{where}: {error}") from None
     present = {key for key, value in values.items() if value is not None}
     if "segments" in present:
-        return replace(reader.full(values["segments"]), ignored=frozenset(present - {"segments"}))
+        return reader.sound(reader.full(values["segments"]), given, every - (read or {"segments"}))
     for needed, form in _FORMS:
         if needed <= present:
-            read = needed | {"prompt"} if form is _story else needed
-            return replace(form(reader, values), ignored=frozenset(present - read))
+            left = every - read if read else present - needed - ({"prompt"} if form is _story else set())
+            if form in (_drawing, _captioned) and (answers := sorted(left & _ANSWERS)):
+                raise RowError(
+                    f"{where}: a picture is drawn from {' + '.join(sorted(needed))}, and nothing reads {answers[0]!r}: "
+                    "question + answer or prompt + response are about a picture"
+                )
+            return reader.sound(form(reader, values), given, left)
     accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
     raise RowError(f"{where}: no known form among the keys {sorted(present)}; accepted: segments; {accepted}")
 
@@ -172,7 +181,7 @@ class _Reader:
             return PicturePart(PictureRef(f"{self.where}: {key}", data=bytes(value)), role, supervised)
         if isinstance(value, PILImage.Image):
             buffer = io.BytesIO()
-            value.convert("RGB").save(buffer, "PNG")
+            to_rgb(ImageOps.exif_transpose(value)).save(buffer, "PNG")
             return PicturePart(PictureRef(f"{self.where}: {key}", data=buffer.getvalue()), role, supervised)
         if not isinstance(value, str) or not value:
             raise self.fail(f"{key} is a path or a picture, got {type(value).__name__}")
@@ -182,6 +191,15 @@ class _Reader:
         if self.folder is not None and not path.is_absolute():
             path = self.folder / path
         return PicturePart(PictureRef(printable(f"{self.where}: {value}"), path=path), role, supervised)
+
+    def sound(self, row: Row, given: Mapping[str, Any], left: Set[str]) -> Row:
+        """The row, with the keys that nothing read; it must not be that its picture is among them."""
+        lost = [] if row.pictures else sorted(key for key in left if names_picture(given.get(key)))
+        if lost:
+            raise self.fail(
+                f"it has words alone, and nothing reads {lost[0]!r}, which is a picture: name it image (or file_name)"
+            )
+        return replace(row, ignored=frozenset(left))
 
     def full(self, segments: object) -> Row:
         if not isinstance(segments, list) or not segments:
@@ -282,6 +300,7 @@ def _plain(r: _Reader, v: Mapping[str, Any]) -> Row:
     return r.row(r.text(v["text"], "text", supervised=True))
 
 
+_ANSWERS = frozenset({"answer", "response", "output"})
 _FORMS = (
     (frozenset({"source", "instruction", "target"}), _edit),
     (frozenset({"image", "question", "answer"}), _question),

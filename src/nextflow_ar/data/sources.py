@@ -10,17 +10,18 @@ import json
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image as PILImage
 
-from nextflow_ar.data.layouts import coco_rows
-from nextflow_ar.data.parquet_rows import group_rows
+from nextflow_ar.data.layouts import LayoutError, coco_rows, image_folder
+from nextflow_ar.data.parquet_rows import group_rows, told_in
 from nextflow_ar.data.rows import Row, RowError, parse_row
-from nextflow_ar.data.tar_members import by_key, content, goes_on
+from nextflow_ar.data.spans import Span, checksum, named, overlapping, words
+from nextflow_ar.data.tar_members import by_key, content, goes_on, told_by_key
 
 if TYPE_CHECKING:
     from nextflow_ar.data.video import VideoConfig
@@ -45,33 +46,12 @@ class Source(Protocol):
         ...
 
 
-Span = tuple[str | int, ...]
-"""A file's name and which of its rows (first, behind the last), or checksums of what is told in text."""
-
-
 def spans_of(source: Source, start: int, stop: int) -> list[Span] | None:
     """What rows ``start`` to ``stop`` are of, so that another run can tell whether they still are; no picture is opened.
     None where the source cannot tell.
     """
     told = getattr(source, "spans", None)
     return None if told is None else told(start, stop)
-
-
-def _named(path: Path, files: list[Path]) -> str:
-    """What a file is called among several; one alone may be called anything."""
-    return path.name if len(files) > 1 else ""
-
-
-def overlapping(files: Iterable[tuple[str, int]], start: int, stop: int) -> Iterator[Span]:
-    """Of files with numbers of rows, those that rows ``start`` to ``stop`` lie in."""
-    at = 0
-    for name, count in files:
-        if at >= stop:
-            return
-        low, high = max(start, at), min(stop, at + count)
-        if low < high:
-            yield name, low - at, high - at
-        at += count
 
 
 def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
@@ -91,10 +71,9 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
         return kind([path])
     if path.is_dir():
         _no_csv(path)
-        for suffix, of_folder in _KINDS.items():
-            shards = [p for p in sorted(path.glob(f"*{suffix}")) if p.name not in _TABLES]
-            if shards and (suffix != ".json" or _only_rows(path)):
-                return of_folder(shards)
+        found = _of_folder(path)
+        if found is not None:
+            return found
     from nextflow_ar.data.clips import find_clips
     from nextflow_ar.data.video import VideoConfig, VideoSource
 
@@ -106,6 +85,22 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
             f"{path}: {', '.join(_KINDS)} and video files, folders and hf://OWNER/NAME are accepted"
         )
     return FolderSource(path)
+
+
+def _of_folder(folder: Path) -> Source | None:
+    """The files of rows in a folder, where there are any. Raises SourceError where they are of several kinds."""
+    files = [
+        p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _TABLES and p.name[0] != "."
+    ]
+    found = {suffix: [p for p in files if p.suffix.lower() == suffix] for suffix in _KINDS}
+    kinds = [suffix for suffix, shards in found.items() if shards and suffix != ".json"]
+    if len(kinds) > 1 and kinds != [".tar", ".parquet"]:  # img2dataset's tables lie beside its shards
+        raise SourceError(
+            f"{folder} holds {' and '.join(kinds)} files, of which one kind is read: name a file, or part them"
+        )
+    if kinds:
+        return _KINDS[kinds[0]](found[kinds[0]])
+    return JsonSource(found[".json"]) if found[".json"] and _only_rows(folder) else None
 
 
 def _no_csv(folder: Path) -> None:
@@ -150,9 +145,16 @@ class _Files(ABC):
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """See :func:`spans_of`."""
-        return list(
-            overlapping(((_named(path, self.files), self._known(path)) for path in self.files), start, stop)
-        )
+        files = {str(path): path for path in self.files}
+        counts = ((name, self._known(path)) for name, path in files.items())
+        return [
+            (named(files[name], self.files), low, high, self._print(files[name], low, high))
+            for name, low, high in overlapping(counts, start, stop)
+        ]
+
+    def _print(self, path: Path, start: int, stop: int) -> int:
+        """Checksum of what is told in words in rows ``start`` to ``stop`` of a file."""
+        raise NotImplementedError
 
     def _known(self, path: Path) -> int:
         if path not in self._counts:
@@ -209,7 +211,7 @@ class JsonlSource(_Files):
             low, high = max(0, start), min(stop, self._known(path))
             if low < high:
                 lines = (line for _, line in self._lines(path, low))
-                found.append((_checksum(islice(lines, high - low)),))
+                found.append((checksum(islice(lines, high - low)),))
             start, stop = start - self._known(path), stop - self._known(path)
             if stop <= 0:
                 break
@@ -227,8 +229,10 @@ class JsonSource(_Files):
                 found = json.loads(path.read_bytes())
                 if isinstance(found, dict):
                     found = coco_rows(found, path)
-            except (ValueError, AttributeError) as error:
-                raise SourceError(f"{path}: not valid JSON, or no list of rows: {error}") from None
+            except LayoutError as error:
+                raise SourceError(f"{path}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise SourceError(f"{path}: not valid JSON: {error}") from None
             if not isinstance(found, list):
                 raise SourceError(f"{path}: a JSON file is a list of rows, or COCO's mapping")
             self._open = (path, found)
@@ -237,28 +241,23 @@ class JsonSource(_Files):
     def _count(self, path: Path) -> int:
         return len(self._rows(path))
 
+    def _print(self, path: Path, start: int, stop: int) -> int:
+        return checksum(json.dumps(row, sort_keys=True).encode() for row in self._rows(path)[start:stop])
+
     def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
         for number, values in enumerate(self._rows(path)[start:], start=start):
             where = f"{path}: row {number}"
             yield _row(values, where, path.parent) if isinstance(values, dict) else _no_mapping(values, where)
 
 
-def _checksum(lines: Iterable[bytes]) -> int:
-    """Of lines without what ends them: the last line of a file may get its end later."""
-    found = 0
-    for line in lines:
-        found = zlib.crc32(line.strip() + b"\n", found)
-    return found
-
-
-def _parsed(line: bytes, where: str, folder: Path | None) -> Row | RowError:
+def _parsed(line: bytes, where: str, folder: Path | None, listed: bool = False) -> Row | RowError:
     try:
         values = json.loads(line)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         return RowError(f"{where}: not valid JSON ({error})")
     if not isinstance(values, dict):
         return _no_mapping(values, where)
-    return _row(values, where, folder)
+    return _row(image_folder(values, listed=True) if listed else values, where, folder)
 
 
 def _no_mapping(values: object, where: str) -> RowError:
@@ -290,9 +289,12 @@ class ParquetSource:
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """See :func:`spans_of`."""
-        return list(
-            overlapping(((_named(path, self.files), self._count(path)) for path in self.files), start, stop)
-        )
+        files = {str(path): path for path in self.files}
+        counts = ((name, self._count(path)) for name, path in files.items())
+        return [
+            (named(files[name], self.files), low, high, told_in(self._opened(files[name]), low, high))
+            for name, low, high in overlapping(counts, start, stop)
+        ]
 
     def _count(self, path: Path) -> int:
         if path not in self._counts:
@@ -355,8 +357,9 @@ class FolderSource:
             if beside is None:
                 yield RowError(f"{path}: no caption beside it ({path.stem}.txt or .caption)")
                 continue
-            text = beside.read_text(encoding="utf-8-sig", errors="replace")
-            yield _row({"image": path.name, "caption": text}, str(path), path.parent)
+            text = words(beside.read_bytes())
+            values = {"image": path.name, "caption": text}
+            yield RowError(f"{beside}: not UTF-8") if text is None else _row(values, str(path), path.parent)
 
     def count(self) -> int:
         """See :class:`Source`."""
@@ -377,7 +380,7 @@ class FolderSource:
             ]
         with self.table.open("rb") as file:
             lines = list(islice((line for line in file if line.strip()), start, stop))
-        return [(len(lines), _checksum(lines))]
+        return [(len(lines), checksum(lines))]
 
     def _listed(self, table: Path) -> Iterator[Row | RowError]:
         with table.open("rb") as file:
@@ -385,16 +388,7 @@ class FolderSource:
                 if not line.strip():
                     continue
                 where = f"{table}:{number}"
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    yield RowError(f"{where}: not valid JSON ({error})")
-                    continue
-                yield (
-                    _row(image_folder(values), where, self.folder)
-                    if isinstance(values, dict)
-                    else _no_mapping(values, where)
-                )
+                yield _parsed(line, where, self.folder, listed=True)
 
 
 def _beside(picture: Path) -> Path | None:
@@ -402,23 +396,20 @@ def _beside(picture: Path) -> Path | None:
     return next((p for s in _CAPTION_SUFFIXES if (p := picture.with_suffix(s)).is_file()), None)
 
 
-def image_folder(values: dict[str, Any]) -> dict[str, Any]:
-    """Hugging Face's names as ours; several captions: the first."""
-    found = dict(values)
-    named = next((key for key in ("file_name", "file") if found.get(key)), None)
-    if "image" not in found and named:
-        found["image"] = found.pop(named)
-    if "image" in found and not {"caption", "prompt", "question"} & set(found):
-        told = found.pop("text", None) or found.pop("captions", None)
-        found["caption"] = told[0] if isinstance(told, list) and told else told
-    return found
-
-
 class TarSource(_Files):
     """WebDataset shards: files of one key (``0001.jpg``, ``0001.txt`` or ``0001.json``) are one row."""
 
+    def __init__(self, files: list[Path]) -> None:
+        super().__init__(files)
+        self._prints: dict[Path, list[int]] = {}
+
     def _count(self, path: Path) -> int:
         return sum(1 for _ in self._groups(path, None))
+
+    def _print(self, path: Path, start: int, stop: int) -> int:
+        if path not in self._prints:
+            self._prints[path] = told_by_key(path)
+        return checksum(str(one).encode() for one in self._prints[path][start:stop])
 
     def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
         yield from self._groups(path, start)
@@ -432,7 +423,7 @@ class TarSource(_Files):
                         yield RowError(key)
                     elif number >= start:
                         found = {suffix: content(shard, member) for suffix, member in members.items()}
-                        yield _shard_row(found, f"{path}: {key}")
+                        yield _shard_row(found, f"{path}: {key}", path)
                 if goes_on(path, shard.offset):
                     raise tarfile.ReadError(
                         "something that is no file of it follows: a broken header, or tars that were joined"
@@ -441,24 +432,26 @@ class TarSource(_Files):
             yield RowError(f"{path}: the shard is damaged ({error})")
 
 
-def _shard_row(members: dict[str, bytes], where: str) -> Row | RowError:
+def _shard_row(members: dict[str, bytes], where: str, shard: Path) -> Row | RowError:
     values: dict[str, Any] = {}
     for suffix, data in members.items():
         if suffix == "json":
             try:
                 values |= json.loads(data)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 return RowError(f"{where}: not valid JSON ({error})")
     pictures: dict[str, bytes] = {}
     for suffix, data in members.items():
         if suffix in ("txt", "caption"):
-            values.setdefault("caption", data.decode(errors="replace"))
+            if (text := words(data)) is None:
+                return RowError(f"{where}: its .{suffix} is not UTF-8")
+            values.setdefault("caption", text)
         elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
             name, dot, _ = suffix.rpartition(".")
             pictures[name if dot else "image"] = data  # "0001.source.png" is the key "source"
     if "segments" in values:
-        return _row(_filled(values, pictures), where, None)
-    return _row(values | pictures, where, None)
+        return _row(_filled(values, pictures), where, shard)
+    return _row(values | pictures, where, shard)  # a name that is no file of it is in no other folder
 
 
 def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:

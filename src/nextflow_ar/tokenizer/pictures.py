@@ -83,7 +83,7 @@ def _opened(
                 return (made or to_rgb)(ImageOps.exif_transpose(file) or file)
     except PictureError:
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise PictureError(f"{name}: no such file") from None
     except IsADirectoryError:
         raise PictureError(f"{name}: is a folder, not a picture") from None
@@ -105,10 +105,11 @@ def _opened(
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey is scaled down, transparency is laid over white."""
+    """8-bit RGB: 16-bit grey and numbers up to 1 are scaled, transparency is laid over white."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         values = np.asarray(picture, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        most = values.max(initial=0)
+        top = 65535.0 if most > 255 else 1.0 if picture.mode == "F" and most <= 1 else 255.0
         return Image.fromarray(np.clip(values * (255.0 / top) + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         front = picture.convert("RGBA")
