@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.convert import convert
-from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
+from nextflow_ar.data.rows import Row, RowError, TextPart
 from nextflow_ar.data.sources import Source, SourceError, open_source
 from nextflow_ar.storage import StorageError
 
@@ -110,9 +111,6 @@ def test_shards_go_on_after_a_stop(data: Path, tmp_path: Path, suffix: str) -> N
     assert len(files) >= 3 and [f.name for f in files][:2] == [f"x-000000{suffix}", f"x-000001{suffix}"]
     assert told(open_source(whole.parent)) == good(data)
 
-    class Stopped(Exception):
-        pass
-
     def stop(rows: int) -> None:
         if rows == 3:
             raise Stopped
@@ -131,6 +129,78 @@ def test_shards_go_on_after_a_stop(data: Path, tmp_path: Path, suffix: str) -> N
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(found.files, files, strict=True))
     with pytest.raises(StorageError, match="exists already: name another file"):
         convert(open_source(data), parts, most_bytes=2000, place="p")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopped(source: Source, out: Path, place: Path | str) -> None:
+    """A conversion of which the first file is whole."""
+
+    def stop(rows: int) -> None:
+        if rows == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert(source, out, most_bytes=100, place=place, progress=stop)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    path = tmp_path / "words.jsonl"
+    path.write_text("".join(json.dumps({"text": f"r{i} " + "x" * 200}) + "\n" for i in range(6)))
+    return path
+
+
+def test_a_source_that_changed_is_not_gone_on_with(words: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "o" / "x.jsonl", words.read_text().splitlines(keepends=True)
+    stopped(open_source(words), out, words)
+    first = (out.parent / "x-000000.jsonl").read_text()
+    for changed in (['{"text": "new"}\n', *lines], lines[1:], lines[:1]):
+        words.write_text("".join(changed))
+        with pytest.raises(
+            StorageError, match=r"x-00000\d.jsonl: its source has changed since it was written"
+        ) as e:
+            convert(open_source(words), out, most_bytes=100, place=words)
+        assert "\n" not in str(e.value)
+    words.write_text("".join([*lines, '{"text": "more"}\n']))  # behind what is written
+    found = convert(open_source(words), out, most_bytes=100, place=words)
+    assert found.rows == 5 and [row[0][2] for row in told(open_source(out.parent))] == [
+        *(f"r{i} " + "x" * 200 for i in range(6)), "more",
+    ]  # fmt: skip
+    assert (out.parent / "x-000000.jsonl").read_text() == first
+
+
+def test_a_place_is_the_same_from_everywhere(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopped(open_source(words), Path("o/x.jsonl"), "words.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / words.name).write_bytes(words.read_bytes())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="a conversion of another source or size was stopped there"):
+        convert(open_source(words.name), tmp_path / "o" / "x.jsonl", most_bytes=100, place=words.name)
+    found = convert(open_source(words), Path("../o/x.jsonl"), most_bytes=100, place="../words.jsonl")
+    assert len(found.files) == 6 and all(path.is_file() for path in found.files)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"{}", b"\xff", b'{"setting": 1, "files": 2, "broken": {}}']
+)
+def test_a_damaged_journal_is_one_line(words: Path, tmp_path: Path, content: bytes) -> None:
+    out = tmp_path / "o" / "x.jsonl"
+    stopped(open_source(words), out, words)
+    journal = out.parent / ".x.jsonl.progress.json"
+    whole = journal.read_bytes()
+    journal.write_bytes(content)
+    with pytest.raises(StorageError, match=r"x.jsonl.progress.json: damaged \(.*name another file$"):
+        convert(open_source(words), out, most_bytes=100, place=words)
+    journal.write_bytes(whole)
+    (out.parent / "x-000000.jsonl").unlink()
+    with pytest.raises(StorageError, match=r"x-000000.jsonl: gone since the conversion was stopped"):
+        convert(open_source(words), out, most_bytes=100, place=words)
 
 
 def test_as_a_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,9 +235,18 @@ def test_what_cannot_be_written(data: Path, tmp_path: Path) -> None:
         convert(open_source(data), tmp_path / "file" / "x.tar")
     with pytest.raises(SourceError, match="data is written as"):
         convert(open_source(data), tmp_path / "x.zip")
-    assert any(
-        isinstance(p, PicturePart)
-        for r in open_source(data).rows()
-        if not isinstance(r, RowError)
-        for p in r.parts
-    )
+    with pytest.raises(Stopped):
+        convert(_Stopping(), tmp_path / "x.tar")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "in"]  # nothing half done is left
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+class _Stopping:
+    """A source that ends in the middle of a file."""
+
+    def rows(self, start: int = 0) -> Iterator[Row | RowError]:
+        yield Row((TextPart("plain words", "assistant", True),), "here")
+        raise Stopped
+
+    def count(self) -> int:
+        return 2

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from nextflow_ar.app.cli import run
+from nextflow_ar.data import video
 from nextflow_ar.data.check import check_rows
 from nextflow_ar.data.motion import MotionConfig, compare, shrink
 from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError
-from nextflow_ar.data.sources import Source, SourceError, open_source
+from nextflow_ar.data.sources import Source, SourceError, open_source, spans_of
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.data.video import FrameRef, VideoConfig
 
@@ -96,6 +99,13 @@ def film(path: Path, frames: list[np.ndarray], fps: float = 4) -> Path:
     return path
 
 
+def uneven(path: Path, frames: list[np.ndarray], durations: list[int]) -> Path:
+    """A GIF whose frames are shown for so many milliseconds each."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return path
+
+
 def folder(path: Path, frames: list[np.ndarray]) -> Path:
     path.mkdir(parents=True)
     for i, frame in enumerate(frames):
@@ -150,6 +160,104 @@ def test_looks_may_be_more_frequent_than_frames(tmp_path: Path) -> None:
         [f"frame {i}" for i in numbers]
         for numbers in ((0, 0, 1, 2, 2), (2, 3, 4, 4, 4), (5, 6, 6, 6, 7), (8, 8))
     ]
+
+
+def test_frames_that_last_differently_long_are_seen_while_they_are_shown(tmp_path: Path) -> None:
+    path = uneven(tmp_path / "a.gif", moving(20), [100] * 10 + [1000] * 10)  # frame 10 at 1 s, 11 at 2 s, ...
+    path.with_suffix(".txt").write_text("[0.9] ten comes\n[5.0] fourteen\n[6.1] late\n")
+    config = VideoConfig(frames=3, filter=False)
+    found = rows(open_source(path, config))
+    assert [told(row) for row in found if isinstance(row, Row)] == [
+        ["frame 0", "ten comes", "frame 11", "frame 13"],
+        ["fourteen", "frame 15", "late", "frame 17", "frame 19"],
+    ]
+    (again,) = rows(open_source(path, config), 1)
+    assert isinstance(again, Row) and told(again) == ["fourteen", "frame 15", "late", "frame 17", "frame 19"]
+    path.with_suffix(".txt").unlink()
+    uneven(path, moving(11), [100] * 10 + [8000])  # 9 s, of which nine tenths show the last one
+    (row,) = rows(open_source(path, VideoConfig(filter=False)))
+    assert isinstance(row, Row) and told(row) == ["frame 0"] + ["frame 10"] * 4
+    uneven(path, moving(11), [4000] + [100] * 10)  # and four fifths the first
+    (row,) = rows(open_source(path, VideoConfig(rate=1, filter=False)))
+    assert isinstance(row, Row) and told(row) == ["frame 0"] * 4 + ["frame 1"]
+
+
+@pytest.mark.parametrize(
+    "stamp", [lambda at: 0.0, lambda at: at % 500, lambda at: -at, lambda at: float("nan")]
+)
+def test_containers_without_times_go_by_the_number_of_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stamp: Callable[[float], float]
+) -> None:
+    path, config = film(tmp_path / "a.mp4", moving(33)), VideoConfig(rate=1, filter=False)
+    wanted = [told(row) for row in rows(open_source(path, config)) if isinstance(row, Row)]
+
+    class Capture:
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def get(self, key: int) -> float:
+            found = self.real.get(key)
+            if key == cv2.CAP_PROP_POS_MSEC:
+                return stamp(found)
+            return -1.0 if key == cv2.CAP_PROP_FRAME_COUNT else found
+
+    opened = video._capture
+    monkeypatch.setattr(video, "_capture", lambda clip: Capture(opened(clip)))
+    assert [told(row) for row in rows(open_source(path, config)) if isinstance(row, Row)] == wanted
+    assert wanted[0] == ["frame 0", "frame 4", "frame 8", "frame 12", "frame 16"] and len(wanted) == 2
+
+
+def test_a_file_that_was_cut_off_tells_so(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.webm", moving(60))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    first, *others = rows(open_source(path, VideoConfig(rate=1)))
+    assert isinstance(first, Row) and len(others) == 2
+    assert all("ends before its header says so" in str(row) for row in others)
+
+
+def test_beside_the_name_of_a_picture_other_columns_are_labels(tmp_path: Path) -> None:
+    folder(tmp_path / "train", moving(3))
+    film(tmp_path / "train" / "a.mp4", moving(9))
+    labels = {"folder": "train", "video": "train/a.mp4"}
+    table = tmp_path / "metadata.jsonl"
+    for key in ("file_name", "image"):
+        lines = [{key: f"train/{i:03d}.png", **labels, "text": f"caption {i}"} for i in (1, 2)]
+        table.write_text("\n".join(map(json.dumps, lines)))
+        found = [told(row) if isinstance(row, Row) else str(row) for row in rows(open_source(tmp_path))]
+        assert found == [[f"caption {i}", f"train/{i:03d}.png"] for i in (1, 2)]
+    table.write_text(json.dumps({"file_name": "train/a.mp4", "folder": "train", "text": "a film"}))
+    (row,) = rows(open_source(tmp_path))
+    assert isinstance(row, Row) and told(row) == ["a film", "frame 0", "frame 8"]
+
+
+@pytest.mark.parametrize("inner", ["", "images"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "captions.jsonl", "manifest.jsonl"])
+def test_a_split_with_a_table_of_its_own_is_no_clip(tmp_path: Path, name: str, inner: str) -> None:
+    split = tmp_path / "train"
+    folder(split / inner, moving(3))
+    assert len(rows(open_source(tmp_path))) == 1  # a clip, without the table
+    (split / name).write_text("{}")
+    message = rf"train has a table of its own \({name}\), so it is a data set: name that folder"
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path)
+    for picture in (split / inner).glob("*.png"):
+        picture.unlink()
+    film(split / inner / "a.mp4", moving(9))
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path)
+    (split / name).rename(tmp_path / "metadata.txt")
+    with pytest.raises(SourceError, match=r"metadata.txt is not read: make it metadata.jsonl"):
+        open_source(tmp_path)
+
+
+def test_videos_that_pillow_knows_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("a.mpg", "b.mpeg"):
+        film(tmp_path / "a.mp4", moving(9)).rename(tmp_path / name)
+    found = rows(open_source(tmp_path))
+    assert len(found) == 2 and all(isinstance(row, Row) for row in found)
 
 
 def test_a_picture_table_may_name_a_gif(tmp_path: Path) -> None:
@@ -227,6 +335,102 @@ def test_texts_follow_dropped_frames_to_the_next_kept_one(tmp_path: Path) -> Non
     assert isinstance(row, Row) and told(row) == ["c", "001.png", "soon", "002.png", "later", "004.png"]
 
 
+def test_texts_of_dropped_frames_reach_over_the_end_of_a_part(tmp_path: Path) -> None:
+    frames = moving(15)
+    frames[3] = frames[4] = frames[2]
+    frames[5:10] = [frames[5]] * 5
+    clip = folder(tmp_path / "a", frames)  # looks at 0, 2, ..., 28 s; 3, 4 and 6 to 9 stand still
+    lines = [{"time": 2.0 * i, "text": f"at {i}"} for i in (2, 3, 4, 5, 9, 10)]
+    (tmp_path / "a.json").write_text(json.dumps({"texts": lines}))
+    found = [told(row) if isinstance(row, Row) else str(row) for row in rows(open_source(clip))]
+    assert found[0] == ["001.png", "002.png", "at 2", "003.png"]
+    assert "part 2: 1 of 5 frames kept (4 still, 0 moved" in found[1]
+    assert found[2][:2] == ["at 9 at 10", "011.png"] and "at 5" not in found[2]
+    for start in (1, 2):  # whoever starts there finds the same
+        again = [told(row) if isinstance(row, Row) else str(row) for row in rows(open_source(clip), start)]
+        assert again == found[start:]
+    least = VideoConfig(least=1)
+    found = [told(row) for row in rows(open_source(clip, least)) if isinstance(row, Row)]
+    assert found[1] == ["at 3 at 4 at 5", "006.png"]
+    (again, *_) = rows(open_source(clip, least), 1)
+    assert isinstance(again, Row) and told(again) == found[1]
+    everything = VideoConfig(filter=False)
+    (_, second, _) = rows(open_source(clip, everything))
+    (again, _) = rows(open_source(clip, everything), 1)
+    assert isinstance(second, Row) and isinstance(again, Row)
+    assert (
+        told(second) == told(again) == ["at 5", "006.png", "007.png", "008.png", "009.png", "at 9", "010.png"]
+    )
+
+
+def test_all_notes_beside_a_clip_are_read(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.mp4", moving(9))
+    text, note, lines = (path.with_suffix(s) for s in (".txt", ".json", ".jsonl"))
+    text.write_text("\ufeff[0.0] start\ncafé", encoding="utf-8")
+    note.write_text('\ufeff{"fps": 4, "width": 160, "caption": null}', encoding="utf-8")
+    (row,) = rows(open_source(path))
+    assert isinstance(row, Row) and told(row) == ["café", "start", "frame 0", "frame 8"]
+    lines.write_text('{"time": 2, "text": "a\u2028line"}\n\n{"prompt": ""}')
+    note.write_text('{"text": "from the note"}')
+    (row,) = rows(open_source(path))
+    assert isinstance(row, Row) and told(row) == ["from the note", "frame 0", "a\u2028line", "frame 8"]
+    lines.unlink()
+    table = tmp_path / "metadata.jsonl"
+    table.write_text('{"video": "a.mp4", "text": "from the table"}')
+    (row,) = rows(open_source(tmp_path))
+    assert isinstance(row, Row) and told(row)[0] == "from the table"
+    table.unlink()
+    text.write_bytes("café".encode("latin-1"))
+    (row,) = rows(open_source(path))
+    assert isinstance(row, RowError) and str(row) == f"{path}: a.txt beside it is not UTF-8 (byte 3)"
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        ('"fps": Infinity', "fps is a number above 0, got inf"),
+        ('"fps": NaN', "fps is a number above 0, got nan"),
+        ('"fps": true', "fps is a number above 0, got True"),
+        ('"fps": -2', "fps is a number above 0, got -2"),
+        ('"fps": 1e-9', "fps is at least 0.0001, got 1e-09"),
+        ('"fps": 1' + "0" * 400, "fps is a number above 0, got 1000"),
+        ('"texts": [{"time": Infinity, "text": "x"}]', "texts[0]: time is in seconds, got inf"),
+        ('"caption": "\\ud83d"', "a text has half of a character"),
+        ('"texts": ["\\ud83d"]', "a text has half of a character"),
+    ],
+)
+def test_numbers_and_texts_that_are_none(tmp_path: Path, told: str, problem: str) -> None:
+    folder(tmp_path / "a", moving(4))
+    (tmp_path / "metadata.jsonl").write_text(f'{{"folder": "a", {told}}}')
+    (row,) = rows(open_source(tmp_path))
+    assert (
+        isinstance(row, RowError)
+        and problem in str(row)
+        and str(row).startswith(f"{tmp_path}/metadata.jsonl:1: a")
+    )
+
+
+def test_what_is_told_of_a_clip_counts_as_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path / "a", moving(4))
+    film(tmp_path / "b" / "b.mp4", moving(9))
+    bare = spans_of(open_source(tmp_path / "a"), 0, 1)
+    assert bare == [(f"{tmp_path.name}/a", 0, 1)]
+    seen = [bare]
+    notes = ({"caption": "old"}, {"caption": "new"}, {"fps": 2}, {"fps": 4}, {"texts": [{"time": 0, "text": "x"}]},
+             {"texts": [{"time": 1, "text": "x"}]})  # fmt: skip
+    for note in notes:
+        (tmp_path / "a.json").write_text(json.dumps(note))
+        found = spans_of(open_source(tmp_path / "a"), 0, 1)
+        assert found not in seen and found == spans_of(open_source(tmp_path / "a"), 0, 1)
+        seen.append(found)
+    monkeypatch.chdir(tmp_path / "a")
+    assert spans_of(open_source("."), 0, 1) == seen[-1]
+    (row,) = rows(open_source("."))
+    assert isinstance(row, Row) and told(row)[1] == "x"  # the file beside it is found, too
+
+
 def test_a_table_lists_clips_and_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,7 +493,29 @@ def test_what_is_no_set_of_clips(tmp_path: Path) -> None:
     assert isinstance(row, Row) and told(row)[0] == "a picture" and "no caption beside it" in str(other)
     with pytest.raises(ValueError, match="at most `frames` frames"):
         VideoConfig(frames=1)
+    with pytest.raises(ValueError, match="at a rate above 0 and up to 1000 a second"):
+        VideoConfig(rate=float("inf"))
     assert FrameRef("x", pixels=np.zeros((2, 3, 3), np.uint8)).open().size == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("side", (-5, 0, 15, 100_000)),
+        ("difference", (-1, 256, float("nan"))),
+        ("error", (-0.1, 0, 1.5)),
+        *[(key, (-1, 1.5, float("nan"))) for key in ("shift", "area", "rest", "inliers", "spread")],
+    ],
+)
+def test_settings_of_motion_have_bounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, values: tuple[float, ...]
+) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{key} is "):
+            MotionConfig(**{key: value})  # pyright: ignore[reportArgumentType]
+    film(tmp_path / "a.mp4", moving(2))
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN), "--video", f"motion.{key}=-5"]) == 2
+    assert f"{key} is " in capsys.readouterr().err
 
 
 @pytest.mark.shared
@@ -307,3 +533,11 @@ def test_the_shared_clips() -> None:
         assert sum(len(row.pictures) for row in by_clip[name] if isinstance(row, Row)) >= 36, name
     (desk, *_) = by_clip["realshort"]  # a potted tree on a desk, the camera moves
     assert isinstance(desk, LeftOut) and "moved by the camera alone" in str(desk)
+
+
+def test_the_notes_of_a_clip_are_no_rows(tmp_path: Path) -> None:
+    film(tmp_path / "a.gif", moving(33))
+    (tmp_path / "a.jsonl").write_text('{"time": 0, "text": "it falls"}\n')
+    (tmp_path / "a.txt").write_text("a ball")
+    found = list(open_source(tmp_path).rows())
+    assert isinstance(found[0], Row) and [part[0] for part in told(found[0])][:2] == ["a ball", "it falls"]

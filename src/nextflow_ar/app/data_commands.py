@@ -147,7 +147,7 @@ def convert(
             source,
             out,
             most_bytes=most,
-            place=f"{place} {video or []}",
+            place=place,
             progress=lambda rows: update(0, f"{rows} rows"),
         )
         update(1, f"{found.rows} rows")

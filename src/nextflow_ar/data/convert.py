@@ -14,12 +14,13 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
-from nextflow_ar.data.sources import Source, SourceError
+from nextflow_ar.data.sources import Source, SourceError, spans_of
+from nextflow_ar.data.video import VideoSource
 from nextflow_ar.storage import StorageError, write_atomic
 from nextflow_ar.tokenizer.pictures import PictureError
 
@@ -48,26 +49,28 @@ def convert(
     out: Path,
     *,
     most_bytes: int | None = None,
-    place: str = "",
+    place: Path | str = "",
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Converted:
     """Write all rows of a source to ``out``, whose suffix says how: .jsonl, .parquet or .tar.
 
     ``most_bytes``: a file is finished when its texts and pictures reach so much; the files are then OUT-000000.tar and so
-    on. ``place``: names the source, so that a stopped conversion goes on with the same one only.
+    on. ``place``: where the source is, as ``open_source`` takes it, so that a stopped conversion goes on with the same one
+    only; it does so while the rows that are written are still the source's first ones.
     Raises SourceError for another suffix, StorageError when the output exists or cannot be written.
     """
     kind = _WRITERS.get(out.suffix.lower())
     if kind is None:
         raise SourceError(f"{out}: data is written as {', '.join(_WRITERS)}")
-    journal = _Journal(out, {"place": place, "most_bytes": most_bytes})
+    video = asdict(source.config) if isinstance(source, VideoSource) else None
+    journal = _Journal(out, {"place": _whole(place), "most_bytes": most_bytes, "video": video}, source)
     written, broken = 0, dict(journal.broken)
     rows = enumerate(source.rows(journal.next_row), start=journal.next_row)
     pending = next(rows, None)
     while pending is not None or not journal.files:
         number = len(journal.files)
         name = out if most_bytes is None else out.with_name(f"{out.stem}-{number:06d}{out.suffix}")
-        with _whole(name) as temporary:
+        with _finished(name) as temporary:
             writer, size, end = kind(temporary, out), 0, journal.next_row
             while pending is not None and (most_bytes is None or size < most_bytes):
                 end, row = pending
@@ -78,7 +81,7 @@ def convert(
             writer.close()
         journal.done(name, end, broken)
     journal.finish()
-    return Converted([Path(name) for name in journal.files], written, broken)
+    return Converted(journal.files, written, broken)
 
 
 def _add(writer: _Writer, number: int, row: Row | RowError, broken: dict[str, str]) -> int:
@@ -189,39 +192,74 @@ class _Tar:
 _WRITERS: dict[str, Callable[[Path, Path], _Writer]] = {".jsonl": _Jsonl, ".parquet": _Parquet, ".tar": _Tar}
 
 
-class _Journal:
-    """Which files of a conversion into several are whole, and how far in the source they reach."""
+def _whole(place: Path | str) -> str:
+    """A place that means the same in every working directory."""
+    if not place or str(place).startswith("hf://"):
+        return str(place).rstrip("/")
+    return str(Path(place).resolve())
 
-    def __init__(self, out: Path, setting: dict[str, Any]) -> None:
-        self.path = out.with_name(f".{out.name}.progress.json")
-        self.setting, self.several = setting, setting["most_bytes"] is not None
-        self.files: list[str] = []
+
+class _Journal:
+    """Which files of a conversion into several are whole, how far in the source they reach, and what of it they hold."""
+
+    def __init__(self, out: Path, setting: dict[str, Any], source: Source) -> None:
+        self.out, self.path = out, out.with_name(f".{out.name}.progress.json")
+        self.setting, self.several, self.source = setting, setting["most_bytes"] is not None, source
+        self.files: list[Path] = []
         self.broken: dict[str, str] = {}
         self.next_row = 0
+        # of every file: the row behind its last, and the digest of its rows
+        self.held: list[tuple[int, str]] = []
         first = out.with_name(f"{out.stem}-000000{out.suffix}") if self.several else out
         if self.path.is_file():
-            known = json.loads(self.path.read_text())
-            if known["setting"] != setting:
-                raise StorageError(
-                    f"{out}: a conversion of another source or size was stopped there; remove {self.path}"
-                )
-            self.files, self.broken, self.next_row = known["files"], known["broken"], known["next_row"]
+            self._go_on()
         elif first.exists():
             raise StorageError(f"{first} exists already: name another file, or remove it")
 
+    def _go_on(self) -> None:
+        """Take over what a stopped conversion wrote. Raises StorageError where this one would not go on with it."""
+        anew = f"remove {self.path} and the files beside it, or name another file"
+        try:
+            known = json.loads(self.path.read_bytes())
+            setting, self.broken = known["setting"], {str(int(n)): str(w) for n, w in known["broken"].items()}
+            self.held = [(int(stop), str(items)) for stop, items in known.get("held", [])]
+            self.files = [self.out.with_name(Path(name).name) for name in known["files"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise StorageError(f"{self.path}: damaged ({type(error).__name__}: {reason}): {anew}") from None
+        if setting != self.setting:
+            raise StorageError(
+                f"{self.out}: a conversion of another source or size was stopped there: {anew}"
+            )
+        gone = next((name for name in self.files if not name.is_file()), None)
+        if gone is not None or len(self.held) != len(self.files):
+            raise StorageError(f"{gone or self.path}: gone since the conversion was stopped: {anew}")
+        for name, (stop, items) in zip(self.files, self.held, strict=True):
+            if items != self._items(stop):
+                raise StorageError(f"{name}: its source has changed since it was written: {anew}")
+            self.next_row = stop
+
+    def _items(self, stop: int) -> str:
+        """Digest of what the source's rows from the next one to ``stop`` are of; "" where it cannot tell."""
+        found = spans_of(self.source, self.next_row, stop)
+        return "" if found is None else hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
     def done(self, name: Path, next_row: int, broken: dict[str, str]) -> None:
-        self.files.append(str(name))
-        self.next_row = next_row
+        """Another file is whole, which holds the rows from the next one to ``next_row``."""
+        self.files.append(name)
         if self.several:
-            known = {"setting": self.setting, "files": self.files, "broken": broken, "next_row": next_row}
-            write_atomic(self.path, json.dumps(known).encode())
+            self.held.append((next_row, self._items(next_row)))
+            known = {"setting": self.setting, "files": [file.name for file in self.files], "held": self.held}
+            write_atomic(self.path, json.dumps(known | {"broken": broken}).encode())
+        self.next_row = next_row
 
     def finish(self) -> None:
+        """Nothing is left to go on with."""
         self.path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _whole(name: Path) -> Iterator[Path]:
+def _finished(name: Path) -> Iterator[Path]:
     """A place to write a file at; it takes its name when it is whole, and is removed when it is not."""
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     try:

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 MARK = "<image>"
 """Where a picture stands in the text of a dialogue (LLaVA's convention)."""
 
-VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"})
 _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "bot": "assistant",
@@ -77,7 +77,7 @@ def names_picture(value: object) -> bool:
 @cache
 def _suffixes() -> frozenset[str]:
     readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
-    return frozenset(readable | VIDEO_SUFFIXES)
+    return VIDEO_SUFFIXES | readable
 
 
 def _edit(values: Mapping[str, Any], source: str, target: str, instruction: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic import ConfigDict
 
+from nextflow_ar.config import within
 from nextflow_ar.data.sources import SourceError
 
 Change = Literal["still", "camera", "moving"]
@@ -40,6 +41,15 @@ class MotionConfig:
     error: float = 0.01
     inliers: float = 0.5
     spread: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.side <= 2048:  # matching goes up with the area: larger ones take gigabytes
+            raise ValueError(f"side is from 16 to 2048 pixels, got {self.side}")
+        within("from 0 to 1", shift=self.shift, area=self.area, rest=self.rest, inliers=self.inliers)
+        within("from 0 to 1", error=self.error, spread=self.spread)
+        within("above 0", error=self.error)
+        if not 0 <= self.difference <= 255:
+            raise ValueError(f"difference is from 0 to 255 grey levels, got {self.difference}")
 
 
 @dataclass(frozen=True)

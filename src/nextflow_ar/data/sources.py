@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image as PILImage
 
-from nextflow_ar.data.layouts import LayoutError, coco_rows, image_folder
+from nextflow_ar.data.layouts import VIDEO_SUFFIXES, LayoutError, coco_rows, image_folder
 from nextflow_ar.data.parquet_rows import group_rows, told_in
 from nextflow_ar.data.rows import Row, RowError, parse_row
 from nextflow_ar.data.spans import Span, checksum, named, overlapping, words
@@ -92,7 +92,11 @@ def _of_folder(folder: Path) -> Source | None:
     files = [
         p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _TABLES and p.name[0] != "."
     ]
-    found = {suffix: [p for p in files if p.suffix.lower() == suffix] for suffix in _KINDS}
+    clips = {p.stem for p in files if p.suffix.lower() in VIDEO_SUFFIXES}
+    rows = [
+        p for p in files if p.suffix.lower() != ".jsonl" or p.stem not in clips
+    ]  # a clip's notes are no rows
+    found = {suffix: [p for p in rows if p.suffix.lower() == suffix] for suffix in _KINDS}
     kinds = [suffix for suffix, shards in found.items() if shards and suffix != ".json"]
     if len(kinds) > 1 and kinds != [".tar", ".parquet"]:  # img2dataset's tables lie beside its shards
         raise SourceError(

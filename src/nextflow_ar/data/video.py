@@ -9,11 +9,14 @@ comes from a table in the folder or a file beside the clip (docs/data.md).
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image as PILImage
@@ -21,9 +24,12 @@ from pydantic import ConfigDict
 
 from nextflow_ar.data.clips import Clip, frame_files
 from nextflow_ar.data.motion import MotionConfig, compare, load_cv2, shrink
-from nextflow_ar.data.rows import LeftOut, Part, PicturePart, PictureRef, Row, RowError, TextPart
+from nextflow_ar.data.rows import LeftOut, Part, PicturePart, PictureRef, Row, RowError, TextPart, printable
 from nextflow_ar.data.sources import Span, overlapping
 from nextflow_ar.tokenizer.pictures import PictureError, open_picture
+
+_MOST_LOOKS = 1000  # a second
+_SLACK = 0.002  # seconds; containers round times, WebM's to a thousandth
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,11 @@ class VideoConfig:
     motion: MotionConfig = field(default_factory=MotionConfig)
 
     def __post_init__(self) -> None:
-        if not (self.frames >= self.least >= 1 and self.rate > 0):
-            raise ValueError("a row has at least `least` >= 1 and at most `frames` frames, at a rate above 0")
+        if not (self.frames >= self.least >= 1 and 0 < self.rate <= _MOST_LOOKS):
+            raise ValueError(
+                "a row has at least `least` >= 1 and at most `frames` frames, at a rate above 0 and up to "
+                f"{_MOST_LOOKS} a second"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +78,14 @@ class FrameRef(PictureRef):
 
 Look = tuple[int, PictureRef, np.ndarray]
 """A look at a clip: its number, the frame as a picture, and as (H, W, 3) uint8."""
+
+
+class _Kept(NamedTuple):
+    """Of the looks of a row: those that are kept, and how many were dropped as still and as the camera's motion."""
+
+    looks: list[tuple[int, PictureRef]]
+    still: int
+    camera: int
 
 
 class VideoSource:
@@ -117,15 +134,21 @@ class VideoSource:
     def _clip_rows(self, clip: Clip, count: int, start: int) -> Iterator[Row | RowError]:
         frames = self.config.frames
         looks: list[Look] = []
-        given = start
+        given, told = start, start * frames - 1  # the look up to which texts are in the rows before
         try:
             timed = _timed(clip, self.config)
             last = min(_looks_in(clip, self.config), count * frames)
-            for look in _looks(clip, self.config, start * frames):
+            first = start - 1 if self._reaches_over(start, timed) else start
+            for look in _looks(clip, self.config, first * frames):
                 looks.append(look)
-                if (look[0] + 1) % frames == 0 or look[0] + 1 == last:
-                    yield self._row(clip, looks, given, count, timed)
-                    given, looks = given + 1, []
+                if (look[0] + 1) % frames and look[0] + 1 != last:
+                    continue
+                kept = _moving(looks, self.config)
+                if look[0] >= start * frames:
+                    where = clip.where if count == 1 else f"{clip.where}: part {given + 1}"
+                    given += 1
+                    yield self._row(clip, where, kept, told, timed)
+                told, looks = kept.looks[-1][0], []
                 if look[0] + 1 == last:
                     return
         except (RowError, PictureError) as error:
@@ -135,23 +158,34 @@ class VideoSource:
         for _ in range(given, count):  # every row keeps its number
             yield RowError(problem if clip.where in problem else f"{clip.where}: {problem}")
 
+    def _reaches_over(self, start: int, timed: list[tuple[float, str]]) -> bool:
+        """Whether the row before row ``start`` has texts behind its first look: which of them it keeps, and which the row
+        gets, hangs on what moves there. Its first look is always kept, so that nothing reaches further.
+        """
+        if start == 0 or not self.config.filter:
+            return False
+        frames, step = self.config.frames, 1.0 / self.config.rate
+        first, last = ((start - 1) * frames * step, (start * frames - 1) * step)
+        return any(first + 1e-6 < at <= last + 1e-6 for at, _ in timed)
+
     def _row(
-        self, clip: Clip, looks: list[Look], number: int, count: int, timed: list[tuple[float, str]]
+        self, clip: Clip, where: str, kept: _Kept, told: int, timed: list[tuple[float, str]]
     ) -> Row | RowError:
-        where = clip.where if count == 1 else f"{clip.where}: part {number + 1}"
-        kept, still, camera = _moving(looks, self.config)
-        if len(kept) < self.config.least:
+        """A row of the looks that are kept; ``told``: the look up to which texts are in the rows before."""
+        looks, still, camera = kept
+        if len(looks) < self.config.least:
             return LeftOut(
-                f"{where}: {len(kept)} of {len(looks)} frames kept ({still} still, {camera} moved by the camera alone)"
+                f"{where}: {len(looks)} of {len(looks) + still + camera} frames kept ({still} still, {camera} moved by "
+                "the camera alone)"
             )
         step = 1.0 / self.config.rate
-        before = (looks[0][0] - 1) * step + 1e-6
+        before = told * step + 1e-6
         parts: list[Part] = [TextPart(clip.caption, "user", False)] if clip.caption else []
-        for i, (look, picture) in enumerate(kept):
-            told = [text for at, text in timed if before < at <= look * step + 1e-6]
+        for i, (look, picture) in enumerate(looks):
+            now = [text for at, text in timed if before < at <= look * step + 1e-6]
             before = look * step + 1e-6
-            if told:
-                parts.append(TextPart(" ".join(told), "assistant", True))
+            if now:
+                parts.append(TextPart(" ".join(now), "assistant", True))
             given = (
                 i == 0 and not parts
             )  # nothing says what to draw: the first frame is where the clip starts
@@ -162,12 +196,18 @@ class VideoSource:
 
 
 def _named(clip: Clip | RowError) -> str:
-    """A clip wherever its data set lies."""
-    return "" if isinstance(clip, RowError) else "/".join(clip.path.parts[-2:])
+    """A clip wherever its data set lies, and a checksum of what is told of it."""
+    if isinstance(clip, RowError):
+        return ""
+    name = "/".join(Path(os.path.abspath(clip.path)).parts[-2:])
+    if clip.caption is None and not clip.texts and clip.fps is None:
+        return name  # as before there were checksums
+    told = json.dumps([clip.caption, clip.texts, clip.fps])
+    return f"{name} {zlib.crc32(told.encode()):08x}"
 
 
-def _moving(looks: list[Look], config: VideoConfig) -> tuple[list[tuple[int, PictureRef]], int, int]:
-    """The looks that are kept, and how many were dropped as still and as the camera's motion."""
+def _moving(looks: list[Look], config: VideoConfig) -> _Kept:
+    """Drop the looks in which nothing moved; the first one is kept."""
     kept: list[tuple[int, PictureRef]] = []
     dropped = {"still": 0, "camera": 0}
     before: np.ndarray | None = None
@@ -182,7 +222,7 @@ def _moving(looks: list[Look], config: VideoConfig) -> tuple[list[tuple[int, Pic
                 continue
         before = grey
         kept.append((number, picture))
-    return kept, dropped["still"], dropped["camera"]
+    return _Kept(kept, dropped["still"], dropped["camera"])
 
 
 def _timed(clip: Clip, config: VideoConfig) -> list[tuple[float, str]]:
@@ -205,8 +245,7 @@ def _looks_in(clip: Clip, config: VideoConfig) -> int:
     """How many looks a clip has, from its header or its folder. Raises RowError."""
     if clip.path.is_dir():
         return len(_chosen(clip, config))
-    frames, fps = _header(clip)
-    return int((frames - 1) / fps * config.rate + 1e-6) + 1
+    return int(_header(clip).seconds * config.rate + 1e-6) + 1
 
 
 def _chosen(clip: Clip, config: VideoConfig) -> list[Path]:
@@ -223,25 +262,72 @@ def _looks(clip: Clip, config: VideoConfig, first: int) -> Iterator[Look]:
     """The looks from number ``first`` on. Raises RowError and PictureError."""
     if clip.path.is_dir():
         for number, path in enumerate(_chosen(clip, config)[first:], start=first):
-            ref = PictureRef(f"{clip.where}: {path.name}", path=path)
+            ref = PictureRef(printable(f"{clip.where}: {path.name}"), path=path)
             yield number, ref, np.asarray(open_picture(path))
         return
+    yield from _film_looks(clip, config, first)
+
+
+class _Clock:
+    """When a film's frames are shown: by number as long as they come at the rate of its header, else by their own times."""
+
+    def __init__(self, fps: float, rate: float) -> None:
+        self.fps, self.rate = fps, rate
+        self.index, self.steady = -1, True
+        self.at, self.gap, self.start = (
+            0.0,
+            0.0,
+            0.0,
+        )  # seconds since the first frame; the longest pause so far
+
+    def tick(self, stamp: float) -> None:
+        """Another frame; ``stamp``: its time in the container, 0 or in disorder where that tells none."""
+        self.index += 1
+        if self.index == 0:
+            self.start = stamp if math.isfinite(stamp) else 0.0
+            return
+        at = stamp - self.start
+        if not self.at < at < math.inf:
+            at = self.at + 1 / self.fps
+        self.gap, self.at = max(self.gap, at - self.at), at
+        self.steady = self.steady and abs(at * self.fps - self.index) <= 0.5
+
+    def passed(self, number: int) -> bool:
+        """Whether the frame comes after a look, so that this sees the one before."""
+        if self.steady:
+            return self.index > round(number * self.fps / self.rate)
+        return self.at > number / self.rate + _SLACK
+
+    def reaches(self, number: int, frames: int) -> bool:
+        """Whether the frame, the last one, is still shown at a look; ``frames``: how many a whole film has."""
+        if self.steady:
+            return self.index >= round(number * self.fps / self.rate)
+        return self.index + 1 >= frames or number / self.rate <= self.at + self.gap
+
+
+def _film_looks(clip: Clip, config: VideoConfig, first: int) -> Iterator[Look]:
+    """:func:`_looks` of a file: each sees the frame that is on the screen then."""
     cv2 = load_cv2()
-    capture, (_, fps) = _capture(clip), _header(clip)
+    capture, header = _capture(clip), _header(clip)
+    clock, number, shown = _Clock(header.fps, config.rate), first, None
+
+    def look(index: int) -> Look:
+        pixels = cv2.cvtColor(shown, cv2.COLOR_BGR2RGB)
+        return number, FrameRef(f"{clip.where}: frame {index}", pixels=pixels), pixels
+
     try:
-        number, index = first, 0
         while capture.grab():
-            if index >= round(number * fps / config.rate):
-                found, frame = capture.retrieve()
-                if not found:
+            clock.tick(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+            while clock.passed(number):  # more than once where looks are more frequent
+                if shown is None:
                     return
-                pixels = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                while index >= round(
-                    number * fps / config.rate
-                ):  # more than once where looks are more frequent
-                    yield number, FrameRef(f"{clip.where}: frame {index}", pixels=pixels), pixels
-                    number += 1
-            index += 1
+                yield look(clock.index - 1)
+                number += 1
+            found, frame = capture.retrieve()
+            shown = frame if found else None
+        while shown is not None and clock.reaches(number, header.frames):
+            yield look(clock.index)
+            number += 1
     finally:
         capture.release()
 
@@ -261,19 +347,29 @@ def _capture(clip: Clip) -> Any:
     return capture
 
 
-def _header(clip: Clip) -> tuple[int, float]:
-    """(frames, frames per second) of a file; counted when its header does not say."""
+class _Header(NamedTuple):
+    """``frames``: how many there are; ``fps``: of them a second; ``seconds``: from the first one to the last."""
+
+    frames: int
+    fps: float
+    seconds: float
+
+
+def _header(clip: Clip) -> _Header:
+    """What the header of a file says; where it does not, its frames are counted. Raises RowError."""
     cv2 = load_cv2()
     capture = _capture(clip)
     try:
         frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         fps = float(capture.get(cv2.CAP_PROP_FPS))
-        if frames <= 0:
-            frames = 0
-            while capture.grab():
-                frames += 1
+        fps = fps if math.isfinite(fps) and fps > 0 else 25.0
+        if frames > 0:
+            return _Header(frames, fps, (frames - 1) / fps)
+        clock = _Clock(fps, 1.0)
+        while capture.grab():
+            clock.tick(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
     finally:
         capture.release()
-    if frames < 1:
+    if clock.index < 0:
         raise RowError(f"{clip.where}: the video has no frames")
-    return frames, fps if np.isfinite(fps) and fps > 0 else 25.0
+    return _Header(clock.index + 1, fps, clock.index / fps if clock.steady else clock.at)
