@@ -540,4 +540,4 @@ def test_the_notes_of_a_clip_are_no_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"time": 0, "text": "it falls"}\n')
     (tmp_path / "a.txt").write_text("a ball")
     found = list(open_source(tmp_path).rows())
-    assert isinstance(found[0], Row) and [part[0] for part in told(found[0])][:2] == ["a ball", "it falls"]
+    assert isinstance(found[0], Row) and told(found[0])[:2] == ["a ball", "it falls"]
