@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
+import platform
+import shutil
 import sys
+import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,16 +24,19 @@ from PIL import Image as PILImage
 from tokenizers import AddedToken, Tokenizer
 
 from nextflow_ar.app.cli import run
+from nextflow_ar.data import extraction
 from nextflow_ar.data.code_shards import CodeShards, as_document
 from nextflow_ar.data.extraction import (
     ExtractionConfig,
     ShardWriter,
     extract,
+    forget_left_out,
     lacking,
+    left_out,
     same_source,
     settled,
 )  # fmt: skip
-from nextflow_ar.data.ray_extraction import ShardActor
+from nextflow_ar.data.ray_extraction import ShardActor, extract_with_ray
 from nextflow_ar.data.rows import Row, RowError, parse_row
 from nextflow_ar.data.sources import Span, open_source, spans_of
 from nextflow_ar.data.textures import dead_leaves
@@ -450,8 +459,8 @@ def test_an_extraction_goes_on_from_the_same_source_only(
     with pytest.raises(StorageError, match=r"not of hf://me/it: name another"):
         same_source(out, "hf://me/it/")
     spread = replace(job(other, tmp_path, "s"), place=str(other))
-    with pytest.raises(StorageError, match=r"not of .*other.jsonl"):
-        ShardActor(spread)
+    answer = ShardActor(spread)({"shard": np.array([1, 2])})
+    assert answer["rows"] == [0, 0] and all("other.jsonl: name another" in why for why in answer["failed"])
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest.pop("source") == str(rows)
     (out / "manifest.json").write_text(json.dumps(manifest))  # of before sources were told
@@ -529,9 +538,108 @@ def test_rows_left_out_are_tried_again_where_asked(
     assert run(options) == 1
     assert "broken_000.json: no list of rows left out" in capsys.readouterr().err
     (out / "broken_000.json").write_text(json.dumps({"0": "on purpose: nothing moves"}))
-    (out / "broken_001.json").unlink()
+    assert run(options) == 0 and "1 left out earlier" in capsys.readouterr().out
+    (out / "broken_001.json").write_text(json.dumps({"5": "on purpose: nothing moves"}))
     assert run(options) == 0 and "left out earlier" not in capsys.readouterr().out
     assert lacking(out) == ()
+
+
+def test_a_stop_before_a_shard_or_its_list_loses_no_row(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, out, stopped = tiny_image_tokenizer(), tmp_path / "s", []
+    write = extraction.write_atomic
+
+    def stop(path: Path, data: bytes) -> None:
+        """Of everything that is written, one file more in every run."""
+        stopped.append(path.name)
+        if len(stopped) == limit:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(extraction, "write_atomic", stop)
+    for limit in range(1, 20):
+        shutil.rmtree(out, ignore_errors=True)
+        stopped.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            extract(open_source(rows), tokenizer, out, CONFIG)
+        if len(stopped) < limit:
+            break
+        limit = 0
+        extract(open_source(rows), tokenizer, out, CONFIG)
+        assert list(left_out(out)) == ["1", "5"] and "gone.png" in left_out(out)["1"]
+    assert len(stopped) == 1 + 3 + 2  # the manifest, three shards, two lists
+
+
+def test_a_stop_while_a_shard_is_made_again_loses_no_row(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    PILImage.fromarray(dead_leaves((9,), 40, 40)).save(tmp_path / "gone.png")
+    write = extraction.write_atomic
+
+    def stop(path: Path, data: bytes) -> None:
+        if path.suffix == ".parquet":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(extraction, "write_atomic", stop)
+    with pytest.raises(KeyboardInterrupt):
+        extract(open_source(rows), tokenizer, out, CONFIG, again=lacking(out))
+    monkeypatch.undo()
+    assert list(left_out(out)) == ["1", "5"] and lacking(out) == (0, 1)
+    extract(open_source(rows), tokenizer, out, CONFIG, again=lacking(out))
+    assert list(left_out(out)) == ["5"] and lacking(out) == (1,)
+
+
+def test_the_list_of_a_process_that_is_no_more_adds_no_row(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    for process in range(2):
+        extract(open_source(rows), tokenizer, out, CONFIG, process=process, processes=2)
+    assert [p.name for p in sorted(out.glob("broken_*"))] == ["broken_000.json", "broken_001.json"]
+    assert list(left_out(out)) == ["1", "5"]
+    rows.write_text(rows.read_text().replace('"caption": ""', '"caption": "x"'))
+    assert extract(open_source(rows), tokenizer, out, CONFIG)["rows"] == 3
+    assert list(left_out(out)) == ["1"] and lacking(out) == (0,)
+    (out / "broken_001.json").write_text('{"0": "gone", "8": "gone", "77": "gone"}')  # there, no more, never
+    assert list(left_out(out)) == ["1"]
+    (out / "000000.parquet").unlink()
+    assert left_out(out) == {}  # not left out, but not made yet
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    (out / "broken_000.json").unlink()
+    assert left_out(out) == {"1": "left out, and no list says why"} and lacking(out) == (0,)
+    table = pq.read_table(out / "000000.parquet").replace_schema_metadata(None)
+    pq.write_table(table, out / "000000.parquet")  # of before shards said how many rows they are of
+    assert left_out(out) == {}
+    (out / "broken_000.json").write_text('{"0": "gone", "1": "gone"}')
+    assert left_out(out) == {"1": "gone"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"one": "gone"}', "3"])
+def test_a_damaged_list_is_told_before_the_work(rows: Path, tmp_path: Path, content: str) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    (out / "000001.parquet").unlink()
+    for name in ("broken_000.json", "broken_001.json"):
+        (out / name).write_text(content)
+        with pytest.raises(
+            StorageError, match=rf"{name}: no list of rows left out \(.*\): remove it"
+        ) as told:
+            extract(open_source(rows), tokenizer, out, CONFIG)
+        assert len(str(told.value).splitlines()) == 1 and not (out / "000001.parquet").is_file()
+        (out / name).unlink()
+    assert extract(open_source(rows), tokenizer, out, CONFIG)["rows"] == 2
+    assert list(left_out(out)) == ["1", "5"]
+
+
+def test_reasons_of_before_a_retry_are_dropped(rows: Path, tmp_path: Path) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    found = extract(open_source(rows), tokenizer, out, CONFIG)
+    (out / "broken_007.json").write_text('{"1": "another reason", "6": "another", "7": "gone"}')
+    forget_left_out(out, (0, 1), found["broken"])
+    assert json.loads((out / "broken_007.json").read_text()) == {"6": "another", "7": "gone"}
+    assert json.loads((out / "broken_000.json").read_text()) == found["broken"]
 
 
 def test_shards_tell_how_many_tokens_texts_have(
@@ -678,10 +786,174 @@ def test_an_extraction_from_before_batches_goes_on(rows: Path, tmp_path: Path) -
 def test_the_actor_of_ray_writes_the_very_same_shards(rows: Path, tmp_path: Path) -> None:
     plain, spread = job(rows, tmp_path, "plain"), job(rows, tmp_path, "spread")
     alone = plain.run(0, 1, lambda shard, done: None)
+    (why,) = ShardActor(spread)({"shard": np.array([0])})["failed"]
+    assert "spread: what the command wrote there is not here: every machine must see" in why
+    assert not spread.out.exists()  # nothing is written where nobody looks for it
+    spread.out.mkdir()
+    shutil.copy(plain.out / "manifest.json", spread.out)
     found = [ShardActor(spread)({"shard": np.array(numbers)}) for numbers in ([2], [1, 0, 7])]
     assert shards(plain.out) == shards(spread.out) and len(shards(plain.out)) == 3
     assert [each["rows"] for each in found] == [[2], [2, 2, 0]] and alone["rows"] == 6
-    assert found[1]["broken_rows"] == [["5"], ["1"], []]
+    assert found[1]["broken_rows"] == [["5"], ["1"], []] and found[1]["failed"] == ["", "", ""]
+    assert list(left_out(spread.out)) == ["1", "5"]  # each actor's lists are its own
+    assert [p.name[-11:] for p in sorted(spread.out.glob("broken_ray_*"))] == ["000000.json", "000001.json"]
+    ShardActor(spread)({"shard": np.array([0, 1])})  # what is there already stays told
+    assert left_out(spread.out) == left_out(plain.out)
+
+
+class Cluster:
+    """In place of Ray: actors in this process, but in another working directory, and what crosses is pickled.
+
+    ``jobs``: what the actors were given. ``before``, ``after``: are called when the actors begin and when they are done.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+        self.jobs: list[Extraction] = []
+        self.before: Callable[[], object] = lambda: None
+        self.after: Callable[[], object] = lambda: None
+        self._elsewhere = elsewhere
+        ray, data = types.ModuleType("ray"), types.ModuleType("ray.data")
+        names = {"from_items": self._items, "ActorPoolStrategy": lambda size: size}
+        data.__dict__.update(names)
+        ray.__dict__["data"] = data
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setitem(sys.modules, "ray.data", data)
+
+    def _items(self, items: list[dict[str, int]], override_num_blocks: int) -> Cluster:
+        assert override_num_blocks == len(items)
+        self._numbers = [item["shard"] for item in items]
+        return self
+
+    def map_batches(self, kind: Any, *, fn_constructor_args: Any, compute: int, **options: Any) -> Cluster:
+        assert options == {"batch_size": 1, "num_cpus": 1}
+        self._kind, self._sent, self._actors = kind, pickle.dumps(fn_constructor_args), compute
+        return self
+
+    def take_all(self) -> list[dict[str, Any]]:
+        self._elsewhere.mkdir(exist_ok=True)
+        with contextlib.chdir(self._elsewhere):
+            self.before()
+            self.jobs = [pickle.loads(self._sent)[0] for _ in range(self._actors)]
+            actors = [self._kind(job) for job in self.jobs]
+            answers = [
+                actors[i % len(actors)]({"shard": np.array([number])})
+                for i, number in enumerate(self._numbers)
+            ]
+            self.after()
+        return [{key: values[0] for key, values in answer.items()} for answer in answers[::-1]]
+
+
+def test_with_ray_relative_paths_are_meant_from_here(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(monkeypatch, tmp_path / "elsewhere")
+    plain = job(rows, tmp_path, "plain")
+    plain.run(0, 1, lambda shard, done: None)
+    monkeypatch.chdir(tmp_path)
+    options = ["extract", "rows.jsonl", "-o", "x", "--rows", "3", "--scales", "5"]
+    setting = ["--correct-tokens", "0.6", "--top-k", "4", "--temperature", "5"]
+    assert run([*options, *setting, "--image-tokenizer", "t", "--ray", "2"]) == 0
+    assert "6 rows written to x, 2 left out" in capsys.readouterr().out
+    assert shards(tmp_path / "x") == shards(plain.out) and list((tmp_path / "elsewhere").iterdir()) == []
+    assert [each.tokenizer for each in cluster.jobs] == [str(tmp_path / "t")] * 2
+    (tmp_path / "nano").mkdir()  # no tokenizer: the bundled one is meant
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}')
+    here = Extraction(
+        "text.jsonl", "nano", Path("y"), replace(CONFIG, num_scales=10), VideoConfig(), "cpu", "nano"
+    )
+    assert extract_with_ray(here, 1) == {"rows": 1, "broken": {}}
+    (sent,) = cluster.jobs
+    assert (sent.tokenizer, sent.model, sent.place) == ("nano", "nano", str(tmp_path / "text.jsonl"))
+
+
+def test_with_ray_shards_that_are_not_here_are_told(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, spread, waited = Cluster(monkeypatch, tmp_path / "elsewhere"), job(rows, tmp_path, "s"), []
+    lost = [spread.out / "000001.parquet", spread.out / "000002.parquet"]
+    monkeypatch.setattr("time.sleep", waited.append)
+    cluster.after = lambda: [path.unlink() for path in lost]
+    with pytest.raises(
+        StorageError, match=r"s/000001.parquet: written by another machine, but not here \(2 in all\): every"
+    ):
+        extract_with_ray(spread, 1)
+    assert waited == [0, 1, 4, 15, 40]
+
+    waited.clear()
+    kept: dict[Path, bytes] = {}
+    cluster.after = lambda: [(kept.update({path: path.read_bytes()}), path.unlink()) for path in lost]
+
+    def late(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:  # a network file system's memory of what was not there
+            for path, content in kept.items():
+                path.write_bytes(content)
+
+    monkeypatch.setattr("time.sleep", late)
+    assert extract_with_ray(spread, 1)["rows"] == 4 and waited == [0, 1, 4]
+
+    lost[0].unlink()
+    cluster.before, cluster.after = lambda: shutil.rmtree(spread.out), lambda: None
+    with pytest.raises(
+        StorageError, match=r"s: what the command wrote there is not here: every machine must see the folder"
+    ):
+        extract_with_ray(spread, 1)
+    assert not spread.out.exists()
+
+
+def test_with_ray_another_setting_or_tokenizer_is_refused_as_without(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, out = Cluster(monkeypatch, tmp_path / "elsewhere"), tmp_path / "s"
+    for seed in (0, 1):
+        tiny_image_tokenizer(seed=seed).save_pretrained(tmp_path / f"t{seed}")
+    options = ["extract", str(rows), "-o", str(out), "--rows", "3"]
+    mine = ["--image-tokenizer", str(tmp_path / "t0")]
+    assert run([*options, *mine]) == 0
+    for work_left in (False, True):
+        if work_left:
+            (out / "000001.parquet").unlink()
+        for other in ([*mine, "--top-k", "4"], ["--image-tokenizer", str(tmp_path / "t1")]):
+            told = []
+            for how in ([], ["--ray", "1"]):
+                capsys.readouterr()
+                assert run([*options, *other, *how]) == 1
+                told.append(capsys.readouterr().err.splitlines()[-1])
+            assert told[0] == told[1] and "holds codes of another tokenizer or setting (" in told[0]
+    assert cluster.jobs == [] and not (out / "000001.parquet").is_file()
+    assert run([*options, *mine, "--ray", "1"]) == 0 and len(cluster.jobs) == 1
+
+
+def test_with_ray_what_goes_wrong_elsewhere_is_one_line(
+    rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, spread = Cluster(monkeypatch, tmp_path / "elsewhere"), job(rows, tmp_path, "s")
+    write, tried = ShardWriter.write, []
+
+    def failing(error: Exception) -> Callable[..., object]:
+        def fail(self: ShardWriter, number: int, who: str) -> object:
+            tried.append(number)
+            if number == 1:
+                raise error
+            return write(self, number, who)
+
+        return fail
+
+    monkeypatch.setattr(ShardWriter, "write", failing(StorageError("s: disk\nfull")))
+    with pytest.raises(StorageError, match=rf"^{platform.node()}: s: disk full; whole shards stay$"):
+        extract_with_ray(spread, 1)
+    assert tried == [0, 1] and list(shards(spread.out)) == ["000000.parquet"] and not caplog.messages
+    monkeypatch.setattr(ShardWriter, "write", failing(KeyError("x")))
+    with pytest.raises(StorageError, match=rf"^{platform.node()}: KeyError: 'x'; whole shards stay$"):
+        extract_with_ray(spread, 2)
+    assert "Traceback" in caplog.text and sorted(shards(spread.out)) == ["000000.parquet", "000002.parquet"]
+
+    def die() -> None:
+        raise RuntimeError("died\n  File x\n\nModuleNotFoundError: No module named 'nextflow_ar'\n")
+
+    cluster.before = die
+    with pytest.raises(StorageError, match=r"^Ray: RuntimeError: ModuleNotFoundError: No module named 'nex"):
+        extract_with_ray(spread, 1)
 
 
 @pytest.mark.slow
@@ -689,8 +961,6 @@ def test_ray_writes_the_very_same_shards(rows: Path, tmp_path: Path, monkeypatch
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # on a busy machine workers of the lowest rank never start
-    from nextflow_ar.data.ray_extraction import extract_with_ray
-
     plain, spread = job(rows, tmp_path, "plain"), job(rows, tmp_path, "spread")
     alone = plain.run(0, 1, lambda shard, done: None)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)

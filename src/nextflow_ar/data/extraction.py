@@ -44,6 +44,7 @@ from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
 _LOG = logging.getLogger(__name__)
 _PURPOSE = "on purpose: "
 """Before why a row was left out that has no fault."""
+_UNTOLD = "left out, and no list says why"
 
 
 def extract(
@@ -69,10 +70,9 @@ def extract(
     """
     writer = ShardWriter(source, tokenizer, out, config, place, counter, again)
     written, broken, number = 0, {}, process
-    while (found := writer.write(number)) is not None:
+    while (found := writer.write(number, f"{process:03d}")) is not None:
         written, broken = written + found["rows"], broken | found["broken"]
-        if found["wrote"]:  # with its shard: a stop loses neither
-            note_broken(out, f"{process:03d}", found["broken"], number * config.rows, config.rows)
+        if found["wrote"]:
             progress(number, written)
         number += processes
     return {"rows": written, "broken": broken}
@@ -82,7 +82,7 @@ class ShardWriter:
     """Writes the shards of one extraction, any of them and in any order. ``place``, ``counter``, ``again``: see
     :func:`extract`.
 
-    Raises StorageError when the folder holds an extraction of another source, setting or tokenizer.
+    Raises StorageError when the folder holds an extraction of another source, setting or tokenizer, or a damaged list.
     """
 
     def __init__(
@@ -105,11 +105,13 @@ class ShardWriter:
         if isinstance(source, VideoSource):
             manifest["video"] = asdict(source.config)
         _claim(out, manifest, config, place)
+        _reasons(out)  # a damaged list is told before the work
 
-    def write(self, number: int) -> dict[str, Any] | None:
+    def write(self, number: int, who: str = "000") -> dict[str, Any] | None:
         """Write shard ``number`` unless it is :func:`settled`: {"wrote", "rows", "broken"}; None if there are no such rows.
 
-        Raises StorageError when it is there, but damaged, of another tokenizer, or of rows that are no more.
+        ``who``: whose list names the rows left out; nobody else writes that one meanwhile. Raises StorageError when the
+        shard is there, but damaged, of another tokenizer, or of rows that are no more.
         """
         if number not in self.again and settled(
             self.out, number, self.source, self.config.rows, self.fingerprint
@@ -123,6 +125,8 @@ class ShardWriter:
             none_behind(self.out, number)
             return None
         items = _items(self.source, first, first + read)
+        # before the shard: a stop between them loses no reason, and what a list says of no shard is not believed
+        note_broken(self.out, who, wrong, first, self.config.rows)
         write_atomic(name, encoded(records, self.fingerprint, read, self.counter, items))
         return {"wrote": True, "rows": len(records), "broken": wrong}
 
@@ -178,21 +182,60 @@ def _items(source: Source, first: int, stop: int) -> str:
 
 
 def note_broken(out: Path, who: str, broken: dict[str, str], first: int, rows: int) -> None:
-    """Add to the list of rows that an extraction left out, by row number, in place of what it said of rows ``first`` on."""
+    """Add to a list why rows are left out, by row number, in place of what it said of rows ``first`` on.
+
+    Raises StorageError for a damaged list.
+    """
     known = out / f"broken_{who}.json"
-    if not broken and not known.is_file():
-        return
-    before = json.loads(known.read_text()) if known.is_file() else {}
-    before = {row: why for row, why in before.items() if not first <= int(row) < first + rows}
-    write_atomic(known, json.dumps(before | broken, indent=1, ensure_ascii=False).encode())
+    before = _noted(known) if known.is_file() else {}
+    kept = {row: why for row, why in before.items() if not first <= int(row) < first + rows} | broken
+    if kept != before:
+        write_atomic(known, json.dumps(kept, indent=1, ensure_ascii=False).encode())
 
 
 def left_out(out: Path) -> dict[str, str]:
-    """All rows that an extraction left out so far for a fault of theirs, by number, and why. Raises StorageError."""
+    """All rows that the shards there lack for a fault of the rows, by number, and why. Raises StorageError.
+
+    Which they are the shards tell themselves, and the lists of all processes only why: a list that was lost hides none, and
+    one of a process that is no more adds none that were made good since.
+    """
+    path = out / MANIFEST
+    if not path.is_file():
+        return {}
+    manifest = read_manifest(path)
+    each = setting_of(manifest, path).rows
+    missing: dict[int, str] = {}
+    for shard in out.glob("*.parquet"):
+        if shard.stem.isdigit():
+            missing |= _missing(CodeShard(shard, manifest["tokenizer"]), int(shard.stem) * each, each)
+    told = _reasons(out)  # after the shards: whoever writes now writes lists first
+    found = {str(row): told.get(str(row), why) for row, why in sorted(missing.items())}
+    return {row: why for row, why in found.items() if why and not why.startswith(_PURPOSE)}
+
+
+def _missing(shard: CodeShard, first: int, rows: int) -> dict[int, str]:
+    """Rows from ``first`` on that a shard is of and lacks, with what is said of one that no list names: nothing where the
+    shard does not tell how many it is of. Raises StorageError.
+    """
+    held = rows if shard.read is None else shard.read
+    if shard.rows >= held:
+        return {}
+    try:
+        with parquet().ParquetFile(shard.path, page_checksum_verification=True) as file:
+            there = set(file.read(columns=["row"]).column("row").to_pylist())
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(f"{shard.path}: the shard cannot be read ({str(error)[:100]})") from None
+    untold = "" if shard.read is None else _UNTOLD
+    return dict.fromkeys((row for row in range(first, first + held) if row not in there), untold)
+
+
+def _reasons(out: Path) -> dict[str, str]:
+    """What all lists say, by row; of a row's several reasons a fault. Raises StorageError for a damaged list."""
     found: dict[str, str] = {}
     for path in sorted(out.glob("broken_*.json")):
-        found |= {row: why for row, why in _noted(path).items() if not why.startswith(_PURPOSE)}
-    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+        noted = _noted(path)
+        found |= {r: why for r, why in noted.items() if r not in found or not why.startswith(_PURPOSE)}
+    return found
 
 
 def _noted(path: Path) -> dict[str, str]:
@@ -200,7 +243,9 @@ def _noted(path: Path) -> dict[str, str]:
     try:
         return {str(int(row)): str(why) for row, why in json.loads(path.read_bytes()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise StorageError(f"{path}: no list of rows left out ({error}): remove it") from None
+        raise StorageError(
+            f"{path}: no list of rows left out ({error}): remove it (shards tell which these are, it says why)"
+        ) from None
 
 
 def lacking(out: Path) -> tuple[int, ...]:
@@ -212,11 +257,13 @@ def lacking(out: Path) -> tuple[int, ...]:
 
 
 def forget_left_out(out: Path, shards: Collection[int], still: Mapping[str, str]) -> None:
-    """Drop from all lists the rows of ``shards``, which were made again, unless they are ``still`` left out."""
+    """Drop from all lists what they said of ``shards``, which were made again, unless it is ``still`` so."""
     each = setting_of(read_manifest(out / MANIFEST), out / MANIFEST).rows
     for path in out.glob("broken_*.json"):
         noted = _noted(path)
-        kept = {row: why for row, why in noted.items() if int(row) // each not in shards or row in still}
+        kept = {
+            row: why for row, why in noted.items() if int(row) // each not in shards or still.get(row) == why
+        }
         if kept != noted:
             write_atomic(path, json.dumps(kept, indent=1, ensure_ascii=False).encode())
 

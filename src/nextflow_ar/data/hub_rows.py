@@ -17,6 +17,8 @@ _MOST_FAULTS = 10
 """So many rows in succession that cannot be read are no broken rows: the data set cannot be read from there on."""
 _NETWORK = ("requests", "urllib", "httpx", "httpcore", "aiohttp", "http")
 """Packages whose errors are about connections, without the digits some end with."""
+_OFFLINE = "OfflineModeIsEnabled"
+"""In errors about a connection that was switched off (``HF_HUB_OFFLINE``): waiting brings none."""
 _END = object()
 
 _T = TypeVar("_T")
@@ -43,7 +45,10 @@ class HubSource:
         raise SourceError(f"{self.address}: a streamed data set does not tell its length; download it first")
 
     def stream(self, start: int) -> Iterator[Mapping[str, Any]]:
-        """The examples from ``start`` on as ``datasets`` gives them, pictures not decoded. Raises SourceError."""
+        """The examples from ``start`` on as ``datasets`` gives them, pictures not decoded.
+
+        Raises SourceError, and a lost connection's error as it is, so that the caller can try again.
+        """
         if self._found is None:
             self._found = _undecoded(self._loaded())
         return iter(self._found.skip(start))
@@ -56,6 +61,8 @@ class HubSource:
         try:
             return datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
         except Exception as error:
+            if _lost(error):
+                raise
             told = _line(error)
             several = re.search(r"Config name is missing.*?(\[.*?\])", told)
             if several:
@@ -166,6 +173,8 @@ def _lost(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
     if isinstance(status, int):
         return status >= 500 or status in (408, 429)
+    if _OFFLINE in f"{type(error).__name__}: {error}":
+        return False
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     packages = {kind.__module__.partition(".")[0].rstrip("0123456789") for kind in type(error).__mro__}
