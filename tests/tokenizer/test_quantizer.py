@@ -189,6 +189,45 @@ def test_learning_moves_codes_to_their_cells_and_revives_the_dead() -> None:
     assert float(usage[1:].min()) > 0.8 and float(perplexity[1:].min()) > 12
 
 
+def cells_of(codes: list[int], at: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """A trace of one scale whose cells, all of them ``at``, are given these codes."""
+    return [(0, at.expand(len(codes), 8), torch.tensor(codes))]
+
+
+def test_a_trained_codebook_goes_on_from_where_it_is() -> None:
+    """Its moving averages are not saved with it: it was each code's mean of the first batch that took its place."""
+    q, at = quantizer(scales=1), torch.ones(8)
+    before = q.codebook.clone()
+    q.keep_trained()
+    met = [i for i in range(40) if i % 2] * 8  # 4 cells per code of the codebook, none for half of it
+    assert q.learn(cells_of(met, at), decay=0.99, revive_below=0.02) == 0
+    torch.testing.assert_close(q.codebook[::2], before[::2])
+    # Twice the average count: the share of this batch in the code is twice 1 - decay, over what both make together.
+    torch.testing.assert_close(
+        q.codebook[1::2], before[1::2] + (at - before[1::2]) * 0.08 / (0.99 * 4 + 0.08)
+    )
+    for _ in range(540):  # 4 * 0.99 ** n falls below 0.02 after 527 steps
+        revived = q.learn(cells_of(met, at), decay=0.99, revive_below=0.02)
+        if revived:
+            break
+    assert revived == 20 and float(q.ema_count[1::2].min()) > 7  # type: ignore[possibly-undefined]
+    rare = quantizer(scales=1)
+    rare.keep_trained()
+    assert rare.learn(cells_of([3], at), decay=0.5, revive_below=0.4) == 0  # 1/40 a code: as a revived one, 1
+
+
+def test_a_code_met_in_the_first_step_is_not_dead() -> None:
+    """The moving count of a code that one cell was given is 0.01 then; its mean count is 1."""
+    q = quantizer(scales=1)
+    met = list(range(0, 40, 2))
+    assert q.learn(cells_of(met, torch.ones(8)), decay=0.99, revive_below=0.02) == 20
+    assert q.ema_weight == pytest.approx(0.01)
+    torch.testing.assert_close(q.ema_count[::2], torch.full((20,), 0.01))
+    for _ in range(2000):
+        q.learn(cells_of(met, torch.ones(8)), decay=0.99, revive_below=0.0)
+    assert q.ema_weight == pytest.approx(1.0, abs=1e-8)
+
+
 def test_usage_counts_by_hand() -> None:
     q = quantizer(scales=1)
     cells = torch.zeros(4, 8)

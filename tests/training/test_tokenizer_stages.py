@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig, from_dict, load_yaml, to_dict
@@ -24,8 +17,9 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import contrastive_model
+from nextflow_ar.training import teacher as teacher_stage
 from nextflow_ar.training.growth import start_from, without_semantics
-from nextflow_ar.training.parallel import World
+from nextflow_ar.training.teacher import TeacherRecipe, TeacherTrainer
 from nextflow_ar.training.tokenizer_stage import ScaleDropout, TokenizerRecipe, TokenizerTrainer
 from tests.conftest import TINY_SEMANTIC, TINY_TOKENIZER
 
@@ -156,8 +150,67 @@ def test_a_grown_tokenizer_draws_what_the_pixel_branch_drew() -> None:
     features = torch.randn(2, DUAL.quantizer.dim, 8, 8)
     features[:, : -PIXEL.quantizer.dim] = 0
     torch.testing.assert_close(alone.render(features[:, -PIXEL.quantizer.dim :]), new.render(features))
+    wider = ImageTokenizer(replace(DUAL, encoder_channels=(8, 16, 32)))
     with pytest.raises(ConfigError, match="does not fit this recipe's: encoder"):
-        start_from(ImageTokenizer(replace(DUAL, encoder_channels=(8, 16, 32))), old)
+        start_from(wider, old)
+
+
+def test_a_stage_keeps_the_codebook_that_it_starts_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old = ImageTokenizer(PIXEL)
+    old.quantizer.codebook.normal_()
+    old.save_pretrained(tmp_path / "old")
+    codebook = {"kind": "ema", "decay": 0.99, "revive_below": 0.5}
+
+    def stage(name: str, **changes: Any) -> TokenizerTrainer:
+        return trainer(
+            tmp_path / name, "pixel", PIXEL, start=str(tmp_path / "old"), codebook=codebook, **changes
+        )
+
+    first, before = stage("run"), old.quantizer.codebook
+    first.advance()
+    q = first.model.quantizer
+    counts = q.scale_counts.sum(0) / (1 - 0.99)
+    assert first.revived == 0 and float(counts.min()) == 0  # there were codes to revive
+    assert torch.allclose(q.codebook[counts == 0], before[counts == 0], atol=1e-6)
+    summed = (q.ema_sum - 0.99 * counts.mean() * before) / (1 - 0.99)
+    met = counts > 0
+    to_mean = summed[met] / counts[met, None] - before[met]
+    share = (q.codebook[met] - before[met]).norm(dim=1) / to_mean.norm(dim=1)
+    assert float(share.median()) == pytest.approx(
+        0.01, rel=0.5
+    )  # it was 1: a code became the mean of its cells
+    assert float(share.max()) < 0.3
+    first.save()
+    again = stage("run")
+    assert again.model.quantizer.ema_weight == 1.0
+    expected = first.advance()
+    assert again.advance() == expected and torch.equal(again.model.quantizer.codebook, q.codebook)
+
+    # Another encoder's features have nothing to do with these codes: they are learnt anew.
+    grown = [ImageTokenizer(replace(DUAL, encoder_channels=c)) for c in (PIXEL.encoder_channels, (8, 16, 32))]
+    for model in grown:
+        start_from(model, old, ("encoder", "decoder"))
+        model.quantizer.learn(
+            [(0, torch.ones(64, DUAL.quantizer.dim), torch.zeros(64, dtype=torch.long))],
+            decay=0.9,
+            revive_below=0.1,
+        )
+    assert [float(model.quantizer.ema_weight) for model in grown] == pytest.approx([1.0, 0.1])
+
+
+def test_a_checkpoint_from_before_the_count_of_steps_and_batches_goes_on(tmp_path: Path) -> None:
+    first = trainer(tmp_path, "pixel", PIXEL)
+    for _ in range(2):
+        first.advance()
+    first.save()
+    assert trainer(tmp_path, "pixel", PIXEL).model.quantizer.ema_weight == pytest.approx(0.19)
+    old = torch.load(tmp_path / "checkpoint.pt")
+    del old["quantizer"]["ema_weight"], old["batches"]
+    torch.save(old, tmp_path / "checkpoint.pt")
+    again = trainer(tmp_path, "pixel", PIXEL)
+    assert again.model.quantizer.ema_weight == 1.0
+    assert np.array_equal(again.batch().pictures, again.data.batch(2).pictures)
 
 
 @pytest.mark.parametrize("adversarial", [0.0, 0.5], ids=["plain", "with a critic"])
@@ -186,86 +239,6 @@ def test_a_resumed_run_equals_one_that_never_stopped(adversarial: float, tmp_pat
     assert all(
         torch.equal(a, b) for a, b in zip(whole.averages.values(), second.averages.values(), strict=True)
     )
-
-
-class _Both(World):
-    """One of two processes, in this one: what the other one would say is ``theirs``."""
-
-    def __init__(self, rank: int, theirs: Any = None, heard: bool = False) -> None:
-        super().__init__(rank, 2)
-        self.theirs, self.heard, self.asked = theirs, heard, 0
-
-    def add(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def average_gradients(self, parameters: Any) -> None:
-        return
-
-    def any(self, said: bool) -> bool:
-        self.asked += 1
-        return bool(said) or self.heard
-
-    def gather(self, said: Any) -> list[Any]:
-        return [said, self.theirs] if self.rank == 0 else [self.theirs, said]
-
-    def leave(self) -> None:
-        return
-
-
-def of_two(monkeypatch: pytest.MonkeyPatch, rank: int, out: Path, **changes: Any) -> TokenizerTrainer:
-    monkeypatch.setattr(World, "join", lambda: _Both(rank))
-    return trainer(out, "pixel", PIXEL, **changes)
-
-
-def test_every_process_goes_on_with_its_own_random_numbers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first, second = (of_two(monkeypatch, rank, tmp_path) for rank in (0, 1))
-    for one in (first, second):
-        one.advance()
-    states = [one.generator.get_state() for one in (first, second)]
-    assert not torch.equal(*states)
-    assert isinstance(first.world, _Both) and isinstance(second.world, _Both)
-    first.world.theirs = states[1]
-    second.world.theirs = states[0]
-    first.save()
-    second.save()
-    for rank in (0, 1):
-        again = of_two(monkeypatch, rank, tmp_path)
-        assert again.step == 1 and torch.equal(again.generator.get_state(), states[rank])
-    # A checkpoint of a single generator: the second process has to draw other numbers than the first.
-    old = torch.load(tmp_path / "checkpoint.pt")
-    del old["generators"]
-    torch.save(old, tmp_path / "checkpoint.pt")
-    found = [of_two(monkeypatch, rank, tmp_path).generator.get_state() for rank in (0, 1)]
-    assert not torch.equal(*found)
-
-
-def test_processes_stop_together_where_the_signal_reaches_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    one = of_two(monkeypatch, 1, tmp_path, save_seconds=0.0)
-    assert isinstance(one.world, _Both)
-    saved: list[int] = []
-    monkeypatch.setattr(one, "save", lambda: saved.append(one.step))
-    advance = one.advance
-
-    def step() -> dict[str, float]:
-        found = advance()
-        assert isinstance(one.world, _Both)
-        one.world.heard = one.step == 3  # the other one has been asked
-        return found
-
-    monkeypatch.setattr(one, "advance", step)
-    with pytest.raises(KeyboardInterrupt):
-        one.fit()
-    assert one.step == 3 and saved == [3]  # by the first process's clock, not by its own
-    one.world.heard = True  # that its loss is not finite: this one would wait for its gradients for ever
-    with pytest.raises(FloatingPointError, match="not finite at step 3"):
-        advance()
 
 
 def test_metrics_of_a_killed_run_are_neither_lost_nor_told_twice(tmp_path: Path) -> None:
@@ -337,26 +310,72 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(tmp_p
     with torch.no_grad():
         training.model.decoder.last_weight.fill_(float("nan"))
     with pytest.raises(
-        FloatingPointError, match="the loss is not finite at step 1: the last checkpoint is kept"
+        FloatingPointError,
+        match="the loss or its gradient is not finite at step 1: the last checkpoint is kept",
     ):
         training.fit()
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
-def test_broken_pictures_are_counted_and_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["the loss", "the critic's loss"])
+def test_a_gradient_that_overflows_is_not_saved(part: str, tmp_path: Path) -> None:
+    loss = {
+        "mse": 1.0, "l1": 0.1, "commitment": 0.25, "adversarial": 0.5, "discriminator_channels": 8,
+    }  # fmt: skip
+    training = trainer(tmp_path / "run", "pixel", PIXEL, loss=loss, save_seconds=0.0)
+    training.advance()
+    training.save()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert training.discriminator is not None
+    broken = training.discriminator if "critic" in part else training.model.decoder
+    next(broken.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError) as told:
+        training.fit()
+    assert str(told.value) == f"{part} or its gradient is not finite at step 1: the last checkpoint is kept"
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_teacher_whose_gradient_overflows_is_not_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = {
+        "kind": "teacher", "out": str(tmp_path / "run"), "seed": 1, "steps": 3, "batch": 2, "grounding": 1.0,
+        "data": SCENES["playground"], "optimizer": OPTIMIZER, "semantic": to_dict(TINY_SEMANTIC),
+        "text": {"entries": 280, "length": 64, "layers": 1},
+    }  # fmt: skip
+    recipe = from_dict(TeacherRecipe, values)
+    training = TeacherTrainer(recipe, to_dict(recipe))
+    training.save()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(teacher_stage, "Every", lambda _: lambda: True)
+    next(training.towers.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(
+        FloatingPointError, match="the loss or its gradient is not finite at step 0: the last"
+    ):
+        training.fit()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"prefetch": True}, {"workers": 2}], ids=["in place", "ahead", "processes"]
+)
+def test_broken_pictures_are_counted_and_listed(how: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(5):
         Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     (folder / "bad.png").write_bytes(b"bad")
+    whole = (folder / "4.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is right
     photos = {"kind": "photos", "weight": 1.0, "folder": str(folder), "scales": [5], "ratios": "own"}
-    training = trainer(tmp_path / "run", "pixel", PIXEL, data={"p": photos}, pixels=8000, steps=2)
+    training = trainer(tmp_path / "run", "pixel", PIXEL, data={"p": photos}, pixels=8000, steps=6, **how)
     training.fit()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["broken"] == 1
-    assert list(json.loads((tmp_path / "run" / "broken.json").read_text())) == [str(folder / "bad.png")]
-    with pytest.raises(ConfigError, match="5 usable pictures are too few for batches of 10"):
+    assert lines[0]["broken"] == 2
+    told = json.loads((tmp_path / "run" / "broken.json").read_text())
+    assert sorted(told) == [str(folder / "bad.png"), str(folder / "cut.png")]
+    with pytest.raises(ConfigError, match="6 usable pictures are too few for batches of 10"):
         trainer(tmp_path / "run2", "pixel", PIXEL, data={"p": photos})
 
 
@@ -429,68 +448,3 @@ def test_the_recipes_are_complete(name: str) -> None:
     recipe.check()
     with torch.device("meta"):
         ImageTokenizer(recipe.tokenizer)
-
-
-def two_process_recipe(out: Path, **changes: Any) -> Path:
-    values = {
-        "kind": "tokenizer", "out": str(out), "seed": 1, "trains": "pixel", "start": None, "teacher": None,
-        "steps": 4, "pixels": 8192, "optimizer": OPTIMIZER, "ema": 0.9, "dropout": {"kind": "nested", "share": 0.5},
-        "codebook": {"kind": "ema", "decay": 0.9, "revive_below": 0.05}, "compile": False, "sheet_seconds": 1e9,
-        "save_seconds": 1e9, "loss": {"mse": 1.0, "l1": 0.1, "commitment": 0.25}, "data": {"a": SCENES, "b": LEAVES},
-        "heldout": {"scenes": SCENES}, "heldout_pixels": 8192, "tokenizer": to_dict(PIXEL),
-    } | changes  # fmt: skip
-    path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_tokenizer(tmp_path: Path) -> None:
-    programs = Path(sys.executable).parent
-    command = [
-        str(programs / "torchrun"), "--nproc-per-node", "2", "--standalone", "--no-python",
-        str(programs / "nextflow-ar"), "train", str(two_process_recipe(tmp_path / "run")),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 2  # one process writes
-    ImageTokenizer.from_pretrained(tmp_path / "run" / "final")
-
-
-@pytest.mark.slow
-def test_two_processes_stopped_by_one_signal_end_as_if_never_stopped(tmp_path: Path) -> None:
-    """Only the second process hears it: both save and leave together, and go on with what each had drawn from."""
-
-    def start(path: Path) -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [
-            subprocess.Popen(
-                [sys.executable, "-m", "nextflow_ar.app.cli", "train", str(path)],
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in (0, 1)
-        ]  # fmt: skip
-
-    def end(processes: list[subprocess.Popen[str]], status: int) -> None:
-        for process in processes:
-            told = process.communicate(timeout=240)[1]
-            assert process.returncode == status, told[-2000:]
-
-    end(start(two_process_recipe(tmp_path / "whole", steps=40)), 0)
-    path = two_process_recipe(tmp_path / "stopped", steps=40, save_seconds=0.0)
-    processes = start(path)
-    while not (tmp_path / "stopped" / "checkpoint.pt").is_file():
-        assert processes[0].poll() is None
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
-    end(processes, 130)
-    step = torch.load(tmp_path / "stopped" / "checkpoint.pt")["step"]
-    assert 0 < step < 40
-    end(start(path), 0)
-    found = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
-    assert found[0] == found[1]

@@ -135,6 +135,13 @@ class MultiScaleQuantizer(nn.Module):
         self.register_buffer("ema_count", torch.zeros(size), persistent=False)
         self.register_buffer("ema_sum", torch.zeros(size, dim), persistent=False)
         self.register_buffer("scale_counts", torch.zeros(num_scales, size), persistent=False)
+        self.ema_weight = 0.0
+        """Weight of all batches in the moving averages; what is missing to 1 is that of the zeros they began with."""
+        self._trained = False
+
+    def keep_trained(self) -> None:
+        """Say that the codebook is a trained one: :meth:`learn` moves it from where it is, instead of making one anew."""
+        self._trained = True
 
     def learn_by_gradient(self) -> None:
         """Make the codebook a parameter: an optimiser moves it, :meth:`learn` only counts and revives."""
@@ -299,6 +306,7 @@ class MultiScaleQuantizer(nn.Module):
 
         ``decay``: of the moving averages. ``revive_below``: a code whose moving count per step falls under this is
         put onto a random cell of this batch; cells of every scale are equally likely, so coarse scales get their codes.
+        Moving counts begin at zero: in the first steps, it is the mean so far that is compared.
         With several processes, ``add`` sums a tensor over them and ``share`` takes the first one's: statistics are those
         of all batches together, and every process ends with the same codebook.
         """
@@ -311,13 +319,16 @@ class MultiScaleQuantizer(nn.Module):
         self.scale_counts[seen] = self.scale_counts[seen] * decay + counts[seen] * (1 - decay)
         cells = torch.cat([cells for _, cells, _ in trace])
         index = torch.cat([index for _, _, index in trace])
+        if self._trained and self.ema_weight == 0:
+            self._begin_trained(counts.sum(0).mean())
+        self.ema_weight = self.ema_weight * decay + (1 - decay)
         self.ema_count.mul_(decay).add_(counts.sum(0), alpha=1 - decay)
         summed = add(torch.zeros_like(self.ema_sum).index_add_(0, index, cells))
         self.ema_sum.mul_(decay).add_(summed, alpha=1 - decay)
         if not isinstance(self.codebook, nn.Parameter):
             alive = self.ema_count > 1e-6
             self.codebook[alive] = self.ema_sum[alive] / self.ema_count[alive, None]
-        dead = (self.ema_count < revive_below).nonzero()[:, 0]
+        dead = (self.ema_count < revive_below * self.ema_weight).nonzero()[:, 0]
         if len(dead):
             weights = torch.cat([torch.full((len(c),), 1.0 / len(c)) for _, c, _ in trace])
             chosen = torch.multinomial(
@@ -327,6 +338,14 @@ class MultiScaleQuantizer(nn.Module):
             self.ema_sum[dead] = self.codebook[dead]
             self.ema_count[dead] = 1.0
         return len(dead)
+
+    def _begin_trained(self, average: Float[Tensor, ""]) -> None:
+        """Moving averages of a trained codebook, which are not saved with it. ``average``: this step's count per code."""
+        # Every code counts as the average one, so a batch moves the average code by 1 - decay; and not below a revived
+        # one, so that none is dead at once.
+        self.ema_count.copy_(average.clamp_min(1.0).expand_as(self.ema_count))
+        self.ema_sum.copy_(self.codebook * self.ema_count[:, None])
+        self.ema_weight = 1.0
 
     def uncertainty(
         self,

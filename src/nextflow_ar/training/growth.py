@@ -32,7 +32,8 @@ def start_from(model: ImageTokenizer, old: ImageTokenizer, larger: tuple[str, ..
     """Take over ``old``'s weights. A tokenizer of the pixel branch alone becomes the pixel half of a dual one: the
     codebook's and the decoder's semantic channels start at zero, so the first pictures are the old ones. ``larger``:
     of "encoder" and "decoder", what may be larger than ``old``'s: one of more blocks starts by doing what the old one
-    does, a wider one starts anew. Raises ConfigError when anything else differs.
+    does, a wider one starts anew. The codebook goes on from where it is, but with an encoder that starts anew, whose
+    features have nothing to do with it, learns anew. Raises ConfigError when anything else differs.
     """
     state, target = old.state_dict(), model.state_dict()
     extra = model.config.quantizer.semantic_dim - old.config.quantizer.semantic_dim
@@ -52,6 +53,8 @@ def start_from(model: ImageTokenizer, old: ImageTokenizer, larger: tuple[str, ..
     if wrong or missing:
         raise ConfigError(f"the tokenizer to start from does not fit this recipe's: {(wrong + missing)[0]}")
     model.load_state_dict(state, strict=False)
+    if any(name.startswith("encoder.") for name in state):
+        model.quantizer.keep_trained()
 
 
 def _grown(

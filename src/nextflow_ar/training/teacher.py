@@ -157,6 +157,16 @@ class TeacherTrainer:
             "matched": matched.float().mean(),
         }
 
+    def _update(self, loss: Tensor) -> None:
+        loss.backward()
+        norm = self.optimizer.step(self.recipe.optimizer.factor(self.step, self.recipe.steps))
+        # A gradient may overflow behind a loss that is finite: nothing that it touched is saved.
+        if not bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at step {self.step}: the last checkpoint is kept"
+            )
+        self.step += 1
+
     def save(self) -> None:
         """Checkpoint."""
         self.run.save(
@@ -170,22 +180,16 @@ class TeacherTrainer:
         with progress_bar("teacher", recipe.steps, self.step) as update, stop_request() as stop:
             while self.step < recipe.steps:
                 found = self.losses(ahead.get(self.step))
-                loss = found["contrastive"] + found["grounding"]
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is not finite at step {self.step}: the last checkpoint is kept"
-                    )
-                loss.backward()
-                self.optimizer.step(recipe.optimizer.factor(self.step, recipe.steps))
-                self.step += 1
+                self._update(found["contrastive"] + found["grounding"])
                 last = self.step == recipe.steps
                 if self.step % 50 == 0 or last:
                     values = {name: float(value.detach()) for name, value in found.items()}
                     self.run.log(step=self.step, **values)
                     update(self.step, " ".join(f"{k} {v:.3f}" for k, v in values.items()))
-                if save() or last or stop():
+                asked = stop()  # once: what is asked after the save below is answered a step later
+                if save() or last or asked:
                     self.save()
-                if stop() and not last:
+                if asked and not last:
                     raise KeyboardInterrupt
 
         ahead.close()

@@ -79,6 +79,7 @@ class ScaleDropout:
 class CodebookLearning:
     """``kind``: "ema" moves codes by moving averages of what they are assigned, with ``decay``; "gradient" by the
     optimiser. A code assigned less than ``revive_below`` times per step, in moving average, goes onto a cell of the batch.
+    A codebook that comes with ``start`` goes on from where it is, every code as often used as the average one.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from nextflow_ar.config import ConfigError
 from nextflow_ar.data.pictures import PictureBatch, PictureMixture
 from nextflow_ar.precision import mixed_precision, precision_name
-from nextflow_ar.storage import write_atomic
+from nextflow_ar.storage import StorageError, first_line, write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.losses import (
     PatchDiscriminator,
@@ -47,6 +47,12 @@ from nextflow_ar.training.prefetch import Ahead
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.sharded import move_averages
 from nextflow_ar.training.tokenizer_recipe import ScaleDropout, TokenizerLoss, TokenizerRecipe
+
+T = TypeVar("T")
+Told = tuple[PictureBatch, dict[str, str]]
+"""A batch, and which files turned out to be unreadable on the way to it: file -> why."""
+_AVERAGES = ("ema_count", "ema_sum", "scale_counts")
+"""Of the quantiser, what its state dict lacks."""
 
 
 class TokenizerTrainer:
@@ -89,14 +95,20 @@ class TokenizerTrainer:
             self.critic = StageOptimizer(self.discriminator.named_parameters(), config)
         self.generator = torch.Generator().manual_seed(recipe.seed + self.world.rank)
         self.step = self.revived = 0
+        self.broken: dict[str, str] = {}
+        """Files that were passed over so far, by any process as far as it has said so, and why."""
+        self._unsaid: dict[str, str] = {}
+        # Number of the batch that the first process has at step 0, were there always as many processes.
+        self._first = 0
         self.bound = {} if self.teacher is None else {SEMANTIC: module_print(self.teacher)}
         if (state := self.run.load()) is not None:
             self._restore(state)
+        place = self._first + self.world.rank, self.world.size
+        self._batch = _telling(self.data, *place)
         self._ahead = Ahead(self._batch, self.pace.steps) if recipe.prefetch and not recipe.workers else None
-        self._crew: Crew[PictureBatch] | None = None
+        self._crew: Crew[Told] | None = None
         if recipe.workers:
-            begin = partial(_picturing, recipe, self.world.rank, self.world.size)
-            self._crew = Crew(begin, self.pace.steps, recipe.workers)
+            self._crew = Crew(partial(_picturing, recipe, *place), self.pace.steps, recipe.workers)
         self._embed, self._render = self.model.embed, self.model.render
         if recipe.compile:
             self._embed, self._render = torch.compile(self._embed), torch.compile(self._render)
@@ -138,14 +150,18 @@ class TokenizerTrainer:
     def _restore(self, state: dict[str, Any]) -> None:
         check_bound(state.get("bound", {}), self.bound, self.recipe.out)
         self.model.load_state_dict(state["model"])
-        for name, value in state["quantizer"].items():
-            getattr(self.model.quantizer, name).copy_(value)
+        q, averages = self.model.quantizer, state["quantizer"]
+        for name in _AVERAGES:
+            getattr(q, name).copy_(averages[name])
+        q.ema_weight = averages.get("ema_weight", 1.0)  # older checkpoints: as if the zeros were long past
         self.averages = {k: v.to(self.device) for k, v in state["averages"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.critic.load_state_dict(state["critic"])
-        self.step = state["step"]
+        self.step, size = state["step"], self.world.size
+        # As many processes may not have made the steps before: none of their batches comes again, none is left out.
+        self._first = state.get("batches", self.step * size) - self.step * size
         # One state per process; a single one where one process ran, and of older checkpoints. A process that has none
         # there draws numbers of its own, not the first one's again.
         states, rank = state.get("generators", [state["generator"]]), self.world.rank
@@ -155,28 +171,48 @@ class TokenizerTrainer:
             self.generator.manual_seed(self.recipe.seed + rank + self.world.size * self.step)
 
     def save(self) -> None:
-        """Checkpoint everything that a bit-exact resume needs. All processes call this together."""
-        states = self.world.gather(self.generator.get_state())
-        if self.world.rank:
-            return
+        """Checkpoint everything that a bit-exact resume needs. All processes call this together, and none returns before
+        it is written. Raises StorageError, on every one, where it cannot be.
+        """
+        states, failed = self._exchange(self.generator.get_state()), None
+        if self.world.rank == 0:
+            try:
+                self._write(states)
+            except Exception as error:
+                failed = error
+        # All wait here: torchrun ends the first process, in the middle of its checkpoint, when another one leaves.
+        if self.world.any(failed is not None):
+            (why, *_) = self.world.gather("" if failed is None else first_line(failed, 500))
+            raise failed or StorageError(why)
+
+    def _write(self, generators: list[Tensor]) -> None:
         q = self.model.quantizer
         state = {
             "model": self.model.state_dict(),
-            "quantizer": {name: getattr(q, name) for name in ("ema_count", "ema_sum", "scale_counts")},
+            "quantizer": {name: getattr(q, name) for name in _AVERAGES} | {"ema_weight": q.ema_weight},
             "averages": self.averages,
             "optimizer": self.optimizer.state_dict(),
-            "generator": states[0],
+            "generator": generators[0],
             "step": self.step,
+            "batches": self._first + self.step * self.world.size,
             "bound": self.bound,
         }
         if self.world.size > 1:
-            state["generators"] = states
+            state["generators"] = generators
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["critic"] = self.critic.state_dict()
         self.run.save(state)
-        if broken := self.data.broken():
-            write_atomic(self.run.path / "broken.json", json.dumps(broken, indent=1).encode())
+        if self.broken:
+            write_atomic(self.run.path / "broken.json", json.dumps(self.broken, indent=1).encode())
+
+    def _exchange(self, said: T) -> list[T]:
+        """What every process says, by rank; they also learn from one another which files cannot be read."""
+        found = self.world.gather((said, self._unsaid))
+        self._unsaid = {}
+        for _, broken in found:
+            self.broken |= broken
+        return [theirs for theirs, _ in found]
 
     def losses(self, batch: PictureBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Weighted loss terms of one batch, the pictures and what was made of them; moves the codebook where it trains."""
@@ -249,33 +285,40 @@ class TokenizerTrainer:
         loss = hinge_discriminator(*scores)
         loss.backward()
         self.world.average_gradients(self.discriminator.parameters())
-        self.critic.step(factor)
+        self._stop_if_broken("the critic's loss", loss, self.critic.step(factor))
         return float(loss.detach())
 
-    def _batch(self, step: int) -> PictureBatch:
-        return self.data.batch(step * self.world.size + self.world.rank)
+    def _stop_if_broken(self, what: str, loss: Tensor, norm: Tensor) -> None:
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        if self.world.any(not finite):  # for all: the others would wait for ever
+            raise FloatingPointError(
+                f"{what} or its gradient is not finite at step {self.step}: the last checkpoint is kept"
+            )
 
     def batch(self) -> PictureBatch:
         """This step's."""
         if self._crew is not None:
-            return self._crew.get(self.step)
-        return self._batch(self.step) if self._ahead is None else self._ahead.get(self.step)
+            batch, broken = self._crew.get(self.step)
+        else:
+            batch, broken = self._batch(self.step) if self._ahead is None else self._ahead.get(self.step)
+        self._unsaid |= broken
+        return batch
 
     def advance(self) -> dict[str, float]:
-        """One step; returns the loss terms. Raises FloatingPointError, naming the step, when the loss is not finite."""
+        """One step; returns this process's loss terms. Raises FloatingPointError, naming the step, where the loss, its
+        gradient or one of the critic's is not finite on any process; what the step has changed is not to be saved.
+        """
         recipe = self.recipe
         batch = self.batch()
         factor = recipe.optimizer.factor(self.step, self.pace.steps)
         terms, pixels, out = self.losses(batch)
         self._adversarial(terms, out)
         loss = torch.stack(list(terms.values())).sum()
-        if self.world.any(not torch.isfinite(loss)):  # for all: the others would wait for ever
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.step}: the last checkpoint is kept"
-            )
         loss.backward()
         self.world.average_gradients(self.optimizer.parameters)
         norm = self.optimizer.step(factor)
+        # A gradient may overflow behind a loss that is finite: nothing that it touched is saved.
+        self._stop_if_broken("the loss", loss, norm)
         told = torch.stack([value.detach() for value in terms.values()]).tolist()
         found = dict(zip(terms, told, strict=True)) | {"norm": float(norm)}
         if self.discriminator is not None and self.step >= recipe.loss.adversarial_start:
@@ -310,6 +353,16 @@ class TokenizerTrainer:
         found["perplexity"] = [round(float(p), 1) for p in perplexity]
         return found
 
+    def _tell(self, terms: dict[str, float], update: Callable[[int, str], None]) -> None:
+        """Log the step: the mean terms of all processes, who call this together. ``update``: the progress bar's."""
+        every = self._exchange(terms)
+        if self.world.rank:
+            return
+        means = {name: sum(theirs[name] for theirs in every) / len(every) for name in terms}
+        # Codes are revived by the counts of all processes, so each of them has the whole number.
+        self.run.log(step=self.step, revived=self.revived, broken=len(self.broken), **means)
+        update(self.step, " ".join(f"{k} {v:.4f}" for k, v in means.items() if v))
+
     def fit(self) -> Path:
         """Train to the recipe's last step; returns the folder of the finished tokenizer."""
         recipe, first = self.recipe, self.world.rank == 0
@@ -323,10 +376,8 @@ class TokenizerTrainer:
                 terms = self.advance()
                 self.pace.passed(self.step)
                 last = self.step == self.pace.steps
-                if first and (self.step % 50 == 0 or last):
-                    broken = len(self.data.broken())
-                    self.run.log(step=self.step, revived=self.revived, broken=broken, **terms)
-                    update(self.step, " ".join(f"{k} {v:.4f}" for k, v in terms.items() if v))
+                if self.step % 50 == 0 or last:
+                    self._tell(terms, update)
                 asked = self.world.any(stop())  # a signal may reach one process a step before the others
                 if self.world.any(first and save()) or last or asked:
                     self.save()
@@ -344,10 +395,23 @@ class TokenizerTrainer:
         return recipe.out / "final"
 
 
-def _picturing(recipe: TokenizerRecipe, rank: int, processes: int) -> Callable[[int], PictureBatch]:
-    """What a process of its own makes batches with."""
+def _telling(data: PictureMixture, first: int, processes: int) -> Callable[[int], Told]:
+    """What makes a step's batch, ``processes`` after the step before's, and tells of every unreadable file once."""
+    told: set[str] = set()
+
+    def make(step: int) -> Told:
+        batch = data.batch(first + step * processes)
+        broken = {path: why for path, why in data.broken().items() if path not in told}
+        told.update(broken)
+        return batch, broken
+
+    return make
+
+
+def _picturing(recipe: TokenizerRecipe, first: int, processes: int) -> Callable[[int], Told]:
+    """:func:`_telling` in a process of its own."""
     data = PictureMixture(recipe.data, recipe.pixels, recipe.tokenizer.downsample, recipe.seed)
-    return lambda step: data.batch(step * processes + rank)
+    return _telling(data, first, processes)
 
 
 @torch.no_grad()
