@@ -41,6 +41,8 @@ export -f on_node
 
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+# Since Slurm 22.05, srun does not take this over from sbatch by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 
 asked=""
 srun --kill-on-bad-exit=0 bash -c 'on_node "$@"' on_node "$@" &

@@ -300,6 +300,21 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["nano_teacher", "nano_judge", "world_judge"])
+def test_what_one_process_trains_is_not_for_torchrun(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every process would train by itself, and write into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for trains in ("training.teacher.train_teacher", "app.stages._judge", "app.world_command.train_judge_of"):
+        monkeypatch.setattr(f"nextflow_ar.{trains}", lambda *_: pytest.fail("it trains"))
+    path, out = ROOT / "recipes" / f"{name}.yaml", tmp_path / "run"
+    status, line = mistake(capsys, "train", path, "--set", f"out={out}")
+    kind = load_yaml(path)["kind"]
+    assert status == 2 and not out.exists()
+    assert line == f"{path}: a {kind} is trained by one process, not by 2: start it without torchrun"
+
+
 def test_every_recipe_passes_its_checks() -> None:
     kinds = {"model": ModelRecipe, "teacher": TeacherRecipe, "tokenizer": TokenizerRecipe}
     seen = set()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,12 +17,14 @@ from nextflow_ar.data.playground.canvases import two_ways
 from nextflow_ar.data.playground.curriculum import GROUPED, TASK_NAMES, by_task, episode
 from nextflow_ar.data.playground.episodes import Episode
 from nextflow_ar.precision import mixed_precision
+from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, ImageGroup, collate, joined, pack
 from nextflow_ar.sequence.layout import IGNORED, TEXT_SCALE, build
+from nextflow_ar.tokenizer.correction import chances, corrected_codes
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
-from nextflow_ar.training.episode_feed import EpisodeFeed
+from nextflow_ar.training.episode_feed import EpisodeFeed, Filler
 from nextflow_ar.training.episode_sources import Draft, EpisodeBatches, Place
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.prefetch import Ahead
@@ -119,7 +122,7 @@ def feed(folder: Path, tmp_path: Path, **changes: Any) -> EpisodeFeed:
 
 def made(found: EpisodeFeed, step: int, correction: SelfCorrection | None = None) -> tuple[Draft, Batch]:
     (draft,) = found.sources[0].drafts(step, Place())
-    (batch,) = found.filler.filled([draft], correction, torch.Generator().manual_seed(1))
+    (batch,) = found.filler.filled([draft], correction)
     return draft, batch
 
 
@@ -208,8 +211,8 @@ def test_given_pictures_are_neither_learnt_nor_corrected(folder: Path, tmp_path:
     found = feed(folder, tmp_path, tasks={"edit": 1.0}, packing={"mode": "pad", "budget": 400}, rows=8)
     (draft,) = found.sources[0].drafts(3, Place())
     strong = SelfCorrection(1.0, 4, 1.0)
-    (fed,) = found.filler.filled([draft], strong, torch.Generator().manual_seed(1))
-    (plain,) = found.filler.filled([draft], None, None)
+    (fed,) = found.filler.filled([draft], strong)
+    (plain,) = found.filler.filled([draft], None)
     one, other = kinds(fed), kinds(plain)
     assert set(one) == {(0, True), (8, False)}  # a given one is its closing block alone
     assert torch.equal(one[0, True].codes, other[0, True].codes)
@@ -264,6 +267,154 @@ def test_processes_share_the_rows(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(whole.batch.targets[i] == IGNORED, halves[i % 2].batch.targets[i // 2] == IGNORED)
         assert torch.equal(whole.batch.tokens[i], halves[i % 2].batch.tokens[i // 2])
     assert torch.equal(quarter.batch.tokens[0], whole.batch.tokens[3])
+
+
+Row = tuple[list[int], list[int], list[list[int]]]
+HALF = SelfCorrection(0.5, 4, 1.0)
+
+
+def rows_of(parts: list[tuple[Draft, Batch]]) -> list[Row]:
+    """Of every row what is fed and learnt in words and codes, and the input codes of its pictures in order."""
+    found: list[Row] = []
+    for _, batch in parts:
+        images: dict[int, list[tuple[int, list[int]]]] = {}
+        for group in batch.images:
+            for row, start, codes in zip(group.rows.tolist(), group.starts, group.codes, strict=True):
+                images.setdefault(row, []).append((int(start), codes.tolist()))
+        for row in range(batch.shape[0]):
+            on = batch.documents[row] >= 0
+            codes = [each for _, each in sorted(images.get(row, []))]
+            found.append((batch.tokens[row][on].tolist(), batch.targets[row][on].tolist(), codes))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tasks", "swap", "packing"),
+    [
+        (
+            {"draw": 1.0, "edit_move": 1.0, "story": 1.0},
+            0.0,
+            {"mode": "length", "budget": 1600, "open_rows": 2},
+        ),
+        (
+            {"ask": 1.0, "caption": 1.0},
+            0.5,
+            {"mode": "pad", "budget": 400},
+        ),  # rows of another width in each part
+    ],
+)
+def test_processes_and_parts_see_together_what_one_would(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tasks: dict[str, float],
+    swap: float,
+    packing: dict[str, Any],
+) -> None:
+    """Words swapped and codes corrected at random included, wherever a row is and whatever is beside it."""
+    one_by_one = Filler._features
+
+    def features(self: Filler, pixels: np.ndarray) -> torch.Tensor:
+        # bf16 convolutions round by the size of the batch, which is not what is looked at here
+        return torch.cat([one_by_one(self, pixels[i : i + 1]) for i in range(len(pixels))])
+
+    monkeypatch.setattr(Filler, "_features", features)
+    changed = source(tasks=tasks, swap=swap, packing=packing, rows=4)
+    training = trainer(tmp_path / "run", folder, [changed])
+
+    def rows(step: int, place: Place, correction: SelfCorrection | None = HALF) -> list[Row]:
+        drafting = replace(training.episodes.drafting, place=place)
+        feed = EpisodeFeed(drafting, training.image_tokenizer, lambda _: correction, steps=40)
+        return rows_of(feed.batches(0, step))
+
+    for step in (0, 17):
+        whole = rows(step, Place())
+        halves = [rows(step, Place(process, 2)) for process in range(2)]
+        assert [halves[i % 2][i // 2] for i in range(4)] == whole
+        parts = rows(step, Place(0, 1, 2))
+        assert [parts[(i % 2) * 2 + i // 2] for i in range(4)] == whole
+        quarters = [rows(step, Place(process, 2, 2)) for process in range(2)]
+        assert [quarters[i % 2][i // 2] for i in range(4)] == whole
+        plain = rows(step, Place(), None)
+        if swap:
+            told = [(fed[1:], learnt[:-1]) for fed, learnt, _ in whole]
+            assert any(
+                a != b for fed, learnt in told for a, b in zip(fed, learnt, strict=True) if 0 < b < 400
+            )
+        else:
+            assert all(a[2] != b[2] for a, b in zip(whole, plain, strict=True))  # every row draws
+        assert len({str(row) for row in whole}) == 4
+
+
+def test_codes_are_corrected_as_the_quantiser_does_it(folder: Path) -> None:
+    """The same residual chain, the same share of cells, and of those the same share that is another code."""
+    quantizer = ImageTokenizer.from_pretrained(folder).quantizer
+    random = torch.Generator().manual_seed(0)
+    schedule = ScaleSchedule.square(8)
+    features = torch.randn(64, quantizer.config.dim, *schedule.final, generator=random) * 0.5
+    seeds = torch.randint(2**62, (64,), generator=random)
+
+    def ours(share: float, correction: SelfCorrection) -> tuple[torch.Tensor, torch.Tensor]:
+        return corrected_codes(quantizer, features, schedule, correction, torch.full((64,), share), seeds)
+
+    strong = SelfCorrection(0.6, 6, 1.0)
+    plain = quantizer.quantize(features, schedule)
+    for share, correction in ((0.0, strong), (1.0, SelfCorrection(1.0, 1, 1.0))):
+        target, fed = ours(share, correction)
+        assert torch.equal(target, plain.target) and torch.equal(fed, plain.input)
+    theirs = quantizer.quantize(features, schedule, correction=strong, generator=random)
+    target, fed = ours(0.6, strong)
+    for k in range(2, 8):  # of the first scales there are few cells
+        part = slice(schedule.offsets[k], schedule.offsets[k + 1])
+        expected = float((theirs.target != theirs.input)[:, part].float().mean())
+        assert float((target != fed)[:, part].float().mean()) == pytest.approx(expected, abs=0.08), k
+    # the codes fed are what was subtracted: the next targets answer them
+    first = slice(0, schedule.offsets[1])
+    other = (target != fed)[:, first].any(1)
+    assert 0 < int(other.sum()) < 64
+    for k, changed in ((0, 0.0), (1, 0.01)):
+        part = slice(schedule.offsets[k], schedule.offsets[k + 1])
+        assert float((target != plain.target)[other][:, part].float().mean()) >= changed
+    half = corrected_codes(quantizer, features[::2], schedule, strong, torch.full((32,), 0.6), seeds[::2])
+    assert torch.equal(half[0], target[::2]) and torch.equal(half[1], fed[::2])
+
+
+def test_random_numbers_of_a_seed_are_evenly_spread() -> None:
+    seeds = torch.tensor([0, 1, -5, 2**62 + 7, -(2**63)])
+    found = chances(seeds, 5000)
+    assert torch.equal(found[1:3, :70], chances(seeds[1:3], 70))  # beside whatever others, however many
+    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]  # splitmix64 of seed 0
+    assert found[0, :2].tolist() == [(number >> 40) / 2**24 for number in first]
+    assert bool((found >= 0).all()) and bool((found < 1).all())
+    assert (found.mean(1) - 0.5).abs().max() < 0.02 and (found.var(1) * 12 - 1).abs().max() < 0.05
+    assert torch.corrcoef(found).triu(1).abs().max() < 0.06
+
+
+def test_episodes_that_no_row_holds_are_counted_once(folder: Path, tmp_path: Path) -> None:
+    """Whoever makes a step, and after a resume, too: a step packs those before it in its block once more."""
+    packing = {"mode": "length", "budget": 300, "open_rows": 2}
+    values = [source(tasks={"draw_scene": 1.0, "caption": 1.0, "chat": 1.0}, rows=2, packing=packing)]
+    whole = trainer(tmp_path / "a", folder, values)
+
+    def skipped(steps: range) -> dict[int, int]:
+        one = whole.episodes.drafting.batches()[0]
+        return {step: one.drafts(step, Place())[0].skipped for step in steps}
+
+    in_order = skipped(range(20))
+    assert sum(in_order.values()) > 3
+    assert in_order == {k: v for worker in range(3) for k, v in skipped(range(worker, 20, 3)).items()}
+    for _ in range(18):
+        whole.advance(told=False)
+    assert whole.episodes.skipped == sum(in_order[step] for step in range(18)) > 3
+    whole.save()
+    again = trainer(tmp_path / "a", folder, values)
+    assert again.episodes.skipped == whole.episodes.skipped
+    again.advance(told=False)
+    assert again.episodes.skipped == sum(in_order[step] for step in range(19))
+    state = torch.load(tmp_path / "a" / "checkpoint.pt")
+    del state["skipped"]  # of an earlier version
+    torch.save(state, tmp_path / "a" / "checkpoint.pt")
+    assert trainer(tmp_path / "a", folder, values).episodes.skipped == 0
 
 
 def test_packing_by_compute_and_what_fits_no_row(folder: Path, tmp_path: Path) -> None:

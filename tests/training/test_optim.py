@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,3 +86,98 @@ def test_a_resumed_run_keeps_its_own_rates() -> None:
     without = StageOptimizer(again.named_parameters(), replace(config, muon_lr=0.0))
     with pytest.raises(ConfigError, match="muon_lr may change in a run, but not from or to 0"):
         without.load_state_dict(first.state_dict())
+
+
+def test_a_warmup_that_the_run_never_leaves_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = OptimizerConfig(1e-3, 1e-2, 0.1, 0.9, 0.95, 1000, "cosine", 0.0, 0.1, 1.0)
+    with caplog.at_level(logging.WARNING):
+        config.warn(1001)
+        assert not caplog.records
+        config.warn(500)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "optimizer: a warmup of 1000 steps in a run of 500: the rate never falls, and ends at 50 % of its peak"
+    )
+
+
+def test_a_constant_rate_falls_from_the_end_of_the_warmup_at_the_earliest() -> None:
+    config = OptimizerConfig(1e-3, 1e-2, 0.1, 0.9, 0.95, 60, "constant", 0.9, 0.1, 1.0)
+    factors = [config.factor(step, 100) for step in range(101)]
+    assert factors[59] == factors[60] == 1 and factors[100] == pytest.approx(0.1)
+    assert max(a - b for a, b in pairwise(factors)) < 0.03
+
+
+class Quantised(nn.Module):
+    """A model with a codebook that learns by gradient among its other matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.quantizer, self.decoder = nn.Linear(4, 4), nn.Module(), nn.Linear(4, 4)
+        self.quantizer.codebook = nn.Parameter(torch.ones(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(x) + self.quantizer.codebook.sum(0))  # type: ignore[union-attr]
+
+
+def _quantised(muon_lr: float) -> tuple[Quantised, StageOptimizer]:
+    config = OptimizerConfig(1e-3, muon_lr, 0.1, 0.9, 0.95, 1, "constant", 0.0, 1.0, 1.0)
+    model = Quantised()
+    return model, StageOptimizer(model.named_parameters(), config)
+
+
+@pytest.mark.parametrize("muon_lr", [1e-2, 0.0])
+def test_a_codebook_is_no_hidden_matrix_and_does_not_decay(muon_lr: float) -> None:
+    model, optimizer = _quantised(muon_lr)
+    adamw = optimizer.optimizers[0]
+    assert len(optimizer.optimizers) == (2 if muon_lr else 1)
+    (decay,) = [
+        group["weight_decay"]
+        for group in adamw.param_groups
+        if any(p is model.quantizer.codebook for p in group["params"])
+    ]
+    assert decay == 0
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step(1.0)
+    again = _quantised(muon_lr)[1]
+    again.load_state_dict(optimizer.state_dict())
+    assert {len(state) for each in again.optimizers for state in each.state.values()} <= {1, 3}
+
+
+@pytest.mark.parametrize("muon_lr", [1e-2, 0.0])
+def test_moments_of_a_version_that_dealt_codebooks_out_otherwise_are_read(muon_lr: float) -> None:
+    matrices = ["encoder.weight", "quantizer.codebook", "decoder.weight"]
+    biases = ["encoder.bias", "decoder.bias"]
+    model, optimizer = _quantised(muon_lr)
+    parameters = dict(model.named_parameters())
+    marks = {name: float(i + 1) for i, name in enumerate(parameters)}
+
+    def state(kind: str, names: list[str], sizes: list[int]) -> dict[str, object]:
+        alike = optimizer.optimizers[0].state_dict()["param_groups"][0]
+        held = {i: {kind: torch.full_like(parameters[n], marks[n])} for i, n in enumerate(names)}
+        if kind == "exp_avg":
+            for i, n in enumerate(names):
+                held[i] |= {"step": torch.tensor(1.0), "exp_avg_sq": torch.ones_like(parameters[n])}
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        groups = [alike | {"params": list(range(e - n, e))} for e, n in zip(ends, sizes, strict=True)]
+        return {"state": held, "param_groups": groups}
+
+    if muon_lr:
+        old = [state("exp_avg", biases, [0, 2]), state("momentum_buffer", matrices, [3])]
+    else:
+        old = [state("exp_avg", matrices + biases, [3, 2])]
+    optimizer.load_state_dict({"optimizers": old})
+    shown = {id(p): name for name, p in parameters.items()}
+    shown |= {id(matrix): shown[id(p)] for p, matrix in optimizer._matrices}
+    found = {
+        shown[id(p)]: float(
+            next(iter(x for k, x in held.items() if k in ("exp_avg", "momentum_buffer"))).mean()
+        )
+        for each in optimizer.optimizers
+        for p, held in each.state.items()
+    }
+    if muon_lr:
+        del marks["quantizer.codebook"]  # what Muon had of it is not AdamW's
+    assert found == marks
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step(1.0)
+    assert all(p.isfinite().all() for p in parameters.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -227,6 +228,68 @@ def _fails(world: World, run: Run) -> str:
     return "no error"
 
 
+class Disk:
+    """A disk that is full for the second process, or for a process that is alone, while ``full``."""
+
+    def __init__(self, world: World, patch: pytest.MonkeyPatch) -> None:
+        self.full = True
+        write = distributed_checkpoint._WholeFolderWriter.write_data
+
+        def written(writer: Any, plan: Any, planner: Any) -> Any:
+            if self.full and world.rank == world.size - 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(writer, plan, planner)
+
+        patch.setattr(distributed_checkpoint._WholeFolderWriter, "write_data", written)
+
+
+class Lines(logging.Handler):
+    """What is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
+def _fails_unseen(world: World, folder: Path) -> dict[str, Any]:
+    """Saves in the background that fail: once where there is room again at the next one, once where there is none."""
+    run, lines, found = Run(world, folder), Lines(), {}
+    logging.getLogger("nextflow_ar").addHandler(lines)
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(world, patch)
+        run.advance()
+        run.save(background=True)
+        disk.full = not _ended(run)
+        if world.rank == 0:
+            run.checkpoints.look()
+            run.checkpoints.look()
+        found["looked"] = list(lines.told)
+        run.advance()
+        run.save(background=True)
+        found["room"] = [run.checkpoints._saving is None, run.checkpoints.steps(), list(lines.told)]
+        run.advance()
+        disk.full = True
+        run.save(background=True)
+        try:
+            run.save(background=True)
+        except StorageError as error:
+            found["none"] = str(error)
+        disk.full = False
+        run.save(background=True)  # the last failure was raised, so it is nobody's news
+        run.checkpoints.wait()
+        found["after"] = [run.checkpoints.steps(), len(lines.told)]
+    logging.getLogger("nextflow_ar").removeHandler(lines)
+    return found
+
+
+def _ended(run: Run) -> bool:
+    assert run.checkpoints._saving is not None
+    return run.checkpoints._saving.exception(60) is not None
+
+
 def _killed(world: World, run: Run) -> None:
     """Both processes die by SIGKILL when everything but the last step of a save is done."""
     distributed_checkpoint._WholeFolderWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
@@ -248,6 +311,7 @@ def _process(rank: int, port: int, out: str) -> None:
     found["kept"] = run.whole()
     run.advance()
     found["full"] = _fails(world, run)
+    found["unseen"] = _fails_unseen(world, folder / "unseen2")
     found["any"] = [world.any(said) for said in (False, rank == 1, True)]
     world.add(torch.zeros(()))  # the first process has cleared up
     found["left"] = sorted(path.name for path in (folder / "killed").iterdir())
@@ -377,6 +441,26 @@ def test_a_checkpoint_survives_a_full_disk_and_a_kill(one: dict[str, Any], two: 
     run.advance()
     run.save()
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_a_save_that_failed_in_the_background_is_told_and_the_next_one_written(
+    one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    alone = _fails_unseen(World(), one["out"] / "unseen1")
+    for name, number, told in (("unseen1", 0, alone), *(("unseen2", 1, found["unseen"]) for found in two)):
+        folder = one["out"] / name
+        line = (
+            f"{folder}: a checkpoint could not be written: process {number}: No space left on device; "
+            "the next one is tried all the same"
+        )
+        lines = [line] if told in (alone, two[0]["unseen"]) else []
+        assert told["room"] == [True, [2], lines]  # once, and written while all waited
+        assert (
+            told["none"]
+            == f"{folder}: the checkpoint cannot be written: process {number}: No space left on device"
+        )
+        assert told["after"] == [[2, 3], 2 * len(lines)]
+        assert told["looked"] == lines  # before the next save
 
 
 def test_the_export_is_the_averages(one: dict[str, Any], two: list[dict[str, Any]]) -> None:

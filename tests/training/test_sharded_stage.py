@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.training.model_stage import ModelTrainer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import ModelRecipe
+from nextflow_ar.training.runs import RunFolder
 from nextflow_ar.training.sharded import local
 from tests.conftest import TINY_MODEL, TINY_SEMANTIC, TINY_TOKENIZER, tiny_bundle, tiny_image_tokenizer
 from tests.shards import captions, make_shards, mixed
@@ -84,6 +86,27 @@ def no_room(*_: object) -> dict[str, torch.Tensor]:
     raise torch.OutOfMemoryError
 
 
+def saved_together(world: World, folder: Path) -> list[Any]:
+    """Whether a process is through while the first one writes the checkpoint; what each hears where that one cannot."""
+    run = RunFolder(folder, {})
+    state = {"step": 1, "model": {}, "optimizer": {}}
+
+    def slowly() -> dict[str, Any]:
+        time.sleep(2.0)
+        return state
+
+    def full() -> dict[str, Any]:
+        raise StorageError("no space")
+
+    run.save_together(world, slowly)
+    there = (folder / "checkpoint.pt").is_file()
+    try:
+        run.save_together(world, full)
+    except StorageError as error:
+        return [there, str(error).replace(str(folder), "run")]
+    return [there, "nothing"]
+
+
 def _process(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -109,6 +132,12 @@ def _process(rank: int, port: int, folder: str) -> None:
         found["drawn with"] = step, bundle.model.state_dict()
         return [np.zeros((1, 8, 8, 3), np.uint8)]
 
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # for what the second one gathers, which the first must not wait for
+        patch.setattr("nextflow_ar.training.sharded_stage._try_room", no_room if rank else lambda *_: None)
+        found["no room there"] = training.shards.gather(training.model, training.averages, training.device)
+    found["together"] = saved_together(training.world, place / "whole")
     training.fit(preview)
     found["seen"] = [training.documents, training.tokens]
     torch.save(found, place / f"found{rank}.pt")
@@ -191,13 +220,22 @@ def test_the_export_of_two_processes_is_one_bundle(place: Path, two: list[dict[s
 
 
 def test_a_sheet_is_drawn_with_the_whole_averaged_model(place: Path, two: list[dict[str, Any]]) -> None:
-    assert "drawn with" not in two[1] and [found["no room"] for found in two] == [None, None]
+    assert "drawn with" not in two[1]
+    assert [found[none] for found in two for none in ("no room", "no room there")] == [None] * 4
     step, weights = two[0]["drawn with"]
     expected = trainer(place, "two", FINISHED).bundle().model.state_dict()
     assert step == FINISHED and set(weights) == set(expected)
     for name, tensor in weights.items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
     assert (place / "two" / f"sheet_{FINISHED:06d}.png").is_file()
+
+
+def test_no_process_leaves_before_the_first_has_saved_for_all(two: list[dict[str, Any]]) -> None:
+    """torchrun would kill it in the middle of that."""
+    assert [found["together"] for found in two] == [
+        [True, "no space"],
+        [True, "run: the first process could not write the checkpoint"],
+    ]
 
 
 def test_a_sheet_without_room_ends_no_training(place: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,6 +255,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(place: Path, one: dict[str, Any
     ):
         trainer(place, "changed", optimizer=OPTIMIZER)
     (facts,) = (place / "changed").glob("checkpoints/*/facts.json")
+    (facts.parent / "digests.json").unlink()  # as of earlier versions, or it would be damaged
     told = json.loads(facts.read_text())
     facts.write_text(json.dumps(told | {"bound": told["bound"] | {"image_tokenizer": "another"}}))
     with pytest.raises(

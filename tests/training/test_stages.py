@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.semantic import SemanticEncoder
 from nextflow_ar.training.carrying import carry_codes, playground_pictures
+from nextflow_ar.training.meters import LossMeter
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer, Source, swap_words
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.teacher import TeacherRecipe, TeacherTrainer
@@ -243,6 +245,38 @@ def test_on_a_gpu_a_broken_loss_is_seen_a_step_later_but_never_saved(
     training.advance(told=False)
     with pytest.raises(FloatingPointError, match="not finite at step 2"):
         training.advance(told=False)
+
+
+def test_what_is_queued_on_a_gpu_counts_as_time(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing else waits for the device, what is told does; a step is over only then."""
+    training = trainer(tmp_path / "run", tokenizer_folder)
+    training.looks_late = True
+    values = LossMeter.values
+
+    def late(self: LossMeter, *arguments: Any) -> dict[str, float]:
+        time.sleep(1.5)
+        return values(self, *arguments)
+
+    monkeypatch.setattr(LossMeter, "values", late)
+    training.advance()
+    training.speed.read()
+    begun = time.perf_counter()
+    training.advance()
+    spent = time.perf_counter() - begun
+    assert training.speed._seconds > 1.5 and training.speed._seconds > 0.95 * spent
+
+
+def test_a_run_within_its_warmup_says_so_once(
+    tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"task": "text_to_image", "rows": 1, "length": 240, "data": SHAPES}
+    trainer(tmp_path / "run", tokenizer_folder, steps=3, sources=[source]).fit()
+    told = [record.getMessage() for record in caplog.records if "warmup" in record.getMessage()]
+    assert told == [
+        "optimizer: a warmup of 3 steps in a run of 3: the rate never falls, and ends at 100 % of its peak"
+    ]
 
 
 def test_a_batch_holds_what_its_source_says(tokenizer_folder: Path, tmp_path: Path) -> None:

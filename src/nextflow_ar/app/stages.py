@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,10 @@ def run_recipe(path: Path, changes: list[str], minutes: float | None = None) -> 
     where = str(path)
     if minutes is not None and kind not in ("tokenizer", "model"):
         raise ConfigError(f"{path}: --minutes is for the kinds tokenizer and model, this is a {kind}")
+    if kind not in ("tokenizer", "model") and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"{path}: a {kind} is trained by one process, not by {processes}: start it without torchrun"
+        )
     if kind == "teacher":
         from nextflow_ar.training.teacher import TeacherRecipe, train_teacher
 

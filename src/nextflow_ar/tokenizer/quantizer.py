@@ -161,7 +161,7 @@ class MultiScaleQuantizer(nn.Module):
         keys, codes = self._keys(x.float()), self._keys(self.codebook)
         return keys.square().sum(1, keepdim=True) - 2.0 * keys @ codes.T + codes.square().sum(1)
 
-    def _together(self, x: Tensor) -> int:
+    def together(self, x: Tensor) -> int:
         """Vectors whose distances to every code are held at once."""
         return max(1, _DISTANCE_BUDGET.get(x.device.type, 1 << 24) // self.codebook.shape[0])
 
@@ -169,7 +169,7 @@ class MultiScaleQuantizer(nn.Module):
         """Index of the nearest code of each vector; memory stays below a fixed budget for any codebook."""
         codes = self._keys(self.codebook)
         half_norms = 0.5 * codes.square().sum(1)
-        step = self._together(x)
+        step = self.together(x)
         chunks = [highest(self._keys(part) @ codes.T - half_norms)[1] for part in x.float().split(step)]
         return torch.cat(chunks)
 
@@ -178,7 +178,7 @@ class MultiScaleQuantizer(nn.Module):
     ) -> Int[Tensor, " n"]:
         """A code per vector, drawn from the softmax over the ``top_k`` nearest."""
         out = []
-        for part in x.float().split(self._together(x)):
+        for part in x.float().split(self.together(x)):
             near, index = self.distances(part).topk(correction.top_k, dim=1, largest=False)
             unit = near[:, :1].mean().clamp_min(1e-12) * correction.temperature
             choice = torch.multinomial((-(near - near[:, :1]) / unit).softmax(1), 1, generator=generator)

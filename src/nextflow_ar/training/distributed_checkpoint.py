@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ from nextflow_ar.tokenizer.image_tokenizer import WEIGHTS_FILE, ImageTokenizer
 from nextflow_ar.training.parallel import World
 
 FACTS_FILE, METADATA_FILE, DIGESTS_FILE = "facts.json", ".metadata", "digests.json"
+_LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -119,6 +121,7 @@ class Checkpoints:
         # A background save must not mix its messages with those of the training.
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._saving: Future[Any] | None = None
+        self._told = False  # that the save in the background has failed
 
     def steps(self) -> list[int]:
         """Steps of which there is a whole checkpoint, rising."""
@@ -137,10 +140,12 @@ class Checkpoints:
         """Write a checkpoint; all processes call this together. The former ones stay until it is whole.
 
         ``tensors``: by name, in shards (DTensors) or the same everywhere. ``facts``: JSON values, those of the first
-        process. ``background``: return once the tensors are copied; :meth:`wait`, or the next save, tells how it ended.
+        process. ``background``: return once the tensors are copied; :meth:`wait`, :meth:`look` or the next save tells of a
+        failure. After one, the next save is not in the background, and only its own failure is raised.
         A step that has a checkpoint is not written again. Raises StorageError, on every process, when any of them fails.
         """
-        self.wait()
+        if self._lost():
+            background = False
         if not self._prepare(step):
             return
         alone = self.world.size == 1
@@ -168,13 +173,41 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait for a save in the background. Raises StorageError when it failed; the former checkpoint stays."""
-        future, self._saving = self._saving, None
-        if future is None:
-            return
-        try:
-            future.result()
-        except (CheckpointException, OSError, RuntimeError) as error:
+        if (error := self._ended()) is not None:
             self._fail(error)
+
+    def look(self) -> None:
+        """Tell, without waiting, that a save in the background has failed: the next one may be half an hour away. For the
+        first process alone.
+        """
+        if self._saving is not None and self._saving.done() and (error := self._saving.exception()):
+            self._tell(error)
+
+    def _ended(self) -> BaseException | None:
+        """Wait for a save in the background; what it failed of."""
+        future, self._saving = self._saving, None
+        try:
+            if future is not None:
+                future.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            return error
+        return None
+
+    def _lost(self) -> bool:
+        """Wait for a save in the background; whether it failed on any process."""
+        if self._saving is None:
+            return False
+        error = self._ended()
+        if error is not None and self.world.rank == 0:
+            self._tell(error)
+        self._told = False
+        return self.world.any(error is not None)
+
+    def _tell(self, error: BaseException) -> None:
+        if not self._told:
+            told = "%s: a checkpoint could not be written: %s; the next one is tried all the same"
+            _LOG.warning(told, self.folder, _reason(error))
+        self._told = True
 
     def load(self, tensors: dict[str, Tensor], step: int | None = None) -> dict[str, Any]:
         """Read a checkpoint (the newest) into ``tensors``, in place, whatever number of processes wrote it; its facts.

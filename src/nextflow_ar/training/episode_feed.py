@@ -19,6 +19,7 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, joined
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions
 from nextflow_ar.sequence.vocab import Vocabulary
+from nextflow_ar.tokenizer.correction import corrected_codes
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
@@ -81,11 +82,14 @@ def gathered(several: Sequence[Pictures]) -> Pictures:
         moved.append(_moved(torch.from_numpy(p.references), p.given, given, drawn).numpy())
         given, drawn = given + p.given, drawn + len(p.pixels) - p.given
     parts = [slice(p.given) for p in several], [slice(p.given, None) for p in several]
-    pixels, references = (
-        np.concatenate([x[part] for way in parts for x, part in zip(found, way, strict=True)])
-        for found in ([p.pixels for p in several], moved)
-    )
-    return Pictures(several[0].schedule, pixels, count, references)
+
+    def together(found: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([x[part] for way in parts for x, part in zip(found, way, strict=True)])
+
+    seeds = [p.seeds for p in several if p.seeds is not None]
+    known = together(seeds) if len(seeds) == len(several) else None
+    pixels, references = together([p.pixels for p in several]), together(moved)
+    return Pictures(several[0].schedule, pixels, count, references, known)
 
 
 class Filler:
@@ -96,10 +100,13 @@ class Filler:
 
     @torch.no_grad()
     def filled(
-        self, drafts: Sequence[Draft], correction: SelfCorrection | None, generator: torch.Generator | None
+        self,
+        drafts: Sequence[Draft],
+        correction: SelfCorrection | None,
+        shares: Sequence[float] | None = None,
     ) -> list[Batch]:
         """The batches with the codes of their pictures, those of a kind encoded together; only pictures to be drawn are
-        self-corrected.
+        self-corrected. ``shares``: of cells, for each draft, where they are not the correction's.
         """
         tables: list[dict[ScaleSchedule, tuple[Tensor, ...]]] = [{} for _ in drafts]
         groups = [group for draft in drafts for group in draft.batch.images]
@@ -109,7 +116,11 @@ class Filler:
                 (i, p) for i, draft in enumerate(drafts) for p in draft.pictures if p.schedule == schedule
             ]
             together = gathered([p for _, p in have])
-            found = self._encoded(together, correction, generator)
+            wanted = None
+            if shares is not None:
+                each = [np.full(len(p.pixels) - p.given, shares[i], np.float32) for i, p in have]
+                wanted = np.concatenate([np.zeros(together.given, np.float32), *each])
+            found = self._encoded(together, correction, wanted)
             copying = (g.scales for g in groups if g.schedule == schedule and g.reference is not None)
             if scales := max(copying, default=0):
                 found = *found, self._copied(together, found[1], scales)
@@ -145,10 +156,11 @@ class Filler:
         return replace(batch, targets=targets.view_as(batch.targets), images=tuple(groups))
 
     def _encoded(
-        self, found: Pictures, correction: SelfCorrection | None, generator: torch.Generator | None
+        self, found: Pictures, correction: SelfCorrection | None, shares: np.ndarray | None
     ) -> tuple[Tensor, Tensor]:
         """(N, T) target and input codes of pictures; the given ones are not corrected. Those that could copy another one
-        come after it, and take over its features where nothing changed (:func:`kept_features`).
+        come after it, and take over its features where nothing changed (:func:`kept_features`). ``shares``: (N,) of cells
+        to correct, where it is not the correction's for all that are drawn.
         """
         quantizer, schedule, device = self.tokenizer.quantizer, found.schedule, self.tokenizer.device
         features = self._features(found.pixels)
@@ -160,11 +172,17 @@ class Filler:
                 old = quantizer.accumulate(fed[copied], schedule)
                 same = torch.from_numpy((found.pixels[wave] == found.pixels[copied]).all(-1)).to(device)
                 mine = kept_features(mine, old, same)
-            corrected = torch.from_numpy(wave >= found.given).to(device)
-            codes = quantizer.quantize(
-                mine, schedule, correction=correction, corrected=corrected, generator=generator
-            )
-            target[wave], fed[wave] = codes.target, codes.input
+            if correction is None:
+                codes = quantizer.quantize(mine, schedule)
+                target[wave], fed[wave] = codes.target, codes.input
+                continue
+            if found.seeds is None:
+                raise ValueError("only pictures that have seeds can be corrected")
+            share = np.where(wave < found.given, 0.0, correction.share) if shares is None else shares[wave]
+            target[wave], fed[wave] = corrected_codes(
+                quantizer, mine, schedule, correction,
+                torch.from_numpy(share.astype(np.float32)).to(device), torch.from_numpy(found.seeds[wave]).to(device),
+            )  # fmt: skip
         return target, fed
 
     def _copied(self, found: Pictures, fed: Tensor, scales: int) -> Tensor:
@@ -294,7 +312,11 @@ class EpisodeFeed:
             steps = range(group * TOGETHER, min((group + 1) * TOGETHER, self._steps))
             each = [self._joined(at) for at in steps]
             drafts = [draft for several in each for draft in several]
-            batches = iter(self.filler.filled(drafts, self.correction(steps[0]), self._random(0, steps[0])))
+            found = [self.correction(at) for at in steps]
+            shares = [0.0 if one is None else one.share for one in found]
+            shares = [share for share, several in zip(shares, each, strict=True) for _ in several]
+            correction = next((one for one in found if one is not None), None)
+            batches = iter(self.filler.filled(drafts, correction, shares))
             self._group = group, [[(draft, next(batches)) for draft in several] for several in each]
         found = self._group[1][place]
         self.skipped += sum(draft.skipped for draft, _ in found)
@@ -312,14 +334,9 @@ class EpisodeFeed:
             self._current = step, self._crew.get(step)
         return self._current[1][number]
 
-    def _random(self, seed: int, step: int) -> torch.Generator:
-        found = np.random.default_rng([5, seed, step, self.drafting.place.process]).integers(1 << 62)
-        return torch.Generator(self.filler.tokenizer.device).manual_seed(int(found))
-
     def _made(self, number: int, step: int) -> list[tuple[Draft, Batch]]:
         drafts = self._drafts(number, step)
-        random = self._random(self.sources[number].source.seed, step)
-        return list(zip(drafts, self.filler.filled(drafts, self.correction(step), random), strict=True))
+        return list(zip(drafts, self.filler.filled(drafts, self.correction(step)), strict=True))
 
     def _step(self, step: int) -> dict[int, list[tuple[Draft, Batch]]]:
         return {number: self._made(number, step) for number in self.sources}

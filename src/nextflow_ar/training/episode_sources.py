@@ -8,7 +8,7 @@ very same ones and a step may be made ahead of its time, by a thread or by proce
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import count
@@ -55,17 +55,21 @@ _IN_VAIN = 2000
 @dataclass(frozen=True, eq=False)
 class Pictures:
     """``pixels``: (N, H, W, 3) uint8, all on ``schedule``; the first ``given`` of them are shown, the others are drawn, and
-    corrected where anything is. ``references``: (N,) the number of the picture that each could copy, or -1.
+    corrected where anything is. ``references``: (N,) the number of the picture that each could copy, or -1. ``seeds``: (N,)
+    int64, of the random numbers that each is corrected by.
     """
 
     schedule: ScaleSchedule
     pixels: np.ndarray
     given: int
     references: np.ndarray
+    seeds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.references.shape != self.pixels.shape[:1]:
             raise ValueError("every picture has a reference, or -1")
+        if self.seeds is not None and self.seeds.shape != self.pixels.shape[:1]:
+            raise ValueError("every picture has a seed, or none has")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ class Draft:
     """A batch whose pictures have no codes yet: every place of an image's ``codes`` is its number among the pictures of its
     schedule, and a target that will be a code is any number but IGNORED. ``tasks``: of every row's documents.
     ``weight``: sum of the loss weights, ``seen``: tokens, ``flops``: of training on it, ``skipped``: episodes that no row
-    held.
+    held, of the whole step.
     """
 
     batch: Batch
@@ -128,7 +132,7 @@ class EpisodeBatches:
         self._rows: Iterator[list[int]] = iter(())
         self._at = (-1, 0)  # block of steps, and the step in it that comes next
         self._open: dict[int, tuple[Episode, Sample]] = {}
-        self._skipped = 0
+        self._skipped = 0  # while the rows of the step that was asked for last were packed
 
     def episode(self, number: int) -> Episode:
         """Episode ``number`` of the source, without its condition if that is dropped. Raises ConfigError."""
@@ -200,36 +204,33 @@ class EpisodeBatches:
                 for number in next(self._rows):
                     del self._open[number]
         self._at = (block, within + 1)
+        self._skipped = 0  # those of the steps before are theirs, whoever packs them once more
         return [next(self._rows) for _ in range(self.source.rows)]
 
     def drafts(self, step: int, place: Place) -> tuple[Draft, ...]:
         """One step's batches, in parts, without codes."""
-        skipped = self._skipped
         rows = [[self._open.pop(number) for number in row] for row in self._numbers(step)]
-        skipped = self._skipped - skipped
-        mine = rows[place.process :: place.processes]
-        seed = np.random.default_rng([6, self.source.seed, step]).integers(1 << 62)
-        words = torch.Generator().manual_seed(int(seed))
-        out = []
-        for i in range(place.parts):
-            out.append(self._draft(mine[i :: place.parts], words, skipped if i == 0 else 0))
-        return tuple(out)
+        mine = list(enumerate(rows))[place.process :: place.processes]
+        split = [dict(mine[i :: place.parts]) for i in range(place.parts)]
+        return tuple(self._draft(step, part, self._skipped if i == 0 else 0) for i, part in enumerate(split))
 
-    def _draft(
-        self, rows: Sequence[Sequence[tuple[Episode, Sample]]], words: torch.Generator, skipped: int
-    ) -> Draft:
+    def _draft(self, step: int, rows: dict[int, list[tuple[Episode, Sample]]], skipped: int) -> Draft:
+        """``rows``: by their number in the whole step, from which everything random follows."""
         shown: dict[ScaleSchedule, tuple[list[Shown], list[Shown]]] = {}
-        for row in rows:
-            for found, _ in row:
-                for picture in found.pictures:
-                    schedule = self.schedules[picture.canvas.size]
-                    shown.setdefault(schedule, ([], []))[picture.supervised].append(picture)
+        seeds: dict[int, int] = {}
+        for number, row in rows.items():
+            pictures = [picture for found, _ in row for picture in found.pictures]
+            for picture, seed in zip(pictures, self._seeds(5, step, number, len(pictures)), strict=True):
+                shown.setdefault(self.schedules[picture.canvas.size], ([], []))[picture.supervised].append(
+                    picture
+                )
+                seeds[id(picture)] = seed
         numbers = {
             id(picture): number for two in shown.values() for number, picture in enumerate(two[0] + two[1])
         }
         references = {s: np.full(len(given + drawn), -1) for s, (given, drawn) in shown.items()}
         packed = []
-        for row in rows:
+        for row in rows.values():
             samples = []
             for found, sample in row:
                 # images stand in a sample in the order of the episode's pictures
@@ -243,22 +244,48 @@ class EpisodeBatches:
                 samples.append(replace(sample, images=tuple(spans)))
             packed.append(pack(samples))
         width = self.source.packing.width(max(map(len, packed)))
-        batch = swap_words(collate(packed, width), self.source.swap, self.classes, words)
+        batch = self._swapped(collate(packed, width), step, rows, [len(sample) for sample in packed])
         pictures = tuple(
             Pictures(
-                schedule, np.stack([p.render() for p in given + drawn]), len(given), references[schedule]
+                schedule,
+                np.stack([p.render() for p in given + drawn]),
+                len(given),
+                references[schedule],
+                np.array([seeds[id(p)] for p in given + drawn]),
             )
             for schedule, (given, drawn) in shown.items()
         )
         return Draft(
             batch,
             pictures,
-            tuple(tuple(found.task for found, _ in row) for row in rows),
+            tuple(tuple(found.task for found, _ in row) for row in rows.values()),
             float(batch.weights.sum()),
             int((batch.documents >= 0).sum()),
             batch_flops(batch, self.model),
             skipped,
         )
+
+    def _seeds(self, kind: int, step: int, row: int, count: int) -> list[int]:
+        """So many seeds of a row, the same whichever process has it, beside whatever others."""
+        found = np.random.SeedSequence([kind, self.source.seed, step, row]).generate_state(count, np.uint64)
+        return found.view(np.int64).tolist()
+
+    def _swapped(self, batch: Batch, step: int, rows: Iterable[int], lengths: Sequence[int]) -> Batch:
+        """The batch with words swapped, row by row: a row's own numbers, and as many as it has places."""
+        if self.source.swap <= 0:
+            return batch
+        tokens, bare = batch.tokens.clone(), replace(batch, images=())
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            (seed,) = self._seeds(6, step, row, 1)
+            one = replace(
+                bare,
+                tokens=batch.tokens[i : i + 1, :length],
+                targets=batch.targets[i : i + 1, :length],
+                scales=batch.scales[i : i + 1, :length],
+            )
+            words = torch.Generator().manual_seed(seed)
+            tokens[i, :length] = swap_words(one, self.source.swap, self.classes, words).tokens[0]
+        return replace(batch, tokens=tokens)
 
     def peek(self, number: int) -> Iterator[Document]:
         """Documents of the first episodes, their codes left blank."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +25,7 @@ Tasks = Sequence[Sequence[str]]
 Means = dict[str, tuple[float, int]]
 """By name, a mean and how many tokens it is of."""
 _ALL, _IMAGE = "all", "image"
+_LOG = logging.getLogger(__name__)
 
 
 class LossMeter:
@@ -137,25 +142,65 @@ def peak_of(asked: float | Literal["measured"] | None, device: torch.device) -> 
 
 
 class Board:
-    """TensorBoard's event files in a run's folder. Raises ConfigError when the package is not there."""
+    """TensorBoard's event files in a run's folder; what they told of steps from ``step`` on is void. A board that cannot be
+    written is left out, which a warning tells. Raises ConfigError when the package is not there.
 
-    def __init__(self, folder: Path) -> None:
+    They are written in place: torch's writer has a thread, whose errors are tracebacks.
+    """
+
+    def __init__(self, folder: Path, step: int = 1) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportMissingImports]
+            from tensorboard.compat.proto import event_pb2, summary_pb2  # pyright: ignore[reportMissingImports]
+            from tensorboard.summary.writer.record_writer import (  # pyright: ignore[reportMissingImports]
+                RecordWriter,
+            )
         except ImportError:
             raise ConfigError(
                 "tensorboard: true needs the package: pip install 'nextflow-ar[train]'"
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        events: Any = event_pb2  # its names are made when it is imported
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
+        self._place = folder / "tensorboard"
+        second, part = divmod(time.time_ns(), 10**9)  # files are read in the order of their names
+        name = f"events.out.tfevents.{second:010d}.{part:09d}.{socket.gethostname()}.{os.getpid()}"
+        self._writer: Any = None
+        try:
+            self._place.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter((self._place / name).open("wb"))
+            self._write(step, file_version="brain.Event:2")
+            self._write(step, session_log=events.SessionLog(status=events.SessionLog.START))
+            self._writer.flush()
+        except OSError as error:
+            self._give_up(error)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write the numbers among ``values``; the last word of a name is its group, so that likes stand together."""
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                group = name.rpartition("_")[2] if name.endswith(("_loss", "_right")) else "run"
-                self._writer.add_scalar(f"{group}/{name}", value, step)
-        self._writer.flush()
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    group = name.rpartition("_")[2] if name.endswith(("_loss", "_right")) else "run"
+                    told = self._summary.Value(tag=f"{group}/{name}", simple_value=value)
+                    self._write(step, summary=self._summary(value=[told]))
+            self._writer.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _write(self, step: int, **what: Any) -> None:
+        event = self._event(wall_time=time.time(), step=step, **what)
+        self._writer.write(event.SerializeToString())
+
+    def _give_up(self, error: OSError) -> None:
+        _LOG.warning(
+            "%s: cannot be written: %s; the run goes on without it", self._place, error.strerror or error
+        )
+        self.close()
 
     def close(self) -> None:
         """End the file."""
-        self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):  # every line has been written, or it is known that none can be
+                writer.close()

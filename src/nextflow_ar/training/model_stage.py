@@ -16,24 +16,14 @@ from torch import Tensor
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.data.episodes import EpisodeSource
 from nextflow_ar.data.loader import ShardLoader
-from nextflow_ar.model.checkpoint import (
-    Bundle,
-    load_architecture,
-    load_bundle,
-    load_generation,
-    save_bundle,
-)
+from nextflow_ar.model.checkpoint import Bundle, load_architecture, load_bundle, load_generation, save_bundle
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.precision import best_dtype, mixed_precision, precision_name
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import LayoutOptions
-from nextflow_ar.sequence.vocab import (
-    PreTrainedTokenizerFast,
-    Vocabulary,
-    load_text_tokenizer,
-)
+from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, Vocabulary, load_text_tokenizer
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training import adapters
@@ -228,39 +218,39 @@ class ModelTrainer:
             self.generator.set_state(state["generator"])
         self.step = state["step"]
         self.documents, self.tokens = state.get("seen", (0, 0))
+        self.episodes.skipped = state.get("skipped", 0)
         for number, loader in self.loaders.items():
             loader.restore(state["loaders"][str(number)])
 
     def save(self, *, background: bool = False) -> None:
         """Checkpoint everything that a bit-exact resume needs (playground batches follow from the step).
 
-        Of a sharded run, all processes call this together; ``background`` lets its training go on meanwhile.
+        All processes call this together. ``background`` lets a sharded run's training go on meanwhile.
         """
         self._stop_if_broken()
         facts = {
             "step": self.step,
             "bound": self.bound,
             "seen": (self.documents, self.tokens),
+            "skipped": self.episodes.skipped,
             "loaders": {str(number): loader.state() for number, loader in self.loaders.items()},
         }
         if self.shards is not None:
             self.shards.save(self.step, self._state(), facts, background=background)
             return
-        if self.world.rank:
-            return
+        self.run.save_together(self.world, lambda: self._whole_state() | facts)
+
+    def _whole_state(self) -> dict[str, Any]:
         assert isinstance(self.optimizer, StageOptimizer)
         model = self.model.state_dict()
         if self.recipe.lora is not None:  # the rest is in the folder that the run starts from
             model = {k: v for k, v in model.items() if k in self.averages}
-        self.run.save(
-            {
-                "model": model,
-                "averages": self.averages,
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-            }
-            | facts
-        )
+        return {
+            "model": model,
+            "averages": self.averages,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
 
     def correction(self) -> SelfCorrection | None:
         """Self-correction at this step, or None while it is off."""
@@ -348,8 +338,10 @@ class ModelTrainer:
         self.step += 1
         self.documents += documents
         self.tokens += seen
+        # What is told waits for the device, so that all that was queued is within the time.
+        found = meter.values(self.world.gather) | {"norm": float(norm)} if told else {}
         self.speed.add(time.perf_counter() - begun, flops, seen / size, documents / size)
-        return meter.values(self.world.gather) | {"norm": float(norm)} if told else {}
+        return found
 
     def _stop_if_broken(self) -> None:
         unseen, self._unseen = self._unseen, None
@@ -448,8 +440,10 @@ class ModelTrainer:
         recipe, first = self.recipe, self.world.rank == 0
         if self.step < self.pace.steps:
             self.self_test()
+            if first:
+                recipe.optimizer.warn(self.pace.steps)
         self.speed = Speedometer(peak_of(recipe.peak, self.device), self.world.size)
-        board = Board(recipe.out) if recipe.tensorboard and first else None
+        board = Board(recipe.out, self.step + 1) if recipe.tensorboard and first else None
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
         name = f"transformer ({precision_name(self.device, recipe.products)})"
         with progress_bar(name, recipe.steps, self.step, shown=first) as update, stop_request() as stop:
@@ -460,6 +454,8 @@ class ModelTrainer:
                 last = self.step == self.pace.steps
                 if told and first:
                     update(self.step, self._report(found, board))
+                if first and self.shards is not None:
+                    self.shards.checkpoints.look()
                 asked = self.world.any(stop())
                 if self.world.any(first and save()) or last or asked:
                     self.save(background=not (last or asked))

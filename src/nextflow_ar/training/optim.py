@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from nextflow_ar.config import ConfigError, within
 from nextflow_ar.precision import best_dtype
 
+_LOG = logging.getLogger(__name__)
+_CODEBOOK = "codebook"
+"""In the name of one that learns by gradient: points in space, which neither an orthogonal update nor decay suits."""
 _NOT_HIDDEN = ("embed", "head", "lm_head", "copy_gate")
 
 
@@ -21,8 +25,8 @@ _NOT_HIDDEN = ("embed", "head", "lm_head", "copy_gate")
 class OptimizerConfig:
     """``lr``: of AdamW (embeddings, heads, norms, biases). ``muon_lr``: of the hidden matrices and of adapters, in AdamW's
     units (the update is scaled to AdamW's root mean square); 0 gives those to AdamW as well. ``schedule``: "cosine" over
-    the whole run, or "constant" with a linear fall over the last ``decay`` share of the steps; both end at ``final`` times
-    the peak.
+    the whole run, or "constant" with a linear fall over the last ``decay`` share of the steps (from the end of the warmup
+    on, where that is later); both end at ``final`` times the peak.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -49,10 +53,18 @@ class OptimizerConfig:
         """Share of the peak rate at ``step`` of ``steps``."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        start = self.warmup if self.schedule == "cosine" else int(steps * (1 - self.decay))
+        start = self.warmup
+        if self.schedule == "constant":
+            start = max(start, int(steps * (1 - self.decay)))
         progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
         fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0 - progress
         return self.final + (1 - self.final) * fall
+
+    def warn(self, steps: int) -> None:
+        """Log it where a run of so many steps ends within its warmup: right for a trial, not for a run."""
+        if steps <= self.warmup:
+            told = "optimizer: a warmup of %d steps in a run of %d: the rate never falls, and ends at %d %% of its peak"
+            _LOG.warning(told, self.warmup, steps, round(100 * self.factor(steps - 1, steps)))
 
 
 class StackedMuon(torch.optim.Muon):
@@ -114,9 +126,6 @@ class StageOptimizer:
         self.config = config
         self._rows: list[tuple[nn.Parameter, Tensor, nn.Parameter]] = []
         self._named: dict[str, nn.Parameter] = {}
-        hidden: list[nn.Parameter] = []
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
         for name, parameter in named:
             if not parameter.requires_grad:
                 continue
@@ -125,12 +134,7 @@ class StageOptimizer:
                 whole, parameter = parameter, nn.Parameter(parameter.detach()[index].clone())
                 self._rows.append((whole, index, parameter))
             self._named[name] = parameter
-            if parameter.ndim < 2:
-                plain.append(parameter)
-            elif config.muon_lr == 0 or any(word in name for word in _NOT_HIDDEN):
-                decayed.append(parameter)
-            else:
-                hidden.append(parameter)
+        decayed, plain, hidden = ([self._named[name] for name in names] for names in self._dealt())
         self.parameters = hidden + decayed + plain
         groups = [
             {"params": decayed, "weight_decay": config.weight_decay},
@@ -161,6 +165,22 @@ class StageOptimizer:
     def names(self) -> list[str]:
         """Names of all that trains."""
         return list(self._named)
+
+    def _dealt(self, *, apart: bool = True) -> tuple[list[str], list[str], list[str]]:
+        """Names of AdamW's parameters with decay, of those without, and of Muon's. ``apart``: a codebook is of the second
+        kind; earlier versions took it for any other matrix.
+        """
+        decayed: list[str] = []
+        plain: list[str] = []
+        hidden: list[str] = []
+        for name, parameter in self._named.items():
+            if parameter.ndim < 2 or (apart and _CODEBOOK in name):
+                plain.append(name)
+            elif self.config.muon_lr == 0 or any(word in name for word in _NOT_HIDDEN):
+                decayed.append(name)
+            else:
+                hidden.append(name)
+        return decayed, plain, hidden
 
     def step(self, factor: float, idle: Container[str] = ()) -> Tensor:
         """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping, a
@@ -200,7 +220,7 @@ class StageOptimizer:
         """
         ours = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
         try:
-            for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            for optimizer, values in zip(self.optimizers, self._as_dealt(state["optimizers"]), strict=True):
                 optimizer.load_state_dict(values)
         except ValueError:
             raise ConfigError(
@@ -209,3 +229,20 @@ class StageOptimizer:
         for optimizer, groups in zip(self.optimizers, ours, strict=True):
             for group, before in zip(optimizer.param_groups, groups, strict=True):
                 group |= {k: before[k] for k in ("lr", "weight_decay", "betas") if k in before}
+
+    def _as_dealt(self, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The states, those of an earlier version as this one deals its parameters out (see :meth:`_dealt`): moments that
+        Muon had of a codebook are not AdamW's, which begins anew.
+        """
+        before, now = self._dealt(apart=False), self._dealt()
+        sizes = [len(group["params"]) for state in states for group in state["param_groups"]]
+        expected = [len(names) for names in (before if before[2] else before[:2])]
+        if before == now or sizes != expected:
+            return states
+        found = []
+        orders = zip((before[0] + before[1], before[2]), (now[0] + now[1], now[2]), strict=True)
+        for optimizer, state, (old, new) in zip(self.optimizers, states, orders, strict=False):
+            known = {name: state["state"][i] for i, name in enumerate(old) if i in state["state"]}
+            kept = {i: known[name] for i, name in enumerate(new) if name in known}
+            found.append({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+        return found

@@ -33,6 +33,7 @@ from rich.progress import (
 
 from nextflow_ar.config import ConfigError, load_yaml
 from nextflow_ar.storage import StorageError, check_replaceable, first_line, write_atomic, write_stream
+from nextflow_ar.training.parallel import World
 
 _CHECKPOINT = "checkpoint.pt"
 _WARM, _FAR = 25, 10**9
@@ -120,6 +121,19 @@ class RunFolder:
         """Replace the checkpoint atomically; the old one survives a full disk."""
         write_stream(self.path / _CHECKPOINT, lambda file: _save(state, file))
 
+    def save_together(self, world: World, state: Callable[[], dict[str, Any]]) -> None:
+        """The same by the first process alone; all call this, and none goes on before it is done: where one ends earlier,
+        torchrun kills the one that writes. Raises StorageError on every one.
+        """
+        trouble: StorageError | None = None
+        if world.rank == 0:
+            try:
+                self.save(state())
+            except StorageError as error:
+                trouble = error
+        if world.any(trouble is not None):
+            raise trouble or StorageError(f"{self.path}: the first process could not write the checkpoint")
+
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None at a run's beginning. Raises StorageError when it is damaged."""
         path = self.path / _CHECKPOINT
@@ -167,14 +181,16 @@ def progress_bar(title: str, total: int, done: int = 0, *, shown: bool = True) -
 def stop_request() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether the user (Ctrl-C) or the system (SIGTERM, SIGUSR1) has asked to stop.
 
-    A loop asks between steps, checkpoints and raises KeyboardInterrupt; a second signal stops at once, except SIGUSR1,
-    which clusters may send twice.
+    A loop asks between steps, checkpoints and raises KeyboardInterrupt. Only a second Ctrl-C stops at once: the others
+    come twice where a cluster signals every process and torchrun passes on its own.
     """
-    asked = threading.Event()
+    asked, interrupted = threading.Event(), threading.Event()
 
     def handle(number: int, _: object) -> None:
-        if asked.is_set() and number != signal.SIGUSR1:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            interrupted.set()
         asked.set()
 
     main = threading.current_thread() is threading.main_thread()

@@ -86,18 +86,23 @@ class Shards:
     def gather(
         self, model: NextFlowModel, averages: Mapping[str, Tensor], device: torch.device
     ) -> NextFlowModel | None:
-        """The averaged model, whole, for the first process to draw with; None on the others, and where that one has no room
-        (a warning says so). To be called by all together.
+        """The averaged model, whole, for the first process to draw with; None on the others, and where any has no room for
+        its part in it (a warning says so). To be called by all together.
         """
         dtype, first = best_dtype(device), self.world.rank == 0
         room: dict[str, Tensor] = {}
+        full = False
         try:
             if first:
                 room = sharded.room(model, dtype, device)
+            _try_room(model, dtype, device)  # what fails within the gathering would leave the others waiting
         except torch.OutOfMemoryError:
-            _LOG.warning("no sample sheet: the whole model does not fit beside this process's part of it")
-        full = first and not room
-        return None if self.world.any(full) else sharded.gather(model, averages, dtype, room)
+            full = True
+        if self.world.any(full):
+            if first:
+                _LOG.warning("no sample sheet: the whole model does not fit beside a process's part of it")
+            return None
+        return sharded.gather(model, averages, dtype, room)
 
     def save(self, step: int, state: State, facts: dict[str, Any], *, background: bool) -> None:
         """Write a step's checkpoint, all processes together. Raises StorageError."""
@@ -113,6 +118,13 @@ class Shards:
             raise StorageError(f"{self.checkpoints.folder}: the checkpoint's facts.json is no training's")
         state.generator.set_state(tensors["generator"])
         return facts
+
+
+def _try_room(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises OutOfMemoryError where the largest gathered tensor, beside this process's part of it, does not fit."""
+    largest = max(model.state_dict().values(), key=lambda t: t.numel())
+    kind = dtype if largest.is_floating_point() else largest.dtype
+    _ = [torch.empty(t.shape, dtype=kind, device=device) for t in (largest, sharded.local(largest))]
 
 
 class State:

@@ -177,6 +177,7 @@ class TeacherTrainer:
         """Train to the last step; returns the folder with the teacher, as transformers saves a SigLIP2."""
         recipe, save, ahead = self.recipe, Every(120), Ahead(self.pairs, self.recipe.steps)
         self.run.rewind(self.step)
+        recipe.optimizer.warn(recipe.steps)
         with progress_bar("teacher", recipe.steps, self.step) as update, stop_request() as stop:
             while self.step < recipe.steps:
                 found = self.losses(ahead.get(self.step))

@@ -368,6 +368,7 @@ class TokenizerTrainer:
         recipe, first = self.recipe, self.world.rank == 0
         if first:
             self.run.rewind(self.step)
+            recipe.optimizer.warn(self.pace.steps)
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
         told = precision_name(self.device, recipe.precision)
         bar = progress_bar(f"tokenizer ({recipe.trains}, {told})", recipe.steps, self.step, shown=first)
