@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import pickle
 import platform
@@ -996,3 +997,18 @@ def test_the_ways_to_share_the_work(
     assert "extraction with Ray needs it: pip install 'nextflow-ar[ray]'" in capsys.readouterr().err
     assert run([*options, "--batch", "2"]) == 0
     assert "6 rows written" in capsys.readouterr().out
+
+
+def test_shards_of_before_words_counted_are_as_good_as_they_were(
+    tmp_path: Path,
+) -> None:
+    """Their digests are of names and ranges alone; a corpus is not extracted again for that."""
+    rows = [{"text": f"row {i}"} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    source = open_source(tmp_path / "x.parquet")
+    now, before = extraction._known_items(source, 0, 4)
+    assert before == hashlib.sha256(json.dumps([("", 0, 4)]).encode()).hexdigest()[:16] != now
+    rows[2]["text"] = "another"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    changed, same = extraction._known_items(open_source(tmp_path / "x.parquet"), 0, 4)
+    assert changed != now and same == before

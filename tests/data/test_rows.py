@@ -54,6 +54,14 @@ FORMS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
         [USER, ("what?", "user", False), ("a dog", "assistant", True)],
     ),
     (
+        {"images": ["a.png", "b.png"], "prompt": "which is red?", "response": "the first"},
+        [USER, USER, ("which is red?", "user", False), ("the first", "assistant", True)],
+    ),
+    (
+        {"images": ["a.png"], "question": "what?", "answer": "a dog"},
+        [USER, ("what?", "user", False), ("a dog", "assistant", True)],
+    ),
+    (
         {"source": "a.png", "instruction": "red", "target": "b.png"},
         [USER, ("red", "user", False), DRAWN],
     ),
@@ -267,9 +275,11 @@ def test_a_table_of_pictures_is_read_as_one_wherever_it_lies(tmp_path: Path) -> 
     ("values", "message"),
     [
         ({"img": "a.png", "text": "a dog"}, "nothing reads 'img', which is a picture: name it image"),
-        ({"jpg": b"x", "text": "a dog"}, "nothing reads 'jpg', which is a picture"),
-        ({"picture": {"bytes": b"x", "path": None}, "text": "a"}, "nothing reads 'picture'"),
-        ({"url": "https://x.org/a.JPG", "text": "a dog"}, "nothing reads 'url', which is a picture"),
+        ({"jpg": png(), "text": "a dog"}, "nothing reads 'jpg', which is a picture"),
+        ({"mp4": b"x", "text": "a dog"}, "nothing reads 'mp4', which is a picture"),
+        ({"cover": {"bytes": png(), "path": None}, "text": "a"}, "nothing reads 'cover'"),
+        ({"images": [None, "a.png"], "text": "a"}, "nothing reads 'images'"),
+        ({"image_url": "https://x.org/a.JPG", "text": "a dog"}, "nothing reads 'image_url', which is a picture"),
         ({"img": "a.png", "messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}, "reads 'img'"),
         ({"image": "a.png", "prompt": "what?", "answer": "a dog"}, "nothing reads 'answer': question \\+ answer or"),
         ({"image": "a.png", "text": "what?", "response": "a dog"}, "nothing reads 'response'"),
@@ -280,8 +290,20 @@ def test_words_whose_picture_or_answer_nothing_reads_are_an_error(
 ) -> None:
     with pytest.raises(RowError, match=f"x:1: .*{message}"):
         parse_row(values, "x:1")
-    plain = parse_row({"text": "a dog", "url": "https://x.org/page", "file": "notes.pdf"}, "x:1")
-    assert told(plain) == [("a dog", "assistant", True)] and plain.ignored == {"url", "file"}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"url": "https://www.gov.im/"}, {"url": "https://x.org/a.jpg"}, {"title": "Foo.gif"}, {"minhash": b"\0\1"},
+        {"audio": {"bytes": b"RIFF", "path": "a.wav"}}, {"id": "a.png"}, {"source": "wiki/a.png"}, {"file": "notes.pdf"},
+        {"images": []}, {"image": None},
+    ],
+)  # fmt: skip
+def test_words_with_addresses_and_names_beside_them_are_plain_text(beside: dict[str, Any]) -> None:
+    plain = parse_row({"text": "a dog"} | beside, "x:1")
+    assert told(plain) == [("a dog", "assistant", True)]
+    assert plain.ignored == {key for key, value in beside.items() if value is not None}
 
 
 def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:

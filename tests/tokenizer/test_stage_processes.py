@@ -140,8 +140,8 @@ def test_the_log_is_of_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return dict(mine)
 
     monkeypatch.setattr(one, "advance", step)
-    write = one._write
-    monkeypatch.setattr(one, "_write", lambda _: write([torch.zeros(1)] * 2))
+    state = one._state
+    monkeypatch.setattr(one, "_state", lambda _: state([torch.zeros(1)] * 2))
     one.fit()
     found = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert found["mse"] == pytest.approx(mine["mse"] + 0.5, abs=1e-6) and found["broken"] == 1

@@ -18,6 +18,7 @@ from nextflow_ar.data.rows import RowError, printable
 from nextflow_ar.data.sources import SourceError
 
 _TABLES = ("metadata.jsonl", "captions.jsonl", "manifest.jsonl")
+_UNREAD = ("metadata.csv", "metadata.parquet")
 _NUMBERED = re.compile(r"(frame[-_ ]?)?\d+", re.IGNORECASE)
 _TIMED = re.compile(r"\[(\d+(?:\.\d+)?)\]\s*(.*)")
 _SLOWEST = 1e-4  # frames per second, one in three hours: a slower clip would be looked at without end
@@ -89,7 +90,7 @@ def _no_tables(path: Path, folders: Iterable[Path]) -> None:
     """Raises SourceError for a table in the folders of clips below ``path`` or above them: its captions would be lost."""
     above = {up for folder in folders for up in (folder, *folder.parents) if up.is_relative_to(path)}
     for folder in sorted(above):
-        found = [p.name for p in folder.iterdir() if p.name in _TABLES or p.name.startswith("metadata.")]
+        found = [p.name for p in folder.iterdir() if p.name in _TABLES or p.name in _UNREAD]
         if found and folder == path:
             raise SourceError(
                 f"{path}: {min(found)} is not read: make it metadata.jsonl, a line of JSON a clip, or move it away"

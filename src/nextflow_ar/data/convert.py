@@ -221,12 +221,19 @@ class _Journal:
         anew = f"remove {self.path} and the files beside it, or name another file"
         try:
             known = json.loads(self.path.read_bytes())
-            setting, self.broken = known["setting"], {str(int(n)): str(w) for n, w in known["broken"].items()}
+            setting, self.broken = (
+                dict(known["setting"]),
+                {str(int(n)): str(w) for n, w in known["broken"].items()},
+            )
             self.held = [(int(stop), str(items)) for stop, items in known.get("held", [])]
             self.files = [self.out.with_name(Path(name).name) for name in known["files"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:100]
             raise StorageError(f"{self.path}: damaged ({type(error).__name__}: {reason}): {anew}") from None
+        if "video" not in setting:
+            raise StorageError(
+                f"{self.out}: an earlier version stopped there, whose list does not say of what: {anew}"
+            )
         if setting != self.setting:
             raise StorageError(
                 f"{self.out}: a conversion of another source or size was stopped there: {anew}"

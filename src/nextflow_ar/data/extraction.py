@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from nextflow_ar.data.code_shards import (
 )
 from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart, printable
 from nextflow_ar.data.sources import Source, SourceError, spans_of
+from nextflow_ar.data.spans import Span
 from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invertible
 from nextflow_ar.data.video import VideoSource
@@ -155,7 +157,7 @@ def settled(out: Path, number: int, source: Source, rows: int, fingerprint: str)
         return False
     shard = CodeShard(path, fingerprint)
     held = rows if shard.read is None else shard.read
-    if shard.items and shard.items != _items(source, first, first + held):
+    if shard.items and shard.items not in _known_items(source, first, first + held):
         _LOG.warning("%s: rows %d to %d are others by now: extracted again", path, first, first + held - 1)
         return False
     try:
@@ -176,9 +178,22 @@ def none_behind(out: Path, number: int) -> None:
 
 
 def _items(source: Source, first: int, stop: int) -> str:
-    """Digest of what rows of a source are of; "" where it cannot tell."""
+    """Digest of what rows of a source are of and say; "" where it cannot tell."""
     found = spans_of(source, first, stop)
-    return "" if found is None else hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    return "" if found is None else _digest(found)
+
+
+def _digest(spans: Sequence[Span]) -> str:
+    return hashlib.sha256(json.dumps(spans).encode()).hexdigest()[:16]
+
+
+def _known_items(source: Source, first: int, stop: int) -> tuple[str, ...]:
+    """:func:`_items`, and what it was before the words of all kinds of files counted: such shards stay as good."""
+    found = spans_of(source, first, stop)
+    if found is None:
+        return ("",)
+    before = [(re.sub(r" [0-9a-f]{8}$", "", str(name)), *rest[:2]) for name, *rest in found if len(rest) > 1]
+    return _digest(found), _digest(before)
 
 
 def note_broken(out: Path, who: str, broken: dict[str, str], first: int, rows: int) -> None:

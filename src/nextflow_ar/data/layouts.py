@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
+import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ MARK = "<image>"
 """Where a picture stands in the text of a dialogue (LLaVA's convention)."""
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"})
+_PICTURES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".tga"}
+)
 _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "bot": "assistant",
@@ -42,7 +46,8 @@ def plain_form(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], frozenset[
         return values, frozenset()
     for needed, form, read in _LAYOUTS:
         if needed <= present and (form is not _interleaved or _has_gaps(values["images"], values["texts"])):
-            return form(values), frozenset(read & present)
+            unsaid = set() if isinstance(values.get("system"), str) else {"system"}
+            return form(values), frozenset(read & present - unsaid)
     edit = [next((name for name in names if name in present), None) for names in _EDITS]
     if all(edit):
         names = [str(name) for name in edit]
@@ -66,18 +71,34 @@ def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, A
 
 
 def names_picture(value: object) -> bool:
-    """Whether a value is a picture's or clip's bytes, or the name of a file of one."""
-    if isinstance(value, Mapping):  # as Hugging Face stores pictures
-        return isinstance(value.get("bytes"), bytes | bytearray) or names_picture(value.get("path"))
+    """Whether a value is the name of a picture's or clip's file."""
+    suffix = Path(value).suffix.lower() if isinstance(value, str) and len(value) < 4096 else ""
+    return suffix in _PICTURES | VIDEO_SUFFIXES
+
+
+def holds_picture(key: str, value: object) -> bool:
+    """Whether an entry that no form reads is a picture or clip: bytes of one, the name of a file under a key that says so
+    (text has addresses and titles that end like one), an address of one under such a key, or a list with any.
+    """
+    if isinstance(value, Mapping):  # as Hugging Face stores pictures, and sounds
+        data = value.get("bytes")
+        return holds_picture(key, data if data is not None else value.get("path"))
+    if isinstance(value, list):
+        return any(holds_picture(key, one) for one in value)
     if isinstance(value, str):
-        return len(value) < 4096 and Path(value).suffix.lower() in _suffixes()
-    return isinstance(value, bytes | bytearray | PILImage.Image)
+        said = re.search("image|img|pic|photo|frame|video|clip|file|path|jpe?g|png", key.lower())
+        return said is not None and names_picture(value)
+    if isinstance(value, bytes | bytearray):
+        return "." + key.rpartition(".")[2] in VIDEO_SUFFIXES or _is_picture(bytes(value))
+    return isinstance(value, PILImage.Image)
 
 
-@cache
-def _suffixes() -> frozenset[str]:
-    readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
-    return VIDEO_SUFFIXES | readable
+def _is_picture(data: bytes) -> bool:
+    try:
+        with PILImage.open(io.BytesIO(data)):
+            return True
+    except Exception:  # Pillow's formats fail in their own ways
+        return False
 
 
 def _edit(values: Mapping[str, Any], source: str, target: str, instruction: str) -> dict[str, Any]:
@@ -157,7 +178,7 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     given = values.get("images") if values.get("images") is not None else values.get("image")
     pictures = list(given) if isinstance(given, list) else [] if given is None else [given]
     segments: list[dict[str, Any]] = []
-    if (system := values.get("system")) is not None and str(system).strip():
+    if isinstance(system := values.get("system"), str) and system.strip():
         segments.append({"text": system, "role": "system", "supervised": False})
     used = 0
     for i, turn in enumerate(turns):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from nextflow_ar.data.layouts import LayoutError, names_picture, plain_form
+from nextflow_ar.data.layouts import LayoutError, holds_picture, plain_form
 from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture, to_rgb
 
 Role = Literal["system", "user", "assistant"]
@@ -194,7 +194,7 @@ class _Reader:
 
     def sound(self, row: Row, given: Mapping[str, Any], left: Set[str]) -> Row:
         """The row, with the keys that nothing read; it must not be that its picture is among them."""
-        lost = [] if row.pictures else sorted(key for key in left if names_picture(given.get(key)))
+        lost = [] if row.pictures else sorted(key for key in left if holds_picture(key, given.get(key)))
         if lost:
             raise self.fail(
                 f"it has words alone, and nothing reads {lost[0]!r}, which is a picture: name it image (or file_name)"
@@ -274,6 +274,16 @@ def _question(r: _Reader, v: Mapping[str, Any]) -> Row:
     )
 
 
+def _about_several(r: _Reader, v: Mapping[str, Any]) -> Row:
+    if not isinstance(v["images"], list):
+        raise r.fail("images is a list")
+    asked, answer = ("question", "answer") if v.get("question") is not None else ("prompt", "response")
+    pictures = [r.picture(image, f"images[{i}]", supervised=False) for i, image in enumerate(v["images"])]
+    return r.row(
+        *pictures, r.text(v[asked], asked, supervised=False), r.text(v[answer], answer, supervised=True)
+    )
+
+
 def _answer(r: _Reader, v: Mapping[str, Any]) -> Row:
     return _question(r, {"image": v["image"], "question": v["prompt"], "answer": v["response"]})
 
@@ -305,6 +315,8 @@ _FORMS = (
     (frozenset({"source", "instruction", "target"}), _edit),
     (frozenset({"image", "question", "answer"}), _question),
     (frozenset({"image", "prompt", "response"}), _answer),
+    (frozenset({"images", "question", "answer"}), _about_several),
+    (frozenset({"images", "prompt", "response"}), _about_several),
     (frozenset({"images", "texts"}), _story),
     (frozenset({"image", "prompt"}), _drawing),
     (frozenset({"image", "caption"}), _captioned),

@@ -453,6 +453,8 @@ def _shard_row(members: dict[str, bytes], where: str, shard: Path) -> Row | RowE
         elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
             name, dot, _ = suffix.rpartition(".")
             pictures[name if dot else "image"] = data  # "0001.source.png" is the key "source"
+        elif "." + suffix in VIDEO_SUFFIXES:
+            values.setdefault(suffix, data)  # nothing reads it, which is to be told
     if "segments" in values:
         return _row(_filled(values, pictures), where, shard)
     return _row(values | pictures, where, shard)  # a name that is no file of it is in no other folder

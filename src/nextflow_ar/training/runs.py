@@ -123,16 +123,17 @@ class RunFolder:
 
     def save_together(self, world: World, state: Callable[[], dict[str, Any]]) -> None:
         """The same by the first process alone; all call this, and none goes on before it is done: where one ends earlier,
-        torchrun kills the one that writes. Raises StorageError on every one.
+        torchrun kills the one that writes. Raises StorageError on every one (the first: what it met).
         """
-        trouble: StorageError | None = None
+        trouble: Exception | None = None
         if world.rank == 0:
             try:
                 self.save(state())
-            except StorageError as error:
+            except Exception as error:  # of whatever kind: the others wait
                 trouble = error
         if world.any(trouble is not None):
-            raise trouble or StorageError(f"{self.path}: the first process could not write the checkpoint")
+            (why, *_) = world.gather("" if trouble is None else first_line(trouble, 500))
+            raise trouble or StorageError(why)
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None at a run's beginning. Raises StorageError when it is damaged."""

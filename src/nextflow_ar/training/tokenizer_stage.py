@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from nextflow_ar.config import ConfigError
 from nextflow_ar.data.pictures import PictureBatch, PictureMixture
 from nextflow_ar.precision import mixed_precision, precision_name
-from nextflow_ar.storage import StorageError, first_line, write_atomic
+from nextflow_ar.storage import write_atomic
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.losses import (
     PatchDiscriminator,
@@ -174,18 +174,12 @@ class TokenizerTrainer:
         """Checkpoint everything that a bit-exact resume needs. All processes call this together, and none returns before
         it is written. Raises StorageError, on every one, where it cannot be.
         """
-        states, failed = self._exchange(self.generator.get_state()), None
-        if self.world.rank == 0:
-            try:
-                self._write(states)
-            except Exception as error:
-                failed = error
-        # All wait here: torchrun ends the first process, in the middle of its checkpoint, when another one leaves.
-        if self.world.any(failed is not None):
-            (why, *_) = self.world.gather("" if failed is None else first_line(failed, 500))
-            raise failed or StorageError(why)
+        states = self._exchange(self.generator.get_state())
+        self.run.save_together(self.world, lambda: self._state(states))
 
-    def _write(self, generators: list[Tensor]) -> None:
+    def _state(self, generators: list[Tensor]) -> dict[str, Any]:
+        if self.broken:
+            write_atomic(self.run.path / "broken.json", json.dumps(self.broken, indent=1).encode())
         q = self.model.quantizer
         state = {
             "model": self.model.state_dict(),
@@ -202,9 +196,7 @@ class TokenizerTrainer:
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["critic"] = self.critic.state_dict()
-        self.run.save(state)
-        if self.broken:
-            write_atomic(self.run.path / "broken.json", json.dumps(self.broken, indent=1).encode())
+        return state
 
     def _exchange(self, said: T) -> list[T]:
         """What every process says, by rank; they also learn from one another which files cannot be read."""
