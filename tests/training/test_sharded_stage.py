@@ -232,10 +232,7 @@ def test_a_sheet_is_drawn_with_the_whole_averaged_model(place: Path, two: list[d
 
 def test_no_process_leaves_before_the_first_has_saved_for_all(two: list[dict[str, Any]]) -> None:
     """torchrun would kill it in the middle of that."""
-    assert [found["together"] for found in two] == [
-        [True, "no space"],
-        [True, "run: the first process could not write the checkpoint"],
-    ]
+    assert [found["together"] for found in two] == [[True, "no space"]] * 2
 
 
 def test_a_sheet_without_room_ends_no_training(place: Path, caplog: pytest.LogCaptureFixture) -> None:
