@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from nextflow_ar.data.layouts import VIDEO_SUFFIXES, LayoutError, coco_rows, image_folder
 from nextflow_ar.data.parquet_rows import group_rows, told_in
 from nextflow_ar.data.rows import Row, RowError, parse_row
-from nextflow_ar.data.spans import Span, checksum, named, overlapping, words
+from nextflow_ar.data.spans import Span, checksum, file_spans, words
 from nextflow_ar.data.tar_members import by_key, content, goes_on, told_by_key
 
 if TYPE_CHECKING:
@@ -149,16 +149,7 @@ class _Files(ABC):
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """See :func:`spans_of`."""
-        files = {str(path): path for path in self.files}
-        counts = ((name, self._known(path)) for name, path in files.items())
-        return [
-            (named(files[name], self.files), low, high, self._print(files[name], low, high))
-            for name, low, high in overlapping(counts, start, stop)
-        ]
-
-    def _print(self, path: Path, start: int, stop: int) -> int:
-        """Checksum of what is told in words in rows ``start`` to ``stop`` of a file."""
-        raise NotImplementedError
+        return file_spans(self.files, self._known, self._print, start, stop)
 
     def _known(self, path: Path) -> int:
         if path not in self._counts:
@@ -170,6 +161,10 @@ class _Files(ABC):
 
     @abstractmethod
     def _read(self, path: Path, start: int) -> Iterator[Row | RowError]: ...
+
+    @abstractmethod
+    def _print(self, path: Path, start: int, stop: int) -> int:
+        """Checksum of what is told in words in rows ``start`` to ``stop`` of a file."""
 
 
 class JsonlSource(_Files):
@@ -210,16 +205,10 @@ class JsonlSource(_Files):
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """See :func:`spans_of`; lines mean the same in a file of any name."""
-        found: list[Span] = []
-        for path in self.files:
-            low, high = max(0, start), min(stop, self._known(path))
-            if low < high:
-                lines = (line for _, line in self._lines(path, low))
-                found.append((checksum(islice(lines, high - low)),))
-            start, stop = start - self._known(path), stop - self._known(path)
-            if stop <= 0:
-                break
-        return found
+        return [(told,) for *_, told in super().spans(start, stop)]
+
+    def _print(self, path: Path, start: int, stop: int) -> int:
+        return checksum(line for _, line in islice(self._lines(path, start), stop - start))
 
 
 class JsonSource(_Files):
@@ -293,12 +282,11 @@ class ParquetSource:
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """See :func:`spans_of`."""
-        files = {str(path): path for path in self.files}
-        counts = ((name, self._count(path)) for name, path in files.items())
-        return [
-            (named(files[name], self.files), low, high, told_in(self._opened(files[name]), low, high))
-            for name, low, high in overlapping(counts, start, stop)
-        ]
+
+        def told(path: Path, low: int, high: int) -> int:
+            return told_in(self._opened(path), low, high)
+
+        return file_spans(self.files, self._count, told, start, stop)
 
     def _count(self, path: Path) -> int:
         if path not in self._counts:

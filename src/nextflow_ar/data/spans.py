@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 Span = tuple[str | int, ...]
@@ -33,6 +33,25 @@ def overlapping(files: Iterable[tuple[str, int]], start: int, stop: int) -> Iter
         if low < high:
             yield name, low - at, high - at
         at += count
+
+
+def file_spans(
+    files: list[Path],
+    count: Callable[[Path], int],
+    told: Callable[[Path, int, int], int],
+    start: int,
+    stop: int,
+) -> list[Span]:
+    """Of rows ``start`` to ``stop`` of files one after the other: name, which of its rows, checksum of their words.
+
+    ``count``: rows of a file; ``told``: that checksum.
+    """
+    by_name = {str(path): path for path in files}
+    counts = ((name, count(path)) for name, path in by_name.items())
+    return [
+        (named(by_name[name], files), low, high, told(by_name[name], low, high))
+        for name, low, high in overlapping(counts, start, stop)
+    ]
 
 
 def words(data: bytes) -> str | None:

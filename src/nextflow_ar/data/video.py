@@ -25,7 +25,7 @@ from pydantic import ConfigDict
 from nextflow_ar.data.clips import Clip, frame_files
 from nextflow_ar.data.motion import MotionConfig, compare, load_cv2, shrink
 from nextflow_ar.data.rows import LeftOut, Part, PicturePart, PictureRef, Row, RowError, TextPart, printable
-from nextflow_ar.data.sources import Span, overlapping
+from nextflow_ar.data.spans import Span, overlapping
 from nextflow_ar.tokenizer.pictures import PictureError, open_picture
 
 _MOST_LOOKS = 1000  # a second
