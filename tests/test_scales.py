@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextflow_ar.scales import BASE_SIZES, FINAL_GRIDS, LEVELS, ScaleSchedule
+from nextflow_ar.scales import BASE_SIZES, FINAL_GRIDS, LEVELS, ScaleSchedule, final_of
 
 PAPER_GRIDS = (
     "32x128 32x124 32x120 32x116 36x112 36x104 36x108 40x100 40x96 44x92 44x88 44x84 48x84 48x80 "
@@ -89,6 +89,32 @@ def test_nearest_by_hand() -> None:
     assert ScaleSchedule.nearest(512, 768, 18).final == (52, 76)  # 3:2
     assert ScaleSchedule.nearest(1080, 1920, 18).final == (48, 84)  # 16:9
     assert ScaleSchedule.nearest(1920, 1080, 18).final == (84, 48)
+
+
+def test_a_canvas_has_one_schedule_by_hand() -> None:
+    wide = ScaleSchedule.nearest(400, 600, 8)  # 52x76 is nearest, 48x80 nearer to the 6x10 that both round to
+    assert wide == ScaleSchedule.from_final((48, 80), 8) and wide.num_tokens == 189
+    assert wide.grids[5:] == ((4, 8), (5, 9), (6, 10))
+    other = ScaleSchedule.from_final((52, 76), 8)
+    assert other.final == (6, 10) and other.num_tokens == 195 and wide.canonical and not other.canonical
+    assert final_of((6, 10), 8) == (48, 80) and final_of((6, 11), 8) == (44, 88)
+    assert final_of((6, 10), 7) is None and final_of((64, 64), 18) == (64, 64)
+    assert ScaleSchedule.nearest(480, 640, 8) == ScaleSchedule.from_final((56, 72), 8)  # 4:3: nobody else's
+    assert not ScaleSchedule(((1, 1), (3, 3))).canonical
+    with pytest.raises(ValueError, match="1 to 18, got 19"):
+        final_of((1, 1), 19)
+
+
+@pytest.mark.parametrize("scales", range(1, 19))
+def test_every_picture_of_a_canvas_has_its_schedule(scales: int) -> None:
+    every = [ScaleSchedule.from_final(final, scales) for final in FINAL_GRIDS]
+    own = {schedule.final: schedule for schedule in every if schedule.canonical}
+    assert {schedule.final for schedule in every} == set(own)
+    assert sum(s.canonical for s in every) == (41 if scales >= 12 else sum(s in own.values() for s in every))
+    for height, width in FINAL_GRIDS:
+        found = ScaleSchedule.nearest(height, width, scales)
+        assert found == own[ScaleSchedule.from_final((height, width), scales).final]
+        assert final_of(found.final, scales) in FINAL_GRIDS
 
 
 def test_prefix_and_bad_schedules() -> None:

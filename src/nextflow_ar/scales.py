@@ -1,14 +1,16 @@
 """Scale schedules: which grids an image is predicted on, coarse to fine (paper section 2.2).
 
 An image is a list of S grids ``(h_1, w_1) = (1, 1), ..., (h_S, w_S)``. The square base below and one final grid per
-aspect ratio fix every schedule; nothing else in the project derives a grid.
+aspect ratio fix every schedule; nothing else in the project derives a grid. Below 12 scales several aspect ratios round to
+one last grid and differ in the grids before it: all pictures of that size, whether they are extracted, read or drawn, then
+have the schedule of the ratio nearest to that grid's own (:func:`final_of`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 Grid = tuple[int, int]
 
@@ -65,7 +67,7 @@ class ScaleSchedule:
 
     @classmethod
     def nearest(cls, height: float, width: float, num_scales: int) -> ScaleSchedule:
-        """Schedule whose aspect ratio is nearest (in log ratio) to ``height : width``; the first wins a tie.
+        """Schedule of the canvas whose aspect ratio is nearest (in log ratio) to ``height : width``; the first wins a tie.
 
         Raises ValueError for sides that are not positive or a ratio beyond 1:4 or 4:1 by more than a tenth.
         """
@@ -77,7 +79,8 @@ class ScaleSchedule:
                 f"no schedule covers {width}x{height}: aspect ratios from 1:4 to 4:1 are accepted"
             )
         best = min(FINAL_GRIDS, key=lambda g: max(g[0] / g[1] / ratio, ratio / (g[0] / g[1])))
-        return cls.from_final(best, num_scales)
+        last = cls.from_final(best, num_scales).final
+        return cls.from_final(_finals(num_scales)[last], num_scales)
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -108,6 +111,12 @@ class ScaleSchedule:
         """Tokens of the whole image (T)."""
         return self.offsets[-1]
 
+    @cached_property
+    def canonical(self) -> bool:
+        """Whether it is the one schedule that pictures on its last grid have (shards of before may hold another one)."""
+        final = final_of(self.final, len(self))
+        return final is not None and ScaleSchedule.from_final(final, len(self)).grids == self.grids
+
     def prefix(self, num_scales: int) -> ScaleSchedule:
         """The first ``num_scales`` scales as a schedule of their own."""
         if not 1 <= num_scales <= len(self):
@@ -117,3 +126,24 @@ class ScaleSchedule:
     def image_size(self, downsample: int) -> tuple[int, int]:
         """(height, width) in pixels of the picture that the final grid covers."""
         return self.final[0] * downsample, self.final[1] * downsample
+
+
+def final_of(grid: Grid, num_scales: int) -> Grid | None:
+    """Which of :data:`FINAL_GRIDS` fixes the schedule of a picture whose last of ``num_scales`` grids is ``grid`` (h, w):
+    of several that round to it the nearest to its own ratio, the first of a tie; None where none does.
+
+    Raises ValueError when ``num_scales`` is not in 1..18.
+    """
+    return _finals(num_scales).get(grid)
+
+
+@cache
+def _finals(num_scales: int) -> dict[Grid, Grid]:
+    """Every last grid of a level -> its entry in FINAL_GRIDS."""
+    found: dict[Grid, list[Grid]] = {}
+    for final in FINAL_GRIDS:
+        found.setdefault(ScaleSchedule.from_final(final, num_scales).final, []).append(final)
+    return {
+        (h, w): min(several, key=lambda g: max(g[0] * w / (g[1] * h), g[1] * h / (g[0] * w)))
+        for (h, w), several in found.items()
+    }

@@ -276,10 +276,11 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("temperature=[1.0, hot]", "temperature is a number, or a list of them, got [1.0, 'hot']"),
         ("top_p=[]", "top_p is a number, or a list of them, got []"),
         ("guidance=true", "guidance is a number, or a list of them, got True"),
-        ("answer_guidance=-1", "answer_guidance: guidance is a number of at least 0, got -1"),
+        ("answer_guidance=-1", "answer_guidance: guidance is a number from 0 to 100, got -1"),
         ("thought_temperature=[1.0]", "thought_temperature is a number, got [1.0]"),
         ("think=3", "think is true or false, got 3"),
         ("caption=7", "caption is a text, got 7"),
+        ("fit=stretch", "fit is crop or pad, got 'stretch'"),
         ("canvases=[64]", "canvases is a list of sizes in pixels such as [64x64, 96x64], got [64]"),
         ("canvases=[64x64, 65x64]", "canvases: '65x64' is no size of this image tokenizer"),
         (

@@ -116,7 +116,7 @@ def test_a_telling_has_its_plans_below_the_pictures() -> None:
     [
         (" ", "40x40", HOT, "the prompt is empty"),
         ("a cat", "50x41", HOT, "no scale schedule covers 50x41"),
-        ("a cat", "40x40", (2.0, -1.0, 0, 0.9), "temperature is a number of at least 0"),
+        ("a cat", "40x40", (2.0, -1.0, 0, 0.9), "temperature is a number from 0 to 100"),
         ("a cat " * 200, "40x40", HOT, "the model's context holds 256"),
     ],
 )
@@ -151,7 +151,7 @@ def test_settings(pipeline: NextFlowPipeline, bundle: Bundle) -> None:
     assert chosen(sloped, 4.0, 1.0, 0, 1.0).guidance == (4.0, 1.0)  # the slider was not moved
     assert chosen(sloped, 2.5, 1.0, 0, 1.0).guidance == 2.5
     offered = [size for _, size in sizes(pipeline)]
-    assert offered == ["32x48", "40x40", "48x32", "32x32"]
+    assert offered == ["24x56", "32x48", "40x40", "48x32", "56x24", "32x32"]
     assert all(pipeline.schedule_for(as_size(size)) for size in offered)
     assert next_seed(5, False) == 5 and len({next_seed(5, True) for _ in range(20)}) > 15
     named = NextFlowPipeline(

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data import extraction
-from nextflow_ar.data.code_shards import CodeShards, as_document
+from nextflow_ar.data.code_shards import CodeShard, CodeShards, as_document
 from nextflow_ar.data.extraction import (
     ExtractionConfig,
     ShardWriter,
@@ -45,14 +45,15 @@ from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invert
 from nextflow_ar.data.video import VideoConfig
 from nextflow_ar.data.workers import Extraction, extract_with_workers, one_thread
-from nextflow_ar.model.checkpoint import checkpoint_folder
+from nextflow_ar.generation.pipeline import NextFlowPipeline
+from nextflow_ar.model.checkpoint import Bundle, checkpoint_folder
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.layout import IGNORED, build
 from nextflow_ar.sequence.vocab import Vocabulary, fast_tokenizer, load_text_tokenizer
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
-from nextflow_ar.types import Document, Image, Mark, Text
-from tests.conftest import tiny_bundle, tiny_image_tokenizer
+from nextflow_ar.types import Codes, Document, Image, Mark, Text
+from tests.conftest import TINY_TOKENIZER, tiny_bundle, tiny_image_tokenizer
 
 CONFIG = ExtractionConfig(num_scales=5, rows=3, tokens=0.6, top_k=4, temperature=5.0)
 
@@ -102,6 +103,105 @@ def test_documents_come_back_with_their_codes(rows: Path, tmp_path: Path) -> Non
     wide = documents[3].segments[1]
     assert isinstance(wide, Image) and wide.codes.schedule == ScaleSchedule.nearest(40, 100, 5)
     assert [s.supervised for s in documents[2].segments if not isinstance(s, Mark)] == [False, False, True]
+
+
+SIZES = ((60, 40), (64, 48), (192, 108), (108, 192), (80, 60), (40, 60), (100, 50), (51, 51), (30, 100))
+"""Of pictures, width and height."""
+
+
+def test_a_picture_is_extracted_as_it_is_read_and_drawn(tmp_path: Path) -> None:
+    """One canvas, one schedule: of eight scales several aspect ratios share a canvas."""
+    tokenizer = ImageTokenizer(replace(TINY_TOKENIZER, num_scales=8)).eval().requires_grad_(False)
+    tokenizer.load_state_dict(tiny_image_tokenizer().state_dict())
+    for i, (width, height) in enumerate(SIZES):
+        PILImage.fromarray(dead_leaves((i,), height, width)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("x")
+    config = ExtractionConfig(num_scales=8, tokens=0.0)
+    extract(open_source(tmp_path), tokenizer, tmp_path / "s", config)
+    shards = CodeShards(tmp_path / "s", tokenizer)
+    found = [next(s for s in d.segments if isinstance(s, Image)).codes for _, d in shards.documents()]
+    sizes = [codes.schedule.image_size(8) for codes in found]
+    assert sizes[:3] == [(48, 80), (56, 72), (48, 80)] and sizes[6] == (48, 88)
+    assert [codes.schedule.num_tokens for codes in found[:2]] == [189, 200]
+    made = tiny_bundle()
+    canvases = {"canvases": [f"{width}x{height}" for height, width in sizes]}
+    pipeline = NextFlowPipeline(Bundle(made.model, tokenizer, made.vocab, canvases))
+    for i, codes in enumerate(found):
+        picture = PILImage.open(tmp_path / f"{i}.png")
+        read = pipeline.encode(picture)
+        alone = tokenizer.encode(picture, num_scales=8, fit="crop")
+        assert isinstance(alone, Codes) and read.schedule == alone.schedule == codes.schedule
+        assert torch.equal(read.target, codes.target) and torch.equal(alone.target, codes.target)
+        assert pipeline.schedule_for(codes.schedule.image_size(8)[::-1]) == codes.schedule
+    assert shards.shard(0).astray() == 0
+
+
+def as_before(monkeypatch: pytest.MonkeyPatch, final: tuple[int, int]) -> None:
+    """Wide pictures get the schedule of an aspect ratio of their own, as versions of before laid them out."""
+    old = ScaleSchedule.from_final(final, 5)
+    now, grid = extraction.canvas_schedule, extraction.final_of
+    monkeypatch.setattr(
+        extraction, "canvas_schedule", lambda c, h, w: old if (h, w) == old.image_size(8) else now(c, h, w)
+    )
+    monkeypatch.setattr(extraction, "final_of", lambda g, n: final if g == old.final else grid(g, n))
+
+
+def test_an_extraction_of_before_goes_on_with_one_kind_of_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, out, config = tiny_image_tokenizer(), tmp_path / "s", replace(CONFIG, rows=2)
+    lines = []
+    for i in range(8):
+        wide = i in (2, 6)
+        PILImage.fromarray(dead_leaves((i,), 48 if wide else 40, 80 if wide else 40)).save(
+            tmp_path / f"{i}.png"
+        )
+        lines.append({"text": f"{i}"} if i == 5 else {"image": f"{i}.png", "caption": f"{i}"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def go(to: Path = out) -> int:
+        return extract(open_source(tmp_path / "rows.jsonl"), tokenizer, to, config)["rows"]
+
+    def shown() -> list[ScaleSchedule]:
+        documents = [d for _, d in CodeShards(out, tokenizer).documents()]
+        return [s.codes.schedule for d in documents for s in d.segments if isinstance(s, Image)]
+
+    own, other = ScaleSchedule.from_final((52, 76), 5), ScaleSchedule.from_final((52, 72), 5)
+    assert own.final == other.final and own != other
+    with monkeypatch.context() as before:
+        as_before(before, (52, 72))
+        assert go() == 8
+    (out / "000003.parquet").unlink()  # stopped before its last shard
+    kept = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    assert shown().count(other) == 1 and own not in shown()  # read as they are
+    astray = [CodeShards(out, tokenizer).shard(n).astray() for n in range(3)]
+    assert astray == [0, 1, 0]
+    for path in out.glob("*.parquet"):  # before shards told that theirs are canonical
+        table = pq.read_table(path)
+        told = {k: v for k, v in table.schema.metadata.items() if k != b"nextflow_ar.schedules"}
+        pq.write_table(table.replace_schema_metadata(told), path)
+    assert [CodeShards(out, tokenizer).shard(n).astray() for n in range(3)] == astray
+    assert (
+        go() == 4 and caplog.text.count("000001.parquet: 1 pictures on schedules that inference has not") == 1
+    )
+    assert caplog.text.count("extracted again") == 1 and shown().count(own) == 2 and other not in shown()
+    caplog.clear()
+    assert go() == 0 and not caplog.messages
+    assert go(tmp_path / "whole") == 8
+    for name in ("000001.parquet", "000003.parquet"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() != kept.get(name)
+    assert (tmp_path / "whole" / "000000.parquet").read_bytes() == kept["000000.parquet"]  # squares as ever
+
+
+def test_shards_of_many_scales_need_no_look(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, replace(CONFIG, num_scales=12, tokens=0.0))
+    for path in out.glob("*.parquet"):
+        pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    monkeypatch.setattr(CodeShard, "_open", None)
+    assert [CodeShards(out, tokenizer).shard(n).astray() for n in range(3)] == [0, 0, 0]
 
 
 def test_without_correction_inputs_are_the_targets(rows: Path, tmp_path: Path) -> None:

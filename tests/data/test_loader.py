@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nextflow_ar.config import ConfigError, from_dict
-from nextflow_ar.data import code_shards, shard_order
+from nextflow_ar.data import code_shards, extraction, shard_order
 from nextflow_ar.data import loader as loader_module
 from nextflow_ar.data.code_shards import CodeShard, CodeShards, as_document
 from nextflow_ar.data.loader import PackedRow, Packing, ShardFolder, ShardLoader, ShardSource
@@ -27,6 +27,7 @@ from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import draws, drop_condition, invert, plan, reads, task_of
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.model.flops import sample_flops
+from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import pack
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build
 from nextflow_ar.sequence.vocab import Vocabulary, train_text_tokenizer
@@ -135,6 +136,71 @@ def test_a_folder_that_lacks_shards_says_which(
         (holes / f"{number:06d}.parquet").unlink()
     (told,) = loader(bundle, source_of(folders[1], holes)).incomplete()
     assert told == f"{holes} lacks 2 shards (000001, 000003): extract again writes them"
+
+
+def test_folders_that_show_pictures_in_two_ways_are_told(
+    bundle: Bundle, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    padded = Path(shutil.copytree(folders[0], tmp_path / "padded"))
+    manifest = json.loads((padded / "manifest.json").read_text())
+    manifest["config"]["fit"] = "pad"
+    (padded / "manifest.json").write_text(json.dumps(manifest))
+    assert loader(bundle, source_of(*folders)).fits == {"crop"}
+    assert loader(bundle, source_of(padded)).fits == {"pad"}
+    assert loader(bundle, source_of(padded)).incomplete() == []
+    (told,) = loader(bundle, source_of(folders[1], padded)).incomplete()
+    assert told == f"{padded} has padded pictures, other folders cropped ones: extract all with one --fit"
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_canvases_of_what_was_taught_are_counted(
+    bundle: Bundle, folders: tuple[Path, Path], prefetch: bool
+) -> None:
+    """Alike in all processes, through a stop, and of no more than was given out."""
+    source = source_of(*folders, rows=4)
+    whole = loader(bundle, source)
+    first, second = (loader(bundle, source, prefetch=prefetch) for _ in range(2))
+    assert whole.canvases == {}
+    seen: Counter[str] = Counter()
+    for step in range(9):
+        for row in whole.rows():
+            sizes = [image.codes.schedule.image_size(8) for image in row.sample.images]
+            seen.update(f"{width}x{height}" for height, width in sizes)
+        first.rows(0, 2)
+        second.rows(1, 2)
+        assert first.canvases == second.canvases == whole.canvases
+        if step == 4:
+            kept = json.loads(json.dumps(first.state()))
+            first.close()
+            first = loader(bundle, source, prefetch=prefetch)
+            first.restore(kept)
+    assert set(whole.canvases) == {"32x32", "48x24"}
+    waiting = sum(whole.canvases.values()) - seen.total()  # in rows that are open
+    assert 0 <= waiting < 20 and all(0 <= whole.canvases[name] - seen[name] <= waiting for name in seen)
+    before = whole.state()
+    del before["canvases"]  # as checkpoints of before were
+    first.restore(before)
+    assert first.canvases == {} and columns(first.rows(0, 1)) == columns(whole.rows())
+    for one in (first, second):
+        one.close()
+
+
+def test_shards_of_before_are_read_as_they_are_and_named(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, old = bundle.image_tokenizer, ScaleSchedule.from_final((44, 84), 4)
+    assert old.image_size(8) == (24, 40) and not old.canonical
+    with monkeypatch.context() as before:
+        before.setattr(extraction, "canvas_schedule", lambda *_: old)
+        before.setattr(extraction, "final_of", lambda *_: (44, 84))
+        before.setattr(ScaleSchedule, "image_size", lambda *_: (24, 40))
+        make_shards(tmp_path / "old", captions(4), tokenizer)
+    new = make_shards(tmp_path / "new", captions(4), tokenizer)
+    stream = loader(bundle, source_of(tmp_path / "old" / "shards", new))
+    shown = [image.codes.schedule for _ in range(6) for row in stream.rows() for image in row.sample.images]
+    assert old in shown and ScaleSchedule.square(4) in shown
+    (told,) = [line for line in caplog.messages if "schedules that inference has not" in line]
+    assert told.startswith(f"{tmp_path / 'old' / 'shards'}: ") and "one of 40x24" in told
 
 
 def test_pictures_of_more_scales_than_the_model_has_are_refused(

@@ -137,6 +137,30 @@ def test_masks_of_every_kind_mean_the_same(pipeline: NextFlowPipeline) -> None:
     assert larger.size == (40, 40)
 
 
+def test_a_mask_lies_over_the_picture_as_it_is_seen(pipeline: NextFlowPipeline) -> None:
+    """A phone's picture lies on its side in the file; so may the mask that was painted over it."""
+    upright, mask = picture(24, 64), PILImage.fromarray(masked(24, 64, (30, 0, 50, 24)))
+
+    def lying(one: PILImage.Image) -> PILImage.Image:
+        turned = one.transpose(PILImage.Transpose.ROTATE_90)
+        turned.getexif()[0x0112] = 6
+        return turned
+
+    wanted = pipeline.inpaint(upright, mask, "a cat", seed=2, settings=HOT)[0]
+    for given, over in ((lying(upright), mask), (lying(upright), lying(mask)), (upright, lying(mask))):
+        assert np.array_equal(pipeline.inpaint(given, over, "a cat", seed=2, settings=HOT)[0], wanted)
+
+
+def test_a_mask_is_fitted_as_its_picture_is(
+    pipeline: NextFlowPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of 24 x 24 on 40 x 40: enlarged, or in the middle with its border repeated."""
+    for fit, first in (("crop", 27), ("pad", 24)):
+        monkeypatch.setattr(pipeline, "fitting", fit)
+        redrawn = pipeline.keeping(picture(24, 24), masked(24, 24, (0, 16, 24, 24))).redrawn
+        assert redrawn is not None and redrawn[:, first:].all() and not redrawn[:, :first].any()
+
+
 def test_bad_masks_and_scales_are_one_line(pipeline: NextFlowPipeline) -> None:
     with pytest.raises(RequestError, match="the mask is 20x40 pixels, the picture 40x40"):
         pipeline.inpaint(picture(), np.ones((40, 20), bool))

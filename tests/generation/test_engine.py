@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -12,18 +13,31 @@ from nextflow_ar.generation import jobs
 from nextflow_ar.generation.engine import (
     ContextError,
     Engine,
+    Failure,
     ImageRequest,
     QueueFull,
     Rounds,
     TextRequest,
     WriteRequest,
 )
-from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.generation.sampling import SamplingSettings, SettingError
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.layout import build
-from nextflow_ar.types import Codes, Document, Done, Image, ImageReady, Mark, ScaleReady, Text, TextDelta
+from nextflow_ar.types import (
+    Codes,
+    Document,
+    Done,
+    Event,
+    Image,
+    ImageReady,
+    Mark,
+    ScaleReady,
+    Text,
+    TextDelta,
+)
+from nextflow_ar.wire import packed
 from tests.conftest import TINY_MODEL, tiny_bundle
 
 SQUARE = ScaleSchedule.square(5)
@@ -237,6 +251,81 @@ def test_requests_come_and_go_between_steps(bundle: Bundle) -> None:
     list(small.step())
     small.submit(1, asked[1])
     assert len(small.active) == 1 and len(small.waiting) == 1
+
+
+class Unwritable(ArithmeticError):
+    """An error that cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("one line\nand another")
+        self.why = lambda: None
+
+
+@pytest.mark.parametrize("scale", [0, 2])
+def test_a_request_that_fails_of_its_own_scores_leaves_the_others_alone(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, scale: int
+) -> None:
+    settings = SamplingSettings(guidance=2.0, temperature=8.0)
+    asked = [ImageRequest(Document((Text("two dogs"),)), SQUARE, s, settings) for s in range(3)]
+    text = TextRequest(Document((Text("two"),)), 8, 3, SamplingSettings(temperature=4.0))
+    wanted = {
+        (e.row, type(e)): e for e in Engine(bundle).run([*asked, text]) if isinstance(e, ImageReady | Done)
+    }
+    true_sample = jobs.Drawing.sample
+
+    def sample(drawing: jobs.Drawing, generator: torch.Generator) -> None:
+        if drawing.k == scale and generator.initial_seed() == 1:
+            raise Unwritable
+        true_sample(drawing, generator)
+
+    monkeypatch.setattr(jobs.Drawing, "sample", sample)
+    rounds = Rounds(Engine(bundle))
+    for number, request in enumerate([*asked, text]):
+        rounds.submit(number, request)
+    found: list[Event | Failure] = []
+    while rounds.busy:
+        found += rounds.step()
+    of_it = [e for e in found if e.row == 1]
+    failure = of_it[-1]
+    assert isinstance(failure, Failure) and isinstance(failure.error, Unwritable) and len(of_it) == scale + 1
+    ends = {(e.row, type(e)): e for e in found if isinstance(e, ImageReady | Done)}
+    assert set(ends) == {key for key in wanted if key[0] != 1}
+    for (row, kind), event in ends.items():
+        other = wanted[row, kind]
+        if isinstance(event, ImageReady) and isinstance(other, ImageReady):
+            assert torch.equal(event.codes.target, other.codes.target)
+        else:
+            assert event == other
+    told = pickle.loads(packed(failure))  # as an engine's process passes it on
+    assert told.row == 1 and str(told.error) == "Unwritable: one line"
+    assert "Traceback" in told.error.__notes__[0] and "in sample" in told.error.__notes__[0]
+    with pytest.raises(Unwritable):  # who asks for all of them himself hears of it
+        list(Engine(bundle).run(asked))
+
+
+SEVERAL = (1.0, 0.5, 0.2)
+
+
+@pytest.mark.parametrize("name", ["guidance", "temperature", "top_k", "top_p"])
+def test_settings_of_another_number_of_scales_make_no_request(name: str) -> None:
+    said = Document((Text("two"),))
+    values = (1.0, 1.0, 1.0) if name == "top_k" else SEVERAL
+    wrong = SamplingSettings(**{name: values})
+    shown = name.replace("_", "-")
+    five = f"{shown} takes one value, two .* each of the 5 scales, got 3"
+    words = f"{shown} takes one value for words, which have no scales, got 3"
+    with pytest.raises(SettingError, match=five):
+        ImageRequest(said, SQUARE, 0, wrong)
+    with pytest.raises(SettingError, match=words):
+        TextRequest(said, 8, 0, wrong)
+    with pytest.raises(SettingError, match=words):
+        WriteRequest(said, 8, 1, SQUARE, 0, wrong, PLAIN)
+    with pytest.raises(SettingError, match=words):
+        WriteRequest(said, 8, 1, SQUARE, 0, PLAIN, PLAIN, thoughts=8, thought_settings=wrong)
+    with pytest.raises(SettingError, match=five):
+        WriteRequest(said, 8, 1, SQUARE, 0, PLAIN, wrong)
+    WriteRequest(said, 8, 0, SQUARE, 0, PLAIN, wrong)  # no picture can be drawn
+    WriteRequest(said, 8, 1, ScaleSchedule.square(3), 0, PLAIN, wrong)
 
 
 def test_images_begin_together_but_do_not_wait_long(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextflow_ar.generation.sampling import SamplingSettings, SettingError, at_scale, draw, guide, keep_best
+from nextflow_ar.generation.sampling import (
+    COLDEST,
+    MOST,
+    SamplingSettings,
+    SettingError,
+    at_scale,
+    draw,
+    guide,
+    keep_best,
+)
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 NEVER = float("-inf")
@@ -81,7 +90,10 @@ def test_values_per_scale() -> None:
     with pytest.raises(
         SettingError, match=r"top-k takes one value, two .* or one for each of the 8 scales, got 3"
     ):
-        settings.at(0, 8)
+        settings.check(8)
+    with pytest.raises(SettingError, match=r"^top-k takes one value for words, which have no scales, got 3$"):
+        settings.check(1)
+    SamplingSettings(temperature=(1.0, 0.0)).check(1)
 
 
 def test_guided_and_changed() -> None:
@@ -95,10 +107,15 @@ def test_guided_and_changed() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"guidance": -1.0}, "guidance is a number of at least 0, got -1"),
-        ({"guidance": float("nan")}, "guidance is a number"),
-        ({"guidance": float("inf")}, "guidance is a number"),
-        ({"temperature": (1.0, -0.5)}, "temperature is a number of at least 0, got -0.5"),
+        ({"guidance": -1.0}, "guidance is a number from 0 to 100, got -1"),
+        ({"guidance": float("nan")}, "guidance is a number from 0 to 100, got nan"),
+        ({"guidance": float("inf")}, "guidance is a number from 0 to 100, got inf"),
+        ({"guidance": (1.0, 1e38)}, r"guidance is a number from 0 to 100, got 1e\+38"),
+        ({"temperature": (1.0, -0.5)}, "temperature is a number from 0 to 100, got -0.5"),
+        ({"temperature": float("nan")}, "temperature is a number from 0 to 100, got nan"),
+        ({"temperature": 100.5}, "temperature is a number from 0 to 100, got 100.5"),
+        ({"temperature": 1e300}, r"temperature is a number from 0 to 100, got 1e\+300"),
+        ({"top_p": float("nan")}, "top-p is a number above 0"),
         ({"top_k": 1.5}, "top-k is a whole number"),
         ({"top_p": 0.0}, "top-p is a number above 0 and at most 1, got 0"),
         ({"top_p": 1.1}, "top-p is a number above 0"),
@@ -107,6 +124,44 @@ def test_guided_and_changed() -> None:
 def test_senseless_settings_are_errors(setting: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         SamplingSettings(**setting)
+
+
+@pytest.mark.parametrize(
+    "temperature", [0.0, 5e-324, 1e-300, 1e-40, 1e-38, 1e-30, 1e-9, COLDEST * 0.99, COLDEST]
+)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.9), (3, 1e-9)])
+def test_next_to_no_temperature_takes_the_best(temperature: float, top_k: int, top_p: float) -> None:
+    logits = torch.randn(64, 11, generator=torch.Generator().manual_seed(4)) * 100
+    logits[:, -2:] = NEVER
+    assert SamplingSettings(temperature=temperature).at(0, 1)[1] == temperature
+    found = draw(logits, temperature, top_k, top_p, torch.Generator().manual_seed(5))
+    assert torch.equal(found, logits.argmax(-1))
+
+
+@given(
+    st.lists(st.floats(-1e30, 1e30) | st.just(NEVER), min_size=2, max_size=9),
+    st.floats(0, MOST),
+    st.integers(0, 5),
+    st.floats(1e-9, 1),
+    st.integers(0, 50),
+)
+def test_what_is_drawn_is_always_an_entry(
+    row: list[float], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    """For any settings that are accepted, and never one that is ruled out."""
+    SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = torch.tensor([[*row, 0.0]])
+    found = int(draw(logits, temperature, top_k, top_p, torch.Generator().manual_seed(seed)))
+    assert 0 <= found <= len(row) and logits[0, found] > NEVER
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1.0])
+@pytest.mark.parametrize("row", [[float("nan")] * 3, [0.0, float("nan"), 1.0], [NEVER] * 3], ids=str)
+def test_scores_that_are_no_numbers_are_an_error(row: list[float], temperature: float) -> None:
+    """Once they gave the entry behind the last one."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], row])
+    with pytest.raises(FloatingPointError, match=r"^the model's scores are no numbers[^\n]*$"):
+        draw(logits, temperature, 0, 1.0, torch.Generator())
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.95, 0.9999])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from nextflow_ar.data.rows import TextPart, parse_row
 from nextflow_ar.generation import jobs
 from nextflow_ar.generation.engine import (
     ContextError,
@@ -20,6 +21,8 @@ from nextflow_ar.generation.engine import (
 )
 from nextflow_ar.generation.pipeline import NextFlowPipeline, RequestError
 from nextflow_ar.generation.sampling import SamplingSettings
+from nextflow_ar.sequence.dialogue import turns
+from nextflow_ar.sequence.layout import build
 from nextflow_ar.types import Codes, Document, Done, Image, ImageReady, Text, TextDelta
 from tests.conftest import TINY_MODEL, tiny_bundle
 
@@ -101,6 +104,44 @@ def test_conversations_hold_pictures_of_both_sides(pipeline: NextFlowPipeline) -
     assert request.max_tokens == 7 and request.image_settings == HOT and request.settings.temperature == 0
     small = pipeline.chat_requests([{"role": "user", "content": "a cat"}], size=(24, 24))
     assert small.schedule.final == (3, 3)
+
+
+def test_texts_in_pieces_are_what_rows_of_data_make_of_them(pipeline: NextFlowPipeline) -> None:
+    picture = PILImage.new("RGB", (40, 40), (200, 30, 30))
+
+    def content(*parts: str | PILImage.Image) -> list[dict[str, object]]:
+        return [
+            {"type": "text", "text": one} if isinstance(one, str) else {"type": "image", "image": one}
+            for one in parts
+        ]
+
+    asked = [
+        ("system", ["be brief"]),
+        ("user", ["two", " dogs ", picture, "a cat", "red"]),
+        ("assistant", ["a", "cat"]),
+        ("user", ["hello", picture]),
+        ("user", ["so", "what"]),  # two messages of one role
+    ]
+    answer = [("assistant", ["two dogs"])]
+    rows = [{"role": role, "content": content(*parts)} for role, parts in [*asked, *answer]]
+    parts = [
+        (one.role, Text(one.text, one.supervised))
+        if isinstance(one, TextPart)
+        else (one.role, Image(pipeline.encode(one.picture.open()), one.supervised))
+        for one in parse_row({"messages": rows}, "a row").parts
+    ]
+    taught = turns(parts) if pipeline.manner.dialogue else tuple(segment for _, segment in parts)
+    vocab, layout = pipeline.bundle.vocab, pipeline.bundle.layout
+    whole = build(Document(taught), vocab, layout).tokens.tolist()
+
+    def fed(messages: list[tuple[str, list[str | PILImage.Image]]]) -> list[int]:
+        request = pipeline.chat_requests([{"role": role, "content": said} for role, said in messages])
+        return build(request.document, vocab, layout, close_last=True).tokens.tolist()
+
+    found, said = fed(asked), vocab.encode("two dogs")
+    assert found + said == whole[: len(found) + len(said)]
+    silent = [("user", ["hello"]), ("assistant", []), ("user", ["two dogs"])]
+    assert fed(silent) == fed([("user", ["hello\ntwo dogs"])]) == fed([("user", ["hello", "", "two dogs"])])
 
 
 @pytest.mark.parametrize(

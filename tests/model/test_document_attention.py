@@ -10,7 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nextflow_ar.model import attention, document_attention
 from nextflow_ar.model.document_attention import DocumentMask, attend_by_document, document_spans
+from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.blocks import block_mask
+from nextflow_ar.sequence.layout import LayoutOptions, build
+from nextflow_ar.types import Document, Text
+from tests.conftest import tiny_bundle, tiny_model
 
 LENGTHS = ((130, 7, 9, 120, 30), (290,), (3, 200, 86))  # of the documents of rows of 300, padded
 
@@ -108,3 +112,21 @@ def test_used_in_training_of_long_rows_alone(monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         assert attention.mask_of_rows(seen, hidden, documents) is seen
     assert attention.mask_of_rows(seen, hidden.double(), documents) is seen
+
+
+def test_adapters_train_document_by_document() -> None:
+    """Their embeddings are frozen, and yet there is a backward pass through attention."""
+    blocks, documents = _rows()
+    seen, frozen = block_mask(blocks, documents), torch.zeros(3, 300, 8)
+    assert attention.mask_of_rows(seen, frozen, documents) is seen
+    assert isinstance(attention.mask_of_rows(seen, frozen, documents, trains=True), DocumentMask)
+    model = tiny_model()
+    sample = build(Document((Text("two dogs"),)), tiny_bundle().vocab, LayoutOptions(8.0))
+    batch, masks = collate([sample], 300), []
+    model.runner = lambda x, _, mask: masks.append(mask) or x
+    model.hidden(batch)
+    model.backbone.layers[0].self_attn.q_proj.weight.requires_grad_()
+    model.hidden(batch)
+    with torch.no_grad():
+        model.hidden(batch)
+    assert [isinstance(mask, DocumentMask) for mask in masks] == [False, True, False]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from nextflow_ar.sequence.dialogue import opened, turns
+import torch
+
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.dialogue import opened, turns, whole
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, build
-from nextflow_ar.types import Document, Mark, Text
+from nextflow_ar.types import Codes, Document, Image, Mark, Text
 from tests.conftest import tiny_bundle
 
 
@@ -40,3 +43,18 @@ def test_an_opened_turn_is_the_beginning_of_the_finished_one() -> None:
     thought = ("assistant", Text("a plan", True))
     whole = turns([asked, thought, ("assistant", Text("a cat", True))])
     assert opened([asked, thought]) == whole[:-2]  # the turn goes on
+
+
+def test_neighbouring_texts_of_one_role_are_one() -> None:
+    schedule = ScaleSchedule.square(1)
+    picture = Image(Codes.plain(schedule, torch.zeros(1, dtype=torch.long)))
+    parts = [
+        ("user", Text("two")), ("user", Text("dogs")), ("user", Text(" ")), ("user", Text("red")), ("user", picture),
+        ("user", Text("a cat")), ("assistant", Text("")), ("user", Text("now")), ("assistant", Text("so", True)),
+        ("assistant", Text("it", True)), ("assistant", Text("is", False)),
+    ]  # fmt: skip
+    assert whole(parts) == [
+        ("user", Text("two\ndogs\nred")), ("user", picture), ("user", Text("a cat\nnow")),
+        ("assistant", Text("so\nit", True)), ("assistant", Text("is", False)),
+    ]  # fmt: skip
+    assert whole([]) == [] and [one.text for _, one in parts[:2] if isinstance(one, Text)] == ["two", "dogs"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nextflow_ar.scales import FINAL_GRIDS, ScaleSchedule
 from nextflow_ar.storage import StorageError
-from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer, canvas_schedule
 from nextflow_ar.tokenizer.pixels import to_bytes, to_unit
 from nextflow_ar.types import Codes
 from tests.conftest import TINY_TOKENIZER, tiny_image_tokenizer
@@ -75,6 +75,39 @@ def test_other_aspect_ratios_and_sizes() -> None:
     assert tokenizer.schedule_for(24, 24) == ScaleSchedule.square(3)
     with pytest.raises(ValueError, match="no scale schedule covers 50x40 pixels at downsampling 8"):
         tokenizer.schedule_for(40, 50)
+
+
+@pytest.mark.parametrize("scales", [7, 8, 12])
+def test_whatever_can_be_extracted_has_a_schedule(scales: int) -> None:
+    config = replace(TINY_TOKENIZER, num_scales=scales)
+    for level in range(1, 19):
+        for height, width in FINAL_GRIDS:
+            laid = ScaleSchedule.nearest(height, width, level)
+            found = canvas_schedule(config, *laid.image_size(8))
+            assert found.final == laid.final and found.canonical
+            assert found == laid or {len(found), len(laid)} <= {
+                2,
+                3,
+                4,
+                7,
+                8,
+            }  # two levels have a few tiny ones
+            assert len(found) == scales or level != scales
+    assert canvas_schedule(config, 48, 88).final == (6, 11)  # 2:1
+    for height, width in ((48, 87), (40, 176), (0, 8)):
+        with pytest.raises(ValueError, match=f"no scale schedule covers {width}x{height} pixels"):
+            canvas_schedule(config, height, width)
+
+
+def test_pictures_are_turned_upright(tmp_path: Path) -> None:
+    tokenizer, whole = tiny_image_tokenizer(), photo(40, 64)
+    side = whole.transpose(Image.Transpose.ROTATE_90)
+    side.getexif()[0x0112] = 6
+    side.save(tmp_path / "phone.png", exif=side.getexif())
+    codes, wanted = tokenizer.encode(Image.open(tmp_path / "phone.png")), tokenizer.encode(whole)
+    assert isinstance(codes, Codes) and isinstance(wanted, Codes)
+    assert codes.schedule == wanted.schedule and torch.equal(codes.target, wanted.target)
+    assert tokenizer.decode(codes).size == (64, 40)  # type: ignore[union-attr]
 
 
 def test_saved_and_loaded_is_the_same_up_to_bf16(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextflow_ar.tokenizer.pictures import PictureError, fit_picture, open_picture, save_picture
+from nextflow_ar.tokenizer.pictures import (
+    PictureError,
+    as_picture,
+    fit_picture,
+    open_picture,
+    save_picture,
+    upright,
+)
 
 
 def saved(picture: Image.Image, path: Path, **options: object) -> Image.Image:
@@ -49,6 +56,46 @@ def test_camera_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     picture.save(tmp_path / "e.jpg", exif=exif)
     assert open_picture(tmp_path / "e.jpg").size == (4, 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_upright_is_what_a_file_is_opened_as(tmp_path: Path, kind: str, orientation: int) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 32, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "e", kind, exif=exif)
+    turned = upright(Image.open(tmp_path / "e"))
+    assert turned.size == ((16, 32) if orientation in (5, 6, 7, 8) else (32, 16))
+    assert np.array_equal(turned, open_picture(tmp_path / "e"))
+    assert upright(turned).size == turned.size and np.array_equal(upright(turned), turned)  # not once more
+
+
+def test_upright_of_a_picture_without_orientation_is_itself(tmp_path: Path) -> None:
+    plain = Image.new("L", (8, 4))
+    assert upright(plain) is plain
+    plain.save(tmp_path / "bad.png", exif=b"Exif\0\0no TIFF at all")
+    bad = Image.open(tmp_path / "bad.png")
+    with pytest.raises(SyntaxError):
+        bad.getexif()
+    assert upright(bad).size == (8, 4)
+
+
+def test_arrays_as_pictures() -> None:
+    for array, mode in (
+        (np.zeros((4, 8, 3), np.uint8), "RGB"),
+        (np.zeros((4, 8), np.uint8), "L"),
+        (np.zeros((4, 8, 4), np.uint8), "RGBA"),
+        (np.zeros((4, 8), np.float32), "F"),
+    ):
+        assert as_picture(array).size == (8, 4) and as_picture(array).mode == mode
+    for bad in (
+        np.zeros((4, 8, 3), np.float32),
+        np.zeros((3, 4, 8), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
+        with pytest.raises(ValueError, match=r"a picture is a Pillow image or \(H, W, 3\) uint8, got \("):
+            as_picture(bad)
 
 
 def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:

@@ -522,6 +522,10 @@ def test_adapters_resume_and_hold_little(make: Make) -> None:
             {"distillation": {}, "start": None, "model": to_dict(TINY_MODEL)},
             "distillation is for a run with a start",
         ),
+        (
+            {"start": None, "text_entries": 1025, "model": to_dict(replace(TINY_MODEL, text_vocab=1024))},
+            "text_entries 1025 do not fit into the model's text_vocab 1024",
+        ),
         ({"distillation": {"share": 1.5}}, "share is above 0 and at most 1, got 1.5"),
         ({"accumulate": 3}, "2 rows do not divide into 3 parts of 1 processes"),
         ({"model": to_dict(replace(TINY_MODEL, layers=3))}, r"not the recipe's \(differs in layers\)"),
@@ -532,6 +536,14 @@ def test_recipes_that_cannot_be_meant(make: Make, changes: dict[str, Any], messa
     with pytest.raises(ConfigError, match=message) as caught:
         make(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_unlike_the_start_s_is_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    make(model=to_dict(TINY_MODEL))
+    assert "not trained with" not in caplog.text
+    make(model=to_dict(replace(TINY_MODEL, rope_theta=200.0, scale_input="accumulated")))
+    (line,) = [r.getMessage() for r in caplog.records if "not trained with" in r.getMessage()]
+    assert "rope_theta 200.0 (was 100.0)" in line and "scale_input accumulated" in line
 
 
 def test_a_recipe_from_before_these_keys_goes_on(make: Make) -> None:

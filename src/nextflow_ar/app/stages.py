@@ -168,6 +168,8 @@ def _wrongly(key: str, value: Any) -> str:
     """What the value of a sampling default should be, or nothing where it is of that kind."""
     if key in ("think", "think_edits", "think_told", "dialogue"):
         return "" if isinstance(value, bool) else "true or false"
+    if key == "fit":
+        return "" if value in ("crop", "pad") else "crop or pad"
     if key in ("caption", "video", "next_frame"):
         return "" if isinstance(value, str) else "a text"
     if key == "canvases":

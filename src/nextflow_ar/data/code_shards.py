@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -38,6 +39,10 @@ _COUNTED = b"nextflow_ar.text_tokenizer"
 """Another: the text tokenizer (``TokenCounter.fingerprint``) whose tokens of every text it tells, if it does."""
 _ITEMS = b"nextflow_ar.source_rows"
 """Another: a digest of which files' rows it is of, if the source could tell."""
+_SCHEDULES = b"nextflow_ar.schedules"
+"""Another: "canonical" where all of its pictures lie on the schedules of their canvases."""
+_ALONE = 12
+"""From so many scales on, no two aspect ratios share a canvas."""
 _CODES = ("target", "input", "clean")
 _TOGETHER = 32
 """Rows whose codes are read together."""
@@ -47,11 +52,14 @@ _TOGETHER = 32
 class ExtractionConfig:
     """How a source is extracted; a folder holds the shards of one setting.
 
-    ``num_scales``: level of all pictures, each on the schedule of its nearest aspect ratio. ``rows``: of the source per
-    shard. Self-correction (paper section 3.4): ``samples``: share of the pictures that get it (paper: 1), ``tokens``: share
-    of their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
+    ``num_scales``: level of all pictures, each on the canvas of its nearest aspect ratio. ``fit``: how it gets onto that; a
+    model that is trained on nothing else reads pictures likewise. ``rows``: of the source per shard.
+
+    Self-correction (paper section 3.4): ``samples``: share of the pictures that get it (paper: 1), ``tokens``: share of
+    their cells (paper: 0.6), ``top_k`` and ``temperature`` as in SelfCorrection. ``seed`` decides the sampling.
     ``given``: correct pictures that carry no loss, too; generation sees such pictures as they are, so by default training
     does. A corrected picture that inversion could give has its plain codes beside, as ``clean``.
+
     ``batch``: pictures of equal schedule that the encoders see together; 1 gives the codes that ``ImageTokenizer.encode``
     gives, more may round differently and turn codes that lie near a boundary.
 
@@ -139,6 +147,8 @@ def encoded(
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
     metadata = {_TOKENIZER: fingerprint, _READ: str(read)} | ({_ITEMS: items} if items else {})
+    if not _astray([part for record in records for part in record["parts"]]):
+        metadata[_SCHEDULES] = "canonical"
     if counter is not None:
         metadata[_COUNTED] = counter.fingerprint
         texts = [part for record in records for part in record["parts"] if part.get("text") is not None]
@@ -192,6 +202,7 @@ class CodeShard:
         self.read = int(told[_READ]) if _READ in told else None
         self.items = told.get(_ITEMS, b"").decode()
         self.counted = told.get(_COUNTED, b"").decode()
+        self._canonical = told.get(_SCHEDULES) == b"canonical"
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._ends = list(accumulate(sizes))
 
@@ -207,6 +218,23 @@ class CodeShard:
         """``row`` and ``parts`` of its records without their codes, as they are in the file."""
         with _readable(self.path), self._open() as file:
             return file.read(columns=self._outline)
+
+    def astray(self) -> int:
+        """How many pictures lie on another schedule than inference has for their canvas. Versions of before made such codes
+        below 12 scales, where several aspect ratios share a canvas; they are read as they are.
+        """
+        if self._canonical:
+            return 0
+        names = [self._metadata.schema.column(i).path for i in range(self._metadata.num_columns)]
+        scales = next((i for i, name in enumerate(names) if name.split(".")[-1] == "scales"), 0)
+        groups = [self._metadata.row_group(i) for i in range(self._metadata.num_row_groups)]
+        known = [group.column(scales).statistics for group in groups]
+        if all(one is not None and one.has_min_max and one.min >= _ALONE for one in known):
+            return 0
+        wanted = [name for name in names if {"final", "scales"} & set(name.split("."))]
+        with _readable(self.path), self._open() as file:
+            records = file.read(columns=wanted).column("parts").to_pylist()
+        return _astray([part for parts in records for part in parts])
 
     def place(self, row: int) -> tuple[int, int]:
         """In which group of rows a record is, and which of them it is."""
@@ -273,6 +301,12 @@ class CodeShards:
             for record in self.shard(number).table().to_pylist():
                 if record["row"] >= start:
                     yield record["row"], as_document(record["parts"], dialogue=dialogue)
+
+
+def _astray(parts: Iterable[Mapping[str, Any]]) -> int:
+    """How many of these parts are pictures on a schedule that is not canonical."""
+    found = Counter((tuple(p["final"]), p["scales"]) for p in parts if p.get("final") is not None)
+    return sum(n for kind, n in found.items() if not ScaleSchedule.from_final(*kind).canonical)
 
 
 def as_document(parts: list[dict[str, Any]], *, dialogue: bool = False) -> Document:

@@ -36,9 +36,9 @@ from nextflow_ar.data.spans import Span
 from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invertible
 from nextflow_ar.data.video import VideoSource
-from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.scales import ScaleSchedule, final_of
 from nextflow_ar.storage import StorageError, write_atomic
-from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer, canvas_schedule
 from nextflow_ar.tokenizer.pictures import PictureError, place
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.tokenizer.quantizer import SelfCorrection, kept_features
@@ -149,8 +149,9 @@ def settled(out: Path, number: int, source: Source, rows: int, fingerprint: str)
     """Whether shard ``number``, of ``rows`` rows each, is there and has no other rows and no fewer than the source by now.
 
     A source that grew behind its last row has its last shard made anew; one that changed before it, all that changed, with
-    a warning each. Not seen of a source that tells neither its length nor its files, and of shards of before. Raises
-    StorageError for a damaged shard, and for one of another image tokenizer.
+    a warning each. Not seen of a source that tells neither its length nor its files, and of shards of before. A shard with
+    pictures on schedules that inference has not (:meth:`CodeShard.astray`) is made anew, too: an extraction that goes on
+    holds no two kinds. Raises StorageError for a damaged shard, and for one of another image tokenizer.
     """
     path, first = out / f"{number:06d}.parquet", number * rows
     if not path.is_file():
@@ -159,6 +160,9 @@ def settled(out: Path, number: int, source: Source, rows: int, fingerprint: str)
     held = rows if shard.read is None else shard.read
     if shard.items and shard.items not in _known_items(source, first, first + held):
         _LOG.warning("%s: rows %d to %d are others by now: extracted again", path, first, first + held - 1)
+        return False
+    if astray := shard.astray():
+        _LOG.warning("%s: %d pictures on schedules that inference has not: extracted again", path, astray)
         return False
     try:
         return held >= rows or source.count() <= first + held
@@ -408,10 +412,11 @@ def _part(
     if isinstance(part, TextPart):
         return common | {"text": part.text}
     picture = part.picture.open()
-    schedule = ScaleSchedule.nearest(picture.height, picture.width, config.num_scales)
-    canvas, _ = place(picture, *schedule.image_size(tokenizer.config.downsample), config.fit)
-    final = ScaleSchedule.nearest(picture.height, picture.width, 18).final
-    common |= {"final": list(final), "scales": config.num_scales}
+    down = tokenizer.config.downsample
+    size = ScaleSchedule.nearest(picture.height, picture.width, config.num_scales).image_size(down)
+    schedule = canvas_schedule(tokenizer.config, *size)
+    canvas, _ = place(picture, *size, config.fit)
+    common |= {"final": final_of(schedule.final, len(schedule)), "scales": len(schedule)}
     return _Wanted(seed, schedule, torch.from_numpy(canvas), common)
 
 

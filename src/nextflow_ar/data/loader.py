@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from nextflow_ar.sequence.layout import LayoutOptions, Sample, build
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.pictures import Fit
 from nextflow_ar.types import Codes, Document, Image, Text
 
 _LOG = logging.getLogger(__name__)
@@ -209,6 +211,9 @@ class _Stream:
         self._budget = packing.budget * (1e12 if packing.mode == "compute" else 1)
         self._packer = Packer(self._budget, longest=packing.longest, open_rows=packing.open_rows)
         self._pending: dict[int, Place] = {}
+        self._down = tokenizer.config.downsample
+        self._canvases: Counter[str] = Counter()
+        self._astray: set[int] = set()  # folders, of which it was told
         self._other: dict[str, int] = {}  # tokens of what stands in no record: roles, questions
         self.drawn = 0
 
@@ -238,17 +243,21 @@ class _Stream:
         dialogue = self.source.folders[place.folder].dialogue
         return as_document(self._changed(number, place, parts), dialogue=dialogue)
 
-    def _measured(self, number: int, place: Place) -> tuple[float, int]:
+    def _outline(self, number: int, place: Place) -> Document:
+        """What :meth:`_document` is, with blank pictures."""
+        parts = self._changed(number, place, self.orders[place.folder].outline(place))
+        return _outlined(parts, dialogue=self.source.folders[place.folder].dialogue)
+
+    def _measured(self, place: Place, document: Document) -> tuple[float, int]:
         """Cost and length of a document: those of the sample that would be laid out, found without it."""
-        order, dialogue = self.orders[place.folder], self.source.folders[place.folder].dialogue
-        known, parts = order.tokens(place), self._changed(number, place, order.outline(place))
+        known = self.orders[place.folder].tokens(place)
 
         def tokens(text: str) -> int:
             if (n := known.get(text)) is None and (n := self._other.get(text)) is None:
                 n = self._other[text] = len(self.vocab.encode(text))
             return n
 
-        found = counts(shapes(_outlined(parts, dialogue=dialogue), tokens), self.layout.context_images)
+        found = counts(shapes(document, tokens), self.layout.context_images)
         length = int(found.tokens)
         if not length:
             raise ValueError("a document needs at least one token")
@@ -264,11 +273,14 @@ class _Stream:
         while True:
             number, place = self._draw()
             order = self.orders[place.folder]
-            while not self._fits(*(measured := self._measured(number, place))):
+            document = self._outline(number, place)
+            while not self._fits(*(measured := self._measured(place, document))):
                 self._skip(order, measured[1])
                 # of the same folder, whose share is of what it keeps; what is done to it is drawn anew
                 number, self.drawn, place = self.drawn, self.drawn + 1, order.next()
+                document = self._outline(number, place)
             order.accept(place)
+            self._count(order, document)
             self._pending[number] = place
             pad = self.source.packing.mode == "pad"
             row = [number] if pad else self._packer.add(number, *measured)
@@ -288,6 +300,18 @@ class _Stream:
                 f"{order.folder}: no document of it fits a row ({order.skipped} are too long): "
                 f"raise the packing's budget{limit}"
             )
+
+    def _count(self, order: ShardOrder, document: Document) -> None:
+        """Count a document's pictures by their canvases."""
+        for schedule in (s.codes.schedule for s in document.segments if isinstance(s, Image)):
+            height, width = schedule.image_size(self._down)
+            self._canvases[f"{width}x{height}"] += 1
+            if not schedule.canonical and order.number not in self._astray:
+                self._astray.add(order.number)
+                _LOG.warning(
+                    "%s: it has pictures on schedules that inference has not, as versions of before made them (such as one "
+                    "of %dx%d): extract again makes their shards anew", order.folder, width, height,
+                )  # fmt: skip
 
     def _row(self, found: list[tuple[int, Place]]) -> PackedRow:
         documents = [
@@ -329,6 +353,7 @@ class _Stream:
             "folders": [order.state() for order in self.orders],
             "packer": self._packer.state(),
             "pending": [[number, *place] for number, place in self._pending.items()],
+            "canvases": dict(self._canvases),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -338,6 +363,7 @@ class _Stream:
             order.restore(values)
         self.drawn = state["drawn"]
         self._packer.restore(state["packer"])
+        self._canvases = Counter(state.get("canvases", {}))  # a checkpoint of before has none
         self._pending = {number: Place(*place) for number, *place in state["pending"]}
         for order in self.orders:
             order.wait_for([place for place in self._pending.values() if place.folder == order.number])
@@ -366,13 +392,32 @@ class ShardLoader:
         self._next: tuple[tuple[int, int], Future[_Made]] | None = None
 
     def incomplete(self) -> list[str]:
-        """A line for every folder that lacks shards although it has later ones."""
+        """A line for every folder that lacks shards although it has later ones, and one where folders show pictures in two
+        ways, of which the model will be shown but one.
+        """
         told = []
         for order in self._stream.orders:
             if lost := order.shards.missing():
                 some = ", ".join(f"{number:06d}" for number in lost[:3]) + ", ..." * (len(lost) > 3)
                 told.append(f"{order.folder} lacks {len(lost)} shards ({some}): extract again writes them")
+        if len(self.fits) > 1:
+            padded = [o.folder for o in self._stream.orders if o.shards.config.fit == "pad"]
+            told.append(
+                f"{padded[0]} has padded pictures, other folders cropped ones: extract all with one --fit"
+            )
         return told
+
+    @property
+    def fits(self) -> set[Fit]:
+        """How the pictures of its folders got onto their canvases."""
+        return {order.shards.config.fit for order in self._stream.orders}
+
+    @property
+    def canvases(self) -> dict[str, int]:
+        """WIDTHxHEIGHT -> pictures of that size so far, in all processes' rows. Behind a checkpoint of before they were
+        counted: since then.
+        """
+        return dict(self._state["canvases"])
 
     @property
     def skipped(self) -> int:

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from nextflow_ar.data.layouts import LayoutError, holds_picture, plain_form
+from nextflow_ar.sequence.dialogue import JOINT
 from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture, to_rgb
 
 Role = Literal["system", "user", "assistant"]
@@ -211,7 +212,7 @@ class _Reader:
             kind = (TextPart, before.role, before.supervised)
             if parts and isinstance(before, TextPart) and kind == (type(part), part.role, part.supervised):
                 assert isinstance(part, TextPart)  # a text in pieces is one text: what it says ends once
-                parts[-1] = replace(before, text=f"{before.text}\n{part.text}")
+                parts[-1] = replace(before, text=f"{before.text}{JOINT}{part.text}")
             else:
                 parts.append(part)
         return self.row(*parts)

@@ -3,17 +3,18 @@
 ``generation.json`` may say, beside sampling settings: ``think`` (plan in words before drawing), ``think_edits`` (the same
 before a changed picture), ``think_told`` (plans before every picture of a conversation, a story or a film, which the model
 writes by itself and which are no part of what it says), ``thought_temperature`` (of plans), ``dialogue`` (chat marks around
-every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``caption`` (what is asked
-about a picture when nobody asks), ``video`` (how frames are asked for, with {prompt} and {frames}) and ``next_frame`` (how
-one more is).
+every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``fit`` ("crop" or "pad":
+how given pictures get onto them), ``caption`` (what is asked about a picture when nobody asks), ``video`` (how frames are
+asked for, with {prompt} and {frames}) and ``next_frame`` (how one more is).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.vocab import BOI
 from nextflow_ar.storage import StorageError
 from nextflow_ar.tokenizer.image_tokenizer import canvas_schedule
-from nextflow_ar.tokenizer.pictures import fit_picture, to_rgb
+from nextflow_ar.tokenizer.pictures import Fit, as_picture, place, to_rgb, upright
 from nextflow_ar.types import Codes, Document, Event, Image, ImageReady, Text, TextDelta
 
 Picture = PILImage.Image | np.ndarray | Codes
@@ -44,6 +45,7 @@ OPTIONS = (
     "thought_temperature",
     "dialogue",
     "canvases",
+    "fit",
     "caption",
     "answer_guidance",
     "video",
@@ -72,6 +74,14 @@ def canvases_of(generation: Mapping[str, Any], config: ImageTokenizerConfig) -> 
             raise StorageError(
                 f"generation.json: canvases: {name!r} is no size of this image tokenizer"
             ) from None
+    return found
+
+
+def fit_of(generation: Mapping[str, Any]) -> Fit:
+    """How given pictures get onto their canvas, of the keys of generation.json. Raises StorageError."""
+    found = generation.get("fit", "crop")
+    if found not in get_args(Fit):
+        raise StorageError(f"generation.json: fit is {' or '.join(get_args(Fit))}, got {found!r}")
     return found
 
 
@@ -112,6 +122,7 @@ class Loaded:
         self.thought_settings = THOUGHT_SETTINGS.changed(temperature=warmth)
         self.manner = Manner(bool(bundle.generation.get("dialogue", False)), bool(self.told_thoughts))
         self.canvases = canvases_of(bundle.generation, self.image_tokenizer.config)
+        self.fitting: Fit = fit_of(bundle.generation)
         self.defaults = SamplingSettings(
             **{
                 k: tuple(v) if isinstance(v, list) else v
@@ -278,30 +289,45 @@ class Loaded:
         return self.decode(Codes.plain(schedule, full), scales)
 
     def canvas_for(self, height: int, width: int) -> ScaleSchedule:
-        """Schedule that a picture of this size is read at: its own where it is one of the model's canvases, otherwise the
-        nearest aspect ratio among those of the default number of scales.
+        """Schedule that a picture of this size is read at: its own where the model draws that size on as many scales as its
+        default or one of its canvases has; else, of those of the default number of scales, the canvas that an extraction
+        would lay it on, or the nearest in aspect ratio where the model lacks that.
         """
-        default = self.schedule_for()
-        sizes = {s.image_size(self.image_tokenizer.config.downsample): s for s in (default, *self.canvases)}
-        if (height, width) in sizes:
-            return sizes[height, width]
+        tokenizer, default = self.image_tokenizer, self.schedule_for()
+        down, known = tokenizer.config.downsample, (default, *self.canvases)
+        with suppress(ValueError):
+            # On fewer scales than that an icon would be read from a handful of codes: it is enlarged.
+            if len(own := tokenizer.schedule_for(height, width)) in set(map(len, known)):
+                return own
+        sizes = {s.image_size(down): s for s in known if len(s) == len(default)}
+        with suppress(ValueError):  # beyond 1:4
+            size = tokenizer.canvas_for(height, width, len(default)).image_size(down)
+            if size in sizes:
+                return sizes[size]
         ratios = {
             max(h * width / (w * height), w * height / (h * width)): s
             for (h, w), s in reversed(sizes.items())
-            if len(s) == len(default)
         }
         return ratios[min(ratios)]
 
     def fit(self, picture: PILImage.Image | np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
-        """A picture cropped and scaled to the model's canvas of the nearest aspect ratio, (H, W, 3) uint8."""
-        image = picture if isinstance(picture, PILImage.Image) else PILImage.fromarray(picture)
+        """A picture, turned upright as its EXIF orientation says, on the canvas that it is read at, (H, W, 3) uint8:
+        cropped, or whole with its border repeated, as generation.json's ``fit`` says. Raises RequestError for what is none.
+        """
+        try:
+            image = upright(picture) if isinstance(picture, PILImage.Image) else as_picture(picture)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        if 0 in image.size:
+            raise RequestError(f"the picture is empty: {image.width}x{image.height} pixels")
         schedule = self.canvas_for(image.height, image.width)
-        return fit_picture(to_rgb(image), *schedule.image_size(self.image_tokenizer.config.downsample))
+        size = schedule.image_size(self.image_tokenizer.config.downsample)
+        return place(to_rgb(image), *size, self.fitting)[0]
 
     @torch.inference_mode()
     def encode(self, picture: Picture) -> Codes:
-        """Codes of a picture, cropped and scaled to fit; codes are what they are. Those of a picture that is known (it was
-        read before, or :meth:`remember` was told) are not computed again.
+        """Codes of a picture, fitted (:meth:`fit`); codes are what they are. Those of a picture that is known (it was read
+        before, or :meth:`remember` was told) are not computed again.
         """
         if isinstance(picture, Codes):
             return picture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nextflow_ar.sequence.dialogue import opened
+from nextflow_ar.sequence.dialogue import opened, turns, whole
 from nextflow_ar.sequence.vocab import END_OF_TEXT, TURN_END
 from nextflow_ar.types import Codes, Document, Image, Text
 
@@ -31,14 +31,19 @@ class Manner:
     dialogue: bool
     seen: bool = False
 
-    def document(self, parts: Sequence[Part]) -> Document:
-        """The parts in order, up to where the answer begins."""
+    def document(self, parts: Sequence[Part], *, finished: bool = False) -> Document:
+        """The parts in order, neighbouring texts of one role as one (:func:`whole`), up to where the answer begins;
+        ``finished``: none comes, so the last turn ends.
+        """
+        parts = whole(parts)
         if self.seen:
             parts = [
                 (role, replace(one, supervised=False) if isinstance(one, Image) else one)
                 for role, one in parts
             ]
-        return Document(opened(parts) if self.dialogue else tuple(segment for _, segment in parts))
+        if not self.dialogue:
+            return Document(tuple(segment for _, segment in parts))
+        return Document(turns(parts) if finished else opened(parts))
 
     @property
     def unconditional(self) -> Document:

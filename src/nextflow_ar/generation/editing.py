@@ -15,7 +15,7 @@ from nextflow_ar.generation.documents import ARROW, part
 from nextflow_ar.generation.engine import ImageRequest
 from nextflow_ar.generation.forcing import Forced, first_scales, kept_cells
 from nextflow_ar.generation.sampling import SamplingSettings
-from nextflow_ar.tokenizer.pictures import to_rgb
+from nextflow_ar.tokenizer.pictures import Fit, place, to_rgb, upright
 from nextflow_ar.tokenizer.pixels import to_unit
 from nextflow_ar.types import Codes, Event
 
@@ -122,6 +122,8 @@ class Editing(Loaded):
         """What stays of a picture outside of a mask, for the engine. Raises RequestError as :meth:`inpaint`."""
         if isinstance(picture, Codes):
             picture = self.decode(picture)
+        if isinstance(picture, PILImage.Image):
+            picture = upright(picture)  # the mask lies over what is seen
         size = picture.size if isinstance(picture, PILImage.Image) else picture.shape[1::-1]
         white = _white(mask)
         if white.size != size:
@@ -130,8 +132,7 @@ class Editing(Loaded):
                 "they have to be of one size"
             )
         pixels = torch.from_numpy(self.fit(picture).copy())
-        canvas = (pixels.shape[1], pixels.shape[0])
-        redrawn = np.asarray(ImageOps.fit(white, canvas, PILImage.Resampling.BOX)) > 0
+        redrawn = _over(white, pixels.shape[0], pixels.shape[1], self.fitting)
         if not redrawn.any():
             raise RequestError("the mask marks nothing: paint white what is to be redrawn")
         codes = self.encode(picture)
@@ -175,6 +176,15 @@ class Editing(Loaded):
         return self.draw(requests, on_event=on_event)
 
 
+def _over(white: PILImage.Image, height: int, width: int, fit: Fit) -> np.ndarray:
+    """(height, width) bool: a mask on the canvas of the picture that it lies over. A pixel that it touches is redrawn."""
+    if fit == "crop":
+        return np.asarray(ImageOps.fit(white, (width, height), PILImage.Resampling.BOX)) > 0
+    top, left, bottom, right = place(white.convert("RGB"), height, width, fit)[1].box
+    inner = np.asarray(white.resize((right - left, bottom - top), PILImage.Resampling.BOX)) > 0
+    return np.pad(inner, ((top, height - bottom), (left, width - right)), mode="edge")
+
+
 def _white(mask: Mask) -> PILImage.Image:
     """A mask as pixels of 0 and 255. Raises RequestError for an array that is none."""
     if isinstance(mask, np.ndarray):
@@ -184,5 +194,5 @@ def _white(mask: Mask) -> PILImage.Image:
                 f"a mask is (H, W) bool or uint8, or a picture; got {tuple(mask.shape)} {mask.dtype}"
             )
         mask = PILImage.fromarray(mask.astype(np.uint8) * 255 if mask.dtype == np.bool_ else mask)
-    grey = np.asarray(to_rgb(mask).convert("L"))
+    grey = np.asarray(to_rgb(upright(mask)).convert("L"))
     return PILImage.fromarray(np.where(grey >= 128, np.uint8(255), np.uint8(0)))

@@ -8,6 +8,7 @@ kernels, are padded up.
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from nextflow_ar.types import Event
 __all__ = [
     "ContextError",
     "Engine",
+    "Failure",
     "Figures",
     "ImageRequest",
     "QueueFull",
@@ -65,6 +67,21 @@ class Figures:
         return Figures(
             self.hits + other.hits, self.reused + other.reused, self.fed + other.fed, self.used + other.used
         )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Request ``row`` is given up: what came back for it could not be used. Those beside it go on."""
+
+    row: int
+    error: Exception
+
+    def __reduce__(self) -> tuple[type[Failure], tuple[int, Exception]]:
+        """To another process its line goes, and its trace as a note: not every error can be written down and read again."""
+        line = f"{type(self.error).__name__}: {self.error}".partition("\n")[0][:300]
+        told = RuntimeError(line)
+        told.add_note("".join(traceback.format_exception(self.error)))
+        return Failure, (self.row, told)
 
 
 class Engine:
@@ -96,12 +113,17 @@ class Engine:
         return self.run(requests)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Answer requests of any kind together; rows are numbered as given. Raises ContextError before any work."""
+        """Answer requests of any kind together; rows are numbered as given. Raises ContextError before any work, and what
+        one of them fails of.
+        """
         rounds = Rounds(self)
         for number, request in enumerate(requests):
             rounds.submit(number, request)
         while rounds.busy:
-            yield from rounds.step()
+            for event in rounds.step():
+                if isinstance(event, Failure):
+                    raise event.error
+                yield event
 
     @property
     def figures(self) -> Figures:
@@ -109,7 +131,7 @@ class Engine:
         return Figures(self.kept.hits, self.reused, self.fed, self.kept.used)
 
     def job(self, number: int, request: Request) -> Job:
-        """The state machine of a request. Raises ContextError, or SettingError where settings do not fit."""
+        """The state machine of a request. Raises ContextError."""
         quantizer = self.bundle.image_tokenizer.quantizer
         return Job(number, request, self.vocab, self.layout, self.model.config.max_positions, quantizer)
 
@@ -292,7 +314,7 @@ class Rounds:
         return bool(self.waiting or self.active)
 
     def submit(self, number: int, request: Request) -> None:
-        """Take a request on; its events carry ``number``. Raises QueueFull, ContextError or SettingError."""
+        """Take a request on; its events carry ``number``. Raises QueueFull or ContextError."""
         if self.most_waiting is not None and len(self.waiting) >= self.most_waiting:
             raise QueueFull(f"{self.most_waiting} requests wait already: try again later")
         self.take(self.engine.job(number, request))
@@ -316,8 +338,10 @@ class Rounds:
     def close(self) -> None:
         """Nothing is to be ended here; see Engines."""
 
-    def step(self) -> Iterator[Event]:
-        """One step of every active request; yields what is new, request by request."""
+    def step(self) -> Iterator[Event | Failure]:
+        """One step of every active request; yields what is new, request by request. One that fails of its own scores is
+        dropped, and its last news is a Failure. Raises what they fail of together, when a batch is fed.
+        """
         self._admit()
         self.round += 1
         working = self._gathered()
@@ -333,7 +357,13 @@ class Rounds:
         for job in working:
             if job not in self.active:
                 continue
-            yield from job.advance()
+            try:
+                yield from job.advance()
+            except Exception as error:
+                if job in self.active:
+                    self.active.remove(job)
+                yield Failure(job.number, error)
+                continue
             if job.done and job in self.active:
                 self.active.remove(job)
 

@@ -159,8 +159,6 @@ class StaticDrawer:
                 )
             if request.settings.guided and self.tracks == 1:
                 raise ValueError("guidance needs a drawer made with guided=True")
-            for k in range(len(self.schedule)):
-                request.settings.at(k, len(self.schedule))
 
     def _begin(self, requests: Sequence[ImageRequest]) -> Float[Tensor, "r n v"]:
         """Feed the prefixes of all rows, conditional ones first; returns the scores of the first grid."""

@@ -123,7 +123,6 @@ class Drawing:
         forcing: Forcing | None = None,
         references: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
-        settings.at(0, len(schedule))  # a wrong number of values is an error before the work
         self.track, self.partner, self.schedule, self.settings = track, partner, schedule, settings
         self.forcing, self.references = forcing, references
         self.codes = torch.empty(0, dtype=torch.long)

@@ -27,7 +27,8 @@ class QueueFull(RuntimeError):
 class ImageRequest:
     """Draw an image after ``document``. ``unconditional``: the document that guidance contrasts with. ``forced``: codes
     that it has to have. ``original``: (H, W, 3) uint8 of the picture that is changed, if its pixels are to stay where its
-    codes do. Raises ValueError where those are of another schedule, or nothing is there to be changed.
+    codes do. Raises ValueError where those are of another schedule, or nothing is there to be changed, and SettingError
+    where the settings are of another number of scales.
     """
 
     document: Document
@@ -39,6 +40,7 @@ class ImageRequest:
     original: UInt8[np.ndarray, "H W 3"] | None = None
 
     def __post_init__(self) -> None:
+        self.settings.check(len(self.schedule))
         if self.original is not None and (
             self.forced is not None or reference_of(self.document, self.schedule) is None
         ):
@@ -52,7 +54,8 @@ class TextRequest:
     """Write text after ``document`` until a token of ``ends``: ``min_tokens`` to ``max_tokens`` tokens.
 
     ``unconditional``: the document that guidance contrasts with (the question without its picture, say); none without it.
-    ``plans``: whether an image is to be drawn behind it.
+    ``plans``: whether an image is to be drawn behind it. Raises SettingError where the settings have values for several
+    scales.
     """
 
     document: Document
@@ -63,6 +66,9 @@ class TextRequest:
     min_tokens: int = 0
     unconditional: Document | None = None
     plans: bool = False
+
+    def __post_init__(self) -> None:
+        self.settings.check(1)
 
     @property
     def guided(self) -> bool:
@@ -80,7 +86,8 @@ class WriteRequest:
     ``thoughts``: most tokens of the plan before each image, which is not part of the text (see
     :mod:`~nextflow_ar.generation.spoken`); behind so many its image begins. 0: a plan is text like any other.
     ``settings`` are the text's, ``thought_settings`` the plans' (None: the text's), ``image_settings`` the images'. Raises
-    ValueError where nothing may be written.
+    ValueError where nothing may be written, and SettingError where settings have another number of values than text, or
+    the images that may be drawn, take.
     """
 
     document: Document
@@ -99,6 +106,11 @@ class WriteRequest:
     def __post_init__(self) -> None:
         if self.max_tokens < 1 and self.max_images < 1:
             raise ValueError("a request to write allows at least one token or one image")
+        for words in (self.settings, self.thought_settings):
+            if words is not None:
+                words.check(1)
+        if self.max_images:
+            self.image_settings.check(len(self.schedule))
 
 
 Request = ImageRequest | TextRequest | WriteRequest

@@ -18,6 +18,10 @@ from torch import Tensor
 
 PerScale = float | tuple[float, ...]
 """One value for all scales, two (a straight line from the first scale to the last), or one for each scale."""
+MOST = 100.0
+"""Greatest guidance and temperature: far beyond what is of use, and far from where scores stop being numbers."""
+COLDEST = 1e-5
+"""Temperature below which the best entry is taken: divided by less, scores would in the end not be numbers."""
 
 _LIKELY = 0.05
 """Share of the best word's probability that a word needs to be chosen under guidance."""
@@ -31,11 +35,12 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are chosen. Every field may differ by scale (:data:`PerScale`); text uses the first value.
+    """How tokens are chosen. Every field may differ by scale (:data:`PerScale`); text takes one value, or two of which the
+    first counts.
 
-    ``guidance``: 1 is none; logits are ``u + guidance * (c - u)`` of conditional c and unconditional u. ``temperature``:
-    0 always takes the best. ``top_k``: only so many best entries, 0 for all. ``top_p``: only the smallest set of best
-    entries with at least this probability.
+    ``guidance``: 0 to 100, 1 is none; logits are ``u + guidance * (c - u)`` of conditional c and unconditional u.
+    ``temperature``: 0 to 100; 0, or next to it, always takes the best. ``top_k``: only so many best entries, 0 for all.
+    ``top_p``: only the smallest set of best entries with at least this probability. Raises SettingError for other numbers.
     """
 
     guidance: PerScale = 1.0
@@ -45,8 +50,8 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         for name, low, high, what in (
-            ("guidance", 0.0, float("inf"), "a number of at least 0"),
-            ("temperature", 0.0, float("inf"), "a number of at least 0"),
+            ("guidance", 0.0, MOST, f"a number from 0 to {MOST:g}"),
+            ("temperature", 0.0, MOST, f"a number from 0 to {MOST:g}"),
             ("top_k", 0.0, float("inf"), "a whole number of at least 0 (0: all)"),
             ("top_p", 1e-9, 1.0, "a number above 0 and at most 1"),
         ):
@@ -59,6 +64,10 @@ class SamplingSettings:
         """(guidance, temperature, top_k, top_p) at 0-based ``scale`` of ``scales``."""
         g, t, k, p = (at_scale(getattr(self, f.name), scale, scales, f.name) for f in fields(self))
         return g, t, round(k), p
+
+    def check(self, scales: int) -> None:
+        """Raises SettingError where a field has another number of values than ``scales`` take; 1: those of a text."""
+        self.at(0, scales)
 
     @property
     def guided(self) -> bool:
@@ -86,9 +95,10 @@ def at_scale(value: PerScale, scale: int, scales: int, name: str = "the setting"
     if len(value) == 2:
         share = scale / max(1, scales - 1)
         return float(value[0] + (value[1] - value[0]) * share)
+    several = f", two (first and last scale) or one for each of the {scales} scales"
+    words = " for words, which have no scales"
     raise SettingError(
-        f"{name.replace('_', '-')} takes one value, two (first and last scale) or one for each of the {scales} scales, "
-        f"got {len(value)}"
+        f"{name.replace('_', '-')} takes one value{several if scales > 1 else words}, got {len(value)}"
     )
 
 
@@ -157,20 +167,32 @@ def draw(
     logits: Float[Tensor, "n v"], temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> Int[Tensor, " n"]:
     """One entry per row of logits: the first at which the sum of the probabilities, in the order of the entries, exceeds
-    one number of ``generator``'s; the best at temperature 0.
+    one number of ``generator``'s; the best at temperature 0, or next to it (:data:`COLDEST`).
 
     The filters see the tempered distribution. Numbers are made where the generator lives: a CPU's are the same for every
     device, one of the logits' own device is faster. Consumes ``n`` of them whatever the settings, so that changing one
-    scale's settings does not shift the numbers of later scales.
+    scale's settings does not shift the numbers of later scales. Raises FloatingPointError where a row has nothing to
+    choose: logits that are no numbers, or all at -inf.
     """
     logits = logits.float()
     uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32, device=generator.device)
-    if temperature <= 0:
-        return logits.argmax(-1)
+    if temperature < COLDEST:
+        best = logits.argmax(-1)
+        _can_choose(logits.gather(-1, best[..., None]) > float("-inf"))
+        return best
     sums = keep_best(logits / temperature, top_k, top_p).softmax(-1).cumsum(-1)
     whole = sums[..., -1:]
+    _can_choose(whole > 0)
     wanted = torch.minimum(uniform.to(whole.device) * whole, torch.nextafter(whole, torch.zeros_like(whole)))
     return torch.searchsorted(sums, wanted, right=True)[..., 0]
+
+
+def _can_choose(rows: Bool[Tensor, "n 1"]) -> None:
+    """Raises FloatingPointError where it does not hold for all rows: searched for all the same, the entry that is found
+    would lie behind the last one, or be one that is ruled out.
+    """
+    if not bool(rows.all()):
+        raise FloatingPointError("the model's scores are no numbers: nothing can be chosen by them")
 
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -19,12 +19,13 @@ from nextflow_ar.generation.engine import ImageRequest, TextRequest
 from nextflow_ar.generation.pipeline import NextFlowPipeline, best_dtype, fold_seed, resolve_model
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.hub.configuration import NextFlowConfig
-from nextflow_ar.hub.tokens import document_of
+from nextflow_ar.hub.processing import as_pixels
+from nextflow_ar.hub.tokens import asks, blind, changes, document_of
 from nextflow_ar.model.checkpoint import Bundle, load_bundle
 from nextflow_ar.sequence.batch import collate
 from nextflow_ar.sequence.layout import IGNORED, build
 from nextflow_ar.storage import StorageError, first_line
-from nextflow_ar.types import Codes, Document, TextDelta
+from nextflow_ar.types import Codes, Document, Image, TextDelta
 
 _LOADED_OTHERWISE = {
     "load_in_8bit",
@@ -158,11 +159,12 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
         attention_mask: Int[Tensor, "b l"] | None = None,
     ) -> list[Document]:
         """Rows of token ids and their pictures as documents. Raises ValueError where they do not match."""
-        codes: list[Codes] = [self.pipeline.encode(p.cpu().numpy()) for p in pixel_values or ()]
-        rest, found = iter(codes), []
+        pictures = () if pixel_values is None else pixel_values
+        codes: list[Codes] = [self.pipeline.encode(as_pixels(p).numpy()) for p in pictures]
+        rest, found, seen = iter(codes), [], self.pipeline.manner.seen
         for number, row in enumerate(input_ids):
             kept = row if attention_mask is None else row[attention_mask[number].bool()]
-            found.append(document_of(kept.tolist(), rest, self._bundle.vocab))
+            found.append(document_of(kept.tolist(), rest, self._bundle.vocab, seen=seen))
         if next(rest, None) is not None:
             raise ValueError("there are more pictures than <boi><eoi> in the token ids")
         return found
@@ -217,9 +219,13 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
         seed: int = 0,
         **others: Any,
     ) -> Tensor | list[PILImage.Image]:
-        """Mode "text": the token ids with the answer behind them, padded on the right; greedy unless ``do_sample``. Mode
-        "image": a picture for each row. What is not said is as the checkpoint has it. Raises ValueError for transformers'
-        options that would give other tokens and that this model does not know.
+        """Mode "text": the token ids with the answer behind them, padded on the right; greedy unless ``do_sample``;
+        ``guidance_scale`` holds against a word how likely it is without the pictures. Mode "image": a picture for each row.
+        Where a row shows pictures, it is drawn in the size of the last; if the turn that is answered shows that one, it is
+        changed as ``NextFlowPipeline.edit`` does. What is not said is as the checkpoint has it.
+
+        Raises ValueError for transformers' options that would give other tokens and that this model does not know, and for
+        guidance of words where a row has no picture or no words.
         """
         unknown = sorted(
             k for k in _SAMPLED_OTHERWISE & set(others) if others[k] not in (None, _NEUTRAL.get(k, 1), [], ())
@@ -229,27 +235,71 @@ class NextFlowForConditionalGeneration(PreTrainedModel):
                 f"generate knows no {', '.join(unknown)} here: max_new_tokens, do_sample, temperature, top_k, top_p, "
                 "guidance_scale and seed are known"
             )
-        pipeline, vocab = self.pipeline, self._bundle.vocab
+        if generation_mode not in ("text", "image"):
+            raise ValueError(f"generation_mode is text or image, got {generation_mode!r}")
         documents = self.documents(input_ids, pixel_values, attention_mask)
         seeds = [fold_seed(seed, row) for row in range(len(documents))]
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance_scale}
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if generation_mode == "image":
-            settings = pipeline.defaults.changed(**given)
-            schedule, nothing = pipeline.schedule_for(size), pipeline.manner.unconditional
-            requests = [
-                ImageRequest(document, schedule, s, settings, nothing)
-                for document, s in zip(documents, seeds, strict=True)
-            ]
-            return pipeline.draw(requests, think=think)
-        if generation_mode != "text":
-            raise ValueError(f"generation_mode is text or image, got {generation_mode!r}")
+            settings = self.pipeline.defaults.changed(**given, guidance=guidance_scale)
+            pictures = () if pixel_values is None else pixel_values
+            return self._drawn(documents, pictures, seeds, settings, size, think)
         settings = SamplingSettings().changed(**given) if do_sample else SamplingSettings(temperature=0.0)
-        ends = pipeline.manner.ends
-        asked = [
-            TextRequest(d, max_new_tokens, s, settings, ends) for d, s in zip(documents, seeds, strict=True)
-        ]
-        texts = [""] * len(asked)
-        for event in pipeline.engine.texts(asked):
+        return self._written(input_ids, documents, seeds, settings, guidance_scale, max_new_tokens)
+
+    def _drawn(
+        self,
+        documents: Sequence[Document],
+        pixel_values: Sequence[Tensor],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        size: tuple[int, int] | None,
+        think: bool | None,
+    ) -> list[PILImage.Image]:
+        """A picture behind each document."""
+        pipeline, rest = self.pipeline, iter(pixel_values)
+        requests, planned = [], []
+        for row, (document, seed) in enumerate(zip(documents, seeds, strict=True)):
+            shown = [(one.codes, next(rest)) for one in document.segments if isinstance(one, Image)]
+            codes, pixels = shown[-1] if shown else (None, None)
+            schedule = pipeline.schedule_for(size) if codes is None or size is not None else codes.schedule
+            request = ImageRequest(document, schedule, seed, settings, pipeline.manner.unconditional)
+            edited = changes(document)
+            if edited and codes is not None and codes.schedule == schedule:
+                request = pipeline.sparing(request, as_pixels(pixels).numpy())
+            requests.append(request)
+            by_itself = pipeline.thinks_edits if edited else pipeline.thinks
+            if by_itself if think is None else think:
+                planned.append(row)
+        thought = pipeline.think([requests[row] for row in planned])
+        for row, request in zip(planned, thought, strict=True):
+            requests[row] = request
+        return pipeline.draw(requests)
+
+    def _written(
+        self,
+        input_ids: Int[Tensor, "b l"],
+        documents: Sequence[Document],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        guidance: float | None,
+        tokens: int,
+    ) -> Int[Tensor, "b m"]:
+        """The token ids with up to so many of the answers behind them."""
+        pipeline, vocab = self.pipeline, self._bundle.vocab
+        usual = float(self._bundle.generation.get("answer_guidance", 1.0))
+        requests = []
+        for document, seed in zip(documents, seeds, strict=True):
+            without = blind(document)
+            if without is None and guidance not in (None, 1):
+                raise ValueError(
+                    "guidance_scale of a text is against its words without the picture: a row has no picture or no words"
+                )
+            strength = guidance if guidance is not None else usual if asks(document) else 1.0
+            chosen, ends = settings.changed(guidance=strength), pipeline.manner.ends
+            requests.append(TextRequest(document, tokens, seed, chosen, ends, unconditional=without))
+        texts = [""] * len(requests)
+        for event in pipeline.engine.texts(requests):
             if isinstance(event, TextDelta):
                 texts[event.row] += event.text
         rows = [vocab.encode(text) for text in texts]

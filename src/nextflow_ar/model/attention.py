@@ -88,18 +88,23 @@ def attend(
 
 
 def mask_of_rows(
-    mask: Bool[Tensor, "b 1 l k"], hidden: Tensor, documents: Int[Tensor, "b l"] | None = None
+    mask: Bool[Tensor, "b 1 l k"],
+    hidden: Tensor,
+    documents: Int[Tensor, "b l"] | None = None,
+    *,
+    trains: bool | None = None,
 ) -> Bool[Tensor, "b 1 l k"] | Float[Tensor, "b 1 l k"] | DocumentMask:
     """The mask as numbers to add to scores (0, or the lowest there is, in what products are computed in) where those are to
     be held in full; as it is where the fused kernel runs. ``hidden``: what attention is computed from, the queries or the
-    rows themselves. ``documents``: of which document every place is (-1: padding), where rows hold several.
+    rows themselves. ``documents``: of which document every place is (-1: padding), where rows hold several. ``trains``:
+    there will be a backward pass through attention (None: where ``hidden`` has a gradient).
 
     Called once for all layers, outside of what is compiled: within, every layer made the numbers anew while it computed its
     softmax, which then took four times as long.
     """
-    trained = torch.is_grad_enabled() and hidden.requires_grad
+    trains = hidden.requires_grad if trains is None else trains
     dtype = _dtype(hidden)
-    if not trained or dtype not in APART:
+    if not trains or not torch.is_grad_enabled() or dtype not in APART:
         return mask
     length = mask.shape[-1]
     spans = document_spans(documents) if documents is not None and length >= APART[dtype] else None

@@ -203,7 +203,9 @@ class NextFlowModel(nn.Module):
         else:
             mask = block_mask(batch.blocks, batch.documents)
             if self.config.heads == self.config.kv_heads:
-                mask = mask_of_rows(mask, embeddings, batch.documents)
+                # under adapters the embeddings have no gradient, and yet the layers train
+                trains = any(parameter.requires_grad for parameter in self.parameters())
+                mask = mask_of_rows(mask, embeddings, batch.documents, trains=trains)
         hidden = self.runner(embeddings, batch.positions, mask)
         if copied.places is None:
             return hidden

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START
 from nextflow_ar.types import Image, Mark, Segment, Text
+
+JOINT = "\n"
+"""Between neighbouring texts of one role, which are one text in pieces."""
+
+
+def whole(parts: Iterable[tuple[str, Text | Image]]) -> list[tuple[str, Text | Image]]:
+    """(role, segment) pairs in which neighbouring texts of one role, supervised alike, are one text, as rows of data have
+    them (nothing stands between a text and a picture); texts without words are left out.
+    """
+    found: list[tuple[str, Text | Image]] = []
+    for role, segment in parts:
+        if isinstance(segment, Text):
+            if not segment.text.strip():
+                continue
+            said, before = found[-1] if found else ("", None)
+            if isinstance(before, Text) and (said, before.supervised) == (role, segment.supervised):
+                found[-1] = role, replace(before, text=f"{before.text}{JOINT}{segment.text}")
+                continue
+        found.append((role, segment))
+    return found
 
 
 def turns(parts: Iterable[tuple[str, Text | Image]]) -> tuple[Segment, ...]:

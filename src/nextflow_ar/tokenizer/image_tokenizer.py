@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from nextflow_ar.config import ImageTokenizerConfig, from_dict, to_dict
-from nextflow_ar.scales import BASE_SIZES, ScaleSchedule
+from nextflow_ar.scales import BASE_SIZES, ScaleSchedule, final_of
 from nextflow_ar.storage import (
     StorageError,
     find_folder,
@@ -27,7 +27,7 @@ from nextflow_ar.storage import (
     write_atomic,
     write_folder,
 )
-from nextflow_ar.tokenizer.pictures import Fit, place, to_rgb, unplace
+from nextflow_ar.tokenizer.pictures import Fit, place, to_rgb, unplace, upright
 from nextflow_ar.tokenizer.pixels import PixelDecoder, PixelEncoder, to_bytes, to_unit
 from nextflow_ar.tokenizer.quantizer import MultiScaleQuantizer, Quantized, SelfCorrection
 from nextflow_ar.tokenizer.semantic import SemanticDecoder, SemanticEncoder, SemanticHead
@@ -103,7 +103,8 @@ class ImageTokenizer(nn.Module):
 
         ``num_scales``: the level, 1 to 18 (None: the smallest whose canvas of the nearest aspect ratio holds the picture,
         or 18); ``schedule``: this schedule instead. ``fit``: "pad" keeps the whole picture, "crop" fills the canvas;
-        :meth:`decode` undoes either. Pictures are encoded one by one, so that no batch can change a code.
+        :meth:`decode` undoes either. Pictures are turned upright as their EXIF orientation says, and encoded one by one, so
+        that no batch can change a code.
         Raises ValueError for an empty or far too narrow picture.
         """
         if isinstance(images, PILImage.Image | np.ndarray | Tensor):
@@ -263,12 +264,17 @@ class ImageTokenizer(nn.Module):
 
 
 def canvas_schedule(config: ImageTokenizerConfig, height: int, width: int) -> ScaleSchedule:
-    """Schedule whose final grid covers a picture of exactly this size. Raises ValueError when there is none."""
-    for num_scales in range(len(BASE_SIZES), 0, -1):
-        schedule = ScaleSchedule.nearest(height, width, num_scales)
-        if schedule.image_size(config.downsample) == (height, width):
-            return schedule
-    raise ValueError(f"no scale schedule covers {width}x{height} pixels at downsampling {config.downsample}")
+    """The one schedule of a canvas of exactly this size, in pixels: what is extracted, read or drawn at this size has it.
+
+    Of a size that two levels have it is that of the default level, else of the one with more scales. Raises ValueError when
+    there is none.
+    """
+    down = config.downsample
+    levels = sorted(range(1, len(BASE_SIZES) + 1), key=lambda n: (n != config.num_scales, -n))
+    for num_scales in levels if height % down == width % down == 0 else ():
+        if final := final_of((height // down, width // down), num_scales):
+            return ScaleSchedule.from_final(final, num_scales)
+    raise ValueError(f"no scale schedule covers {width}x{height} pixels at downsampling {down}")
 
 
 def tokenizer_config(name: Path | str) -> ImageTokenizerConfig:
@@ -291,9 +297,9 @@ def _resolve(name: Path | str) -> Path:
 
 
 def to_picture(image: Picture) -> PILImage.Image:
-    """Any accepted picture as 8-bit RGB. Raises ValueError for an array that is no (H, W, 3) uint8."""
+    """Any accepted picture as upright 8-bit RGB. Raises ValueError for an array that is no (H, W, 3) uint8."""
     if isinstance(image, PILImage.Image):
-        return to_rgb(image)
+        return to_rgb(upright(image))
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"a picture is (H, W, 3) uint8, got {tuple(array.shape)} {array.dtype}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from nextflow_ar.types import Frame
 
@@ -102,6 +102,30 @@ def _opened(
     except Exception as error:  # what Pillow's decoders raise differs from format to format
         reason = " ".join(str(error).split())[:120]
         raise PictureError(f"{name}: damaged or truncated picture ({reason})") from None
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture turned and mirrored as its EXIF orientation says, which it then no longer has; itself where it has none."""
+    picture.load()  # what is wrong with the picture itself is told here
+    try:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return ImageOps.exif_transpose(picture) if turned else picture
+    except (
+        Exception
+    ):  # EXIF that is none, at which Pillow raises many kinds: the picture is whole all the same
+        return picture
+
+
+def as_picture(array: np.ndarray) -> Image.Image:
+    """An array as a picture: (H, W, 3) uint8, or what else Pillow takes, such as grey (H, W) or RGBA. Raises ValueError."""
+    array = np.asarray(array)
+    try:
+        if 0 in array.shape:
+            raise ValueError("it is empty")
+        return Image.fromarray(np.ascontiguousarray(array))
+    except (TypeError, ValueError):
+        told = f"{tuple(array.shape)} {array.dtype}"
+        raise ValueError(f"a picture is a Pillow image or (H, W, 3) uint8, got {told}") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

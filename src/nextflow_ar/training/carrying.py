@@ -34,7 +34,7 @@ _PICTURES = 2000
 
 def carry_from(base: Path, model: NextFlowModel, new: ImageTokenizer, seed: int) -> None:
     """:func:`carry_codes` from the image tokenizer in checkpoint ``base``, which ``model`` comes from."""
-    old = ImageTokenizer.from_pretrained(base / "image_tokenizer")
+    old = ImageTokenizer.from_pretrained(base / "image_tokenizer", new.device)
     side, _ = ScaleSchedule.square(new.config.num_scales).image_size(new.config.downsample)
     carry_codes(model, old, new, playground_pictures(_PICTURES, seed, side), seed=seed)
 
@@ -51,8 +51,9 @@ def playground_pictures(count: int, seed: int, side: int = 64) -> UInt8[np.ndarr
 
 
 def _encoded(tokenizer: ImageTokenizer, pictures: Tensor) -> Int[Tensor, "n t"]:
+    """Codes on the CPU, where the model is that they are carried to."""
     parts = pictures.to(tokenizer.device).split(_AT_ONCE)
-    return torch.cat([tokenizer.encode_bytes(part).target for part in parts])
+    return torch.cat([tokenizer.encode_bytes(part).target.cpu() for part in parts])
 
 
 def shared_cells(
@@ -108,8 +109,8 @@ def carry_codes(
     shares = shared_cells(a, b, schedule, (second.quantizer.codebook_size, first.quantizer.codebook_size))
     last = len(schedule) - 1
     summed = tuple(inputs.whole if k == last else inputs.accumulated for k in range(last + 1))
-    matrix = enlarging(schedule, tuple(range(last + 1)), summed, a.device, torch.float32)
-    vectors = (inputs.code_embed.weight.detach().float() * inputs.code_scale).to(a.device)
+    matrix = enlarging(schedule, tuple(range(last + 1)), summed, torch.device("cpu"), torch.float32)
+    vectors = inputs.code_embed.weight.detach().float() * inputs.code_scale
     table = (shares @ vectors).requires_grad_()
     optimizer = torch.optim.Adam([table], _RATE)
     for step, some in enumerate(_batches(len(a), steps, seed)):
@@ -123,8 +124,6 @@ def carry_codes(
         wanted = matrix @ vectors[a]
         left = (matrix @ table[b] - wanted).square().mean() / (wanted - wanted.mean((0, 1))).square().mean()
         inputs.code_embed.weight.copy_(table / inputs.code_scale)
-        model.head.weight[text:] = (shares @ model.head.weight[text:].float().to(a.device)).to(
-            model.head.weight
-        )
+        model.head.weight[text:] = (shares @ model.head.weight[text:].float()).to(model.head.weight)
     _LOG.info("codes carried over by %d pictures: %.3f of their inputs explained", len(a), 1 - float(left))
     return 1 - float(left)

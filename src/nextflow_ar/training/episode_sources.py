@@ -121,9 +121,12 @@ class EpisodeBatches:
                 self.schedules[size] = canvas_schedule(tokenizer, *size)
             except ValueError as error:
                 raise ConfigError(f"canvas {name}: {error}") from None
-            if source.scales is not None and source.scales > len(self.schedules[size]):
+            scales = len(self.schedules[size])
+            if source.scales is not None and source.scales > scales:
+                raise ConfigError(f"canvas {name} has {scales} scales, not {source.scales}")
+            if scales > model.max_scales:
                 raise ConfigError(
-                    f"canvas {name} has {len(self.schedules[size])} scales, not {source.scales}"
+                    f"canvas {name} has {scales} scales, the model has embeddings for {model.max_scales}: max_scales"
                 )
         self._blank = {s: _numbered(s, 0) for s in self.schedules.values()}
         alone = source.rows >= min(_ROWS, _OPEN * source.packing.open_rows)

@@ -1,12 +1,19 @@
-"""What a step of the transformer is computed from, and the text tokenizer of a run that starts from nothing."""
+"""What a step of the transformer is computed from, what its sources teach a model about itself, and the text tokenizer of a
+run that starts from nothing.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nextflow_ar.data.episodes import EpisodeSource, episode_texts
-from nextflow_ar.data.loader import ShardSource
+from nextflow_ar.config import ImageTokenizerConfig
+from nextflow_ar.data.episodes import EpisodeSource, canvas_size, episode_texts
+from nextflow_ar.data.loader import ShardLoader, ShardSource
+from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.vocab import train_text_tokenizer
 from nextflow_ar.storage import write_folder
@@ -16,6 +23,8 @@ from nextflow_ar.training.recipe import ModelRecipe
 
 CORPUS = 4000
 """Documents of every source whose texts a text tokenizer is trained on."""
+_RARE = 1 / 200
+"""Of the pictures from shards: a canvas of fewer is a stray that is better read at another one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +44,47 @@ class Part:
 def as_parts(found: list[tuple[Draft, Batch]]) -> list[Part]:
     """Drafts with their batches, ready to be computed."""
     return [Part(batch, draft.tasks, draft.weight, draft.seen, draft.flops) for draft, batch in found]
+
+
+def taught_defaults(
+    recipe: ModelRecipe,
+    generation: Mapping[str, Any],
+    loaders: Collection[ShardLoader],
+    tokenizer: ImageTokenizerConfig,
+) -> dict[str, Any]:
+    """``generation``, the sampling defaults of a run, with what it has been taught so far about how pictures are shown: the
+    ``canvases`` of its sources beside those that it has, and the ``fit`` of its shards where all have one. What the
+    recipe's own ``generation`` says of either stands. The same in all processes.
+    """
+    found = dict(generation)
+    if "canvases" not in recipe.generation:
+        known = found.get("canvases", [])
+        new = _taught_canvases(recipe, loaders, tokenizer) - set(known)
+        if new:
+            found["canvases"] = [*known, *sorted(new, key=lambda name: (*_area(name), name))]
+    ways = {fit for loader in loaders for fit in loader.fits}
+    if len(ways) == 1 and "fit" not in recipe.generation and ways != {found.get("fit", "crop")}:
+        (found["fit"],) = ways
+    return found
+
+
+def _taught_canvases(
+    recipe: ModelRecipe, loaders: Collection[ShardLoader], tokenizer: ImageTokenizerConfig
+) -> set[str]:
+    """WIDTHxHEIGHT of what is not rare among a run's pictures so far, without the default square."""
+    episodes = [s for s in recipe.sources if isinstance(s, EpisodeSource) and s.scales != 0]
+    sizes = {canvas_size(name) for s in episodes for name, weight in s.canvases.items() if weight > 0}
+    seen: Counter[str] = Counter()
+    for loader in loaders:
+        seen.update(loader.canvases)
+    sizes |= {canvas_size(name) for name, count in seen.items() if count >= _RARE * seen.total()}
+    sizes.discard(ScaleSchedule.square(tokenizer.num_scales).image_size(tokenizer.downsample))
+    return {f"{width}x{height}" for height, width in sizes}
+
+
+def _area(name: str) -> tuple[int, int]:
+    height, width = canvas_size(name)
+    return height * width, width
 
 
 def shard_texts(source: ShardSource, tokenizer: ImageTokenizer, count: int) -> list[str]:

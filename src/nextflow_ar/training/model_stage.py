@@ -32,7 +32,7 @@ from nextflow_ar.training.carrying import carry_from
 from nextflow_ar.training.distributed_checkpoint import export_bundle
 from nextflow_ar.training.episode_feed import Drafting, EpisodeFeed
 from nextflow_ar.training.episode_sources import Place
-from nextflow_ar.training.material import CORPUS, Part, as_parts, own_tokenizer
+from nextflow_ar.training.material import CORPUS, Part, as_parts, own_tokenizer, taught_defaults
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
 from nextflow_ar.training.optim import StageOptimizer
@@ -145,7 +145,7 @@ class ModelTrainer:
             return recipe.model, self._text_tokenizer()
         stored, tokenizer = load_architecture(self.base)
         self.generation |= load_generation(self.base)
-        return agreed(recipe, stored), tokenizer
+        return agreed(recipe, stored, tell=self.world.rank == 0), tokenizer
 
     def _start(self) -> tuple[NextFlowModel, Trainable]:
         """The untrained or started model, in shards or on its device, and what of it trains."""
@@ -377,7 +377,11 @@ class ModelTrainer:
         return self._bundle(adapters.averaged(self.model, self.averages, self.recipe.lora, place, dtype))
 
     def _bundle(self, model: NextFlowModel) -> Bundle:
-        return Bundle(model, self.image_tokenizer, self.vocab, dict(self.generation))
+        return Bundle(model, self.image_tokenizer, self.vocab, self._defaults())
+
+    def _defaults(self) -> dict[str, Any]:
+        loaders, tokenizer = self.loaders.values(), self.image_tokenizer.config
+        return taught_defaults(self.recipe, self.generation, loaders, tokenizer)
 
     def _draw(self, preview: Preview) -> None:
         """A sample sheet, by the first process (all gather a model in shards there); none where memory is short."""
@@ -400,7 +404,7 @@ class ModelTrainer:
         if self.shards is not None:
             return export_bundle(
                 self.shards.checkpoints.place(self.step), folder, self.config, self.image_tokenizer,
-                self.text_tokenizer, self.generation, card,
+                self.text_tokenizer, self._defaults(), card,
             )  # fmt: skip
         bundle = self.bundle(torch.device("cpu"))  # a GPU may have no room for another one
         if self.recipe.lora is not None:

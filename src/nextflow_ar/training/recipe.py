@@ -151,7 +151,8 @@ Trains = Literal["everything", "alignment", "alignment_two_steps", "lora"]
 @dataclass(frozen=True)
 class ModelRecipe:
     """Recipe of one training stage of the transformer. ``start``: what to go on from, a checkpoint folder, a bundled
-    model or a Hub id, or null; its sampling defaults are inherited, ``generation`` (keys of generation.json) over them.
+    model or a Hub id, or null; its sampling defaults are inherited, ``generation`` (keys of generation.json) over them. The
+    ``canvases`` that the sources teach and the ``fit`` of shards are found out, where ``generation`` does not say them.
 
     ``alpha``: scale reweighting. ``text_weight``: loss weight of a text token (an image token's mean is 1).
     ``model``: null takes the architecture of ``start``.
@@ -249,6 +250,10 @@ class ModelRecipe:
         within("a number of seconds of at least 0", **seconds)
         if self.start is None and (self.model is None or self.trains != "everything"):
             raise ConfigError(f"trains: {self.trains} and model: null need a checkpoint folder to start from")
+        if self.start is None and self.model is not None and self.text_entries > self.model.text_vocab:
+            raise ConfigError(
+                f"text_entries {self.text_entries} do not fit into the model's text_vocab {self.model.text_vocab}"
+            )
         if (self.trains == "lora") != (self.lora is not None):
             raise ConfigError("trains: lora goes with the key lora (rank, alpha, targets), and only with it")
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.training.recipe import ModelRecipe
 
+_LOG = logging.getLogger(__name__)
 _CODES = "scale_inputs.code_embed.weight"
 NO_WEIGHT = (
     "closing_input", "scale_input", "rope_range", "rope_theta", "rope", "max_positions", "rms_eps", "copies",
@@ -38,17 +40,22 @@ class Trainable:
         return {name for name in names if (name in self.connector) != first}
 
 
-def agreed(recipe: ModelRecipe, stored: ModelConfig) -> ModelConfig:
-    """The architecture of a stage that starts from ``stored``: the recipe's own, if it has one. Raises ConfigError where
-    other weights would be needed.
+def agreed(recipe: ModelRecipe, stored: ModelConfig, *, tell: bool = True) -> ModelConfig:
+    """The architecture of a stage that starts from ``stored``: the recipe's own, if it has one; with ``tell``, a line is
+    logged of what it has otherwise. Raises ConfigError where other weights would be needed.
     """
     if recipe.model is None or stored == recipe.model:
         return stored
     ours, theirs = to_dict(recipe.model), to_dict(stored)
-    differ = ", ".join(sorted(k for k in ours if ours[k] != theirs[k]))
+    differ = sorted(k for k in ours if ours[k] != theirs[k])
     # What is fed to the closing block is no weight: a stage may change it.
-    if any(ours[k] != theirs[k] for k in ours if k not in NO_WEIGHT):
-        raise ConfigError(f"{recipe.start}: its architecture is not the recipe's (differs in {differ})")
+    if any(k not in NO_WEIGHT for k in differ):
+        raise ConfigError(
+            f"{recipe.start}: its architecture is not the recipe's (differs in {', '.join(differ)})"
+        )
+    if tell:
+        changes = ", ".join(f"{k} {ours[k]} (was {theirs[k]})" for k in differ)
+        _LOG.warning("%s goes on with what it was not trained with: %s", recipe.start, changes)
     return recipe.model
 
 

@@ -7,14 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from nextflow_ar.generation.sampling import PerScale, SamplingSettings
+from nextflow_ar.generation.sampling import MOST, PerScale, SamplingSettings
 
 SEEDS = 2**63
 
-Values = Annotated[
-    float | list[float],
-    Field(description="One value, two (first and last scale), or one per scale."),
-]
+PER_SCALE = "One value, two (first and last scale), or one per scale."
+OF_WORDS = "One value: it is the words', which have no scales."
+# Only told: what is said of other numbers is SamplingSettings' own line, here as everywhere.
+Number = Annotated[float, Field(json_schema_extra={"minimum": 0, "maximum": MOST})]
+Values = Annotated[float | list[float], Field(description=PER_SCALE)]
+Numbers = Annotated[Number | list[Number], Field(description=PER_SCALE)]
 
 
 class Strict(BaseModel):
@@ -29,10 +31,10 @@ class Sampling(Strict):
     seed: Annotated[int, Field(ge=0, lt=SEEDS, description="The same seed gives the same result.")] | None = (
         None
     )
-    temperature: Values | None = None
+    temperature: Numbers | None = None
     top_k: Values | None = None
     top_p: Values | None = None
-    guidance_scale: Values | None = None
+    guidance_scale: Numbers | None = None
 
     @field_validator("temperature", "top_k", "top_p", "guidance_scale", mode="before")
     @classmethod
@@ -162,10 +164,13 @@ class StreamOptions(Strict):
 
 
 class ChatBody(Sized):
-    """``POST /v1/chat/completions``. ``temperature``, ``top_k`` and ``top_p`` are the text's, ``guidance_scale`` is the
-    pictures'.
+    """``POST /v1/chat/completions``. ``temperature``, ``top_k`` and ``top_p`` are the text's, one value each;
+    ``guidance_scale`` is the pictures', and may differ by scale.
     """
 
+    temperature: Annotated[Number | list[Number], Field(description=OF_WORDS)] | None = None
+    top_k: Annotated[float | list[float], Field(description=OF_WORDS)] | None = None
+    top_p: Annotated[float | list[float], Field(description=OF_WORDS)] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = 1
@@ -183,6 +188,13 @@ class ChatBody(Sized):
     safety_identifier: Annotated[str, Field(description="Taken and not used.")] | None = None
     metadata: Annotated[dict[str, str], Field(description="Taken and not used.")] | None = None
     store: Literal[False] | None = None
+
+    @field_validator("temperature", "top_k", "top_p")
+    @classmethod
+    def _of_words(cls, value: float | list[float] | None) -> float | list[float] | None:
+        if isinstance(value, list) and len(value) > 1:
+            raise ValueError(f"takes one value in a conversation, got {len(value)}: words have no scales")
+        return value
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from nextflow_ar.app.serving.errors import Broken, Draining
 from nextflow_ar.app.serving.metrics import Metrics
 from nextflow_ar.app.serving.orders import Failed, Finished, News, Order, Thought
-from nextflow_ar.generation.engine import ContextError, Engine, QueueFull, Rounds
+from nextflow_ar.generation.engine import ContextError, Engine, Failure, QueueFull, Rounds
 from nextflow_ar.generation.engines import Engines, Lost
 from nextflow_ar.generation.jobs import Job
 from nextflow_ar.types import Done, Event, ScaleReady, TextDelta
@@ -135,8 +135,8 @@ class Worker:
         return max(1, min(60, round(self._open * self._gap / 4)))
 
     def prepare(self, order: Order) -> Job:
-        """The engine's job for an order's first request. Raises ContextError or SettingError; takes some milliseconds for
-        long documents, and may be called in any thread.
+        """The engine's job for an order's first request. Raises ContextError; takes some milliseconds for long documents,
+        and may be called in any thread.
         """
         number = next(self._numbers)
         job = self.engine.job(number, order.request)
@@ -272,7 +272,7 @@ class Worker:
             stream.tell(news)
         self.metrics.step_seconds.observe(time.perf_counter() - began)
 
-    def _heard_or_failed(self, row: _Row, event: Event | Lost) -> News | None:
+    def _heard_or_failed(self, row: _Row, event: Event | Failure | Lost) -> News | None:
         try:
             return self._heard(row, event)
         except Exception as error:
@@ -284,9 +284,9 @@ class Worker:
                 self._closed(1)
             return Failed(error)
 
-    def _heard(self, row: _Row, event: Event | Lost) -> News | None:
+    def _heard(self, row: _Row, event: Event | Failure | Lost) -> News | None:
         """What the client hears of an event."""
-        if isinstance(event, Lost):
+        if isinstance(event, Failure | Lost):
             raise Broken("the engine failed") from event.error
         if row.thinking:
             if isinstance(event, TextDelta):

@@ -145,7 +145,7 @@ def sizes(pipeline: NextFlowPipeline) -> list[tuple[str, str]]:
 
 
 def _drawn(pipeline: NextFlowPipeline, size: str) -> bool:
-    """Whether a size names a schedule: on small grids two aspect ratios may share one size, or round to none."""
+    """Whether a size is one that the model draws."""
     try:
         return bool(pipeline.schedule_for(as_size(size)))
     except RequestError:
