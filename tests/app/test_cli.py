@@ -280,6 +280,8 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("thought_temperature=[1.0]", "thought_temperature is a number, got [1.0]"),
         ("think=3", "think is true or false, got 3"),
         ("caption=7", "caption is a text, got 7"),
+        ("size=[64x64]", "size is a size in pixels such as 96x64, got ['64x64']"),
+        ("size=65x64", "size: '65x64' is no size of this image tokenizer"),
         ("fit=stretch", "fit is crop or pad, got 'stretch'"),
         ("canvases=[64]", "canvases is a list of sizes in pixels such as [64x64, 96x64], got [64]"),
         ("canvases=[64x64, 65x64]", "canvases: '65x64' is no size of this image tokenizer"),

@@ -8,7 +8,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import openai
@@ -22,17 +21,6 @@ from nextflow_ar.generation.pipeline import NextFlowPipeline, fold_seed
 from nextflow_ar.model.checkpoint import Bundle
 from nextflow_ar.types import Codes, ScaleReady
 from tests.app.serving import Running, running
-
-
-@pytest.fixture(scope="module")
-def pipeline(bundle: Bundle) -> NextFlowPipeline:
-    return NextFlowPipeline(bundle)
-
-
-@pytest.fixture(scope="module")
-def server(pipeline: NextFlowPipeline) -> Iterator[Running]:
-    with running(pipeline) as up:
-        yield up
 
 
 @pytest.fixture

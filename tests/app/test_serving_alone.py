@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from nextflow_ar.generation.engines import Engines, Home
 from nextflow_ar.generation.jobs import Drawing, Job
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.generation.sampling import SamplingSettings
-from nextflow_ar.model.checkpoint import Bundle
 from tests.app.serving import Running, running
 from tests.app.test_serving import Gated, wait
 
@@ -26,17 +25,6 @@ DRAW, CHAT = "/v1/images/generations", "/v1/chat/completions"
 OTHERS = {"prompt": "two dogs", "n": 2, "seed": 1}
 SAID = {"messages": [{"role": "user", "content": "two dogs"}], "seed": 1, "max_tokens": 8}
 ALONE = {"prompt": "a cat", "seed": 77, "temperature": 4.0}
-
-
-@pytest.fixture(scope="module")
-def pipeline(bundle: Bundle) -> NextFlowPipeline:
-    return NextFlowPipeline(bundle)
-
-
-@pytest.fixture(scope="module")
-def server(pipeline: NextFlowPipeline) -> Iterator[Running]:
-    with running(pipeline) as up:
-        yield up
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,6 @@ SETTINGS = SamplingSettings(guidance=2.0, temperature=8.0, top_p=0.95)
 NO = next(label for label, value in THINKING.items() if value is False)
 
 
-@pytest.fixture(scope="module")
-def pipeline(bundle: Bundle) -> NextFlowPipeline:
-    return NextFlowPipeline(bundle)
-
-
 @pytest.fixture
 def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> History:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))

@@ -175,3 +175,20 @@ def test_names_of_models(tmp_path: Path) -> None:
         RequestError, match="unknown model 'nanoo': nano, a checkpoint folder or a Hub id OWNER/NAME"
     ):
         resolve_model("nanoo")
+
+
+def test_what_is_drawn_where_nobody_says_a_size() -> None:
+    """A model that was trained on finer levels than its tokenizer's own draws, reads and offers those."""
+    made = tiny_bundle()
+    named = NextFlowPipeline(replace(made, generation={"size": "56x56"}))
+    plain = NextFlowPipeline(made)
+    level = len(plain.schedule_for((32, 32)))
+    assert plain.schedule_for() == ScaleSchedule.square(5) and level < 5
+    finer = named.schedule_for()
+    assert len(finer) > 5 and finer.image_size(8) == (56, 56)
+    assert named.canvas_for(500, 500) == finer and plain.canvas_for(500, 500) == plain.schedule_for()
+    assert named.requests(["two dogs"], [1])[0].schedule == finer
+    with pytest.raises(RequestError, match="56x56"):
+        plain.schedule_for((56, 56))
+    with pytest.raises(StorageError, match="size: '57x56' is no size"):
+        NextFlowPipeline(replace(made, generation={"size": "57x56"}))

@@ -74,13 +74,19 @@ def recipe(place: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return values | changes
 
 
-@pytest.fixture
-def make(place: Path, tmp_path: Path) -> Make:
+def maker(place: Path, tmp_path: Path) -> Make:
+    """Makes a trainer of :func:`recipe` in a run of this name."""
+
     def made(name: str = "run", **changes: Any) -> ModelTrainer:
         built = from_dict(ModelRecipe, recipe(place, tmp_path / name, **changes))
         return ModelTrainer(built, to_dict(built))
 
     return made
+
+
+@pytest.fixture
+def make(place: Path, tmp_path: Path) -> Make:
+    return maker(place, tmp_path)
 
 
 def same(one: ModelTrainer, two: ModelTrainer) -> None:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nextflow_ar.config import from_dict, to_dict
+from nextflow_ar.config import from_dict
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bundle
 from nextflow_ar.training import material
 from nextflow_ar.training.material import taught_defaults
-from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
+from nextflow_ar.training.model_stage import ModelRecipe
 from tests.conftest import TINY_TOKENIZER, tiny_bundle, tiny_image_tokenizer
 from tests.shards import captions, make_shards, mixed
-from tests.training.test_from_shards import recipe
+from tests.training.test_from_shards import Make, maker, recipe
 from tests.training.test_sharded_stage import SHARDING
 
-Make = Callable[..., ModelTrainer]
 SEEN = ["32x32", "48x24"]
 """Canvases of four scales that the shards have: a third of the pictures is wide."""
 
@@ -45,11 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(place: Path, tmp_path: Path) -> Make:
-    def made(name: str = "run", **changes: Any) -> ModelTrainer:
-        built = from_dict(ModelRecipe, recipe(place, tmp_path / name, **changes))
-        return ModelTrainer(built, to_dict(built))
-
-    return made
+    return maker(place, tmp_path)
 
 
 def padded(place: Path, to: Path) -> dict[str, Any]:

@@ -150,12 +150,12 @@ def _known_defaults(generation: Mapping[str, Any], where: str) -> None:
 
 def _fitting_defaults(generation: Mapping[str, Any], tokenizer: ImageTokenizerConfig, where: str) -> None:
     """Raises ConfigError, one line, for a canvas that is no size of the image tokenizer, and for a list of neither two
-    values nor one for each of its scales: at the first picture it would be too late.
+    values nor one for each of the default's scales: at the first picture it would be too late.
     """
-    from nextflow_ar.generation.pipeline import canvases_of
+    from nextflow_ar.generation.pipeline import canvases_of, default_of
 
-    scales = tokenizer.num_scales
     try:
+        scales = len(default_of(generation, tokenizer))
         canvases_of(generation, tokenizer)
         for key in SamplingSettings.__dataclass_fields__.keys() & generation.keys():
             value = generation[key]
@@ -168,6 +168,8 @@ def _wrongly(key: str, value: Any) -> str:
     """What the value of a sampling default should be, or nothing where it is of that kind."""
     if key in ("think", "think_edits", "think_told", "dialogue"):
         return "" if isinstance(value, bool) else "true or false"
+    if key == "size":
+        return "" if isinstance(value, str) and _CANVAS.fullmatch(value) else "a size in pixels such as 96x64"
     if key == "fit":
         return "" if value in ("crop", "pad") else "crop or pad"
     if key in ("caption", "video", "next_frame"):

@@ -3,9 +3,9 @@
 ``generation.json`` may say, beside sampling settings: ``think`` (plan in words before drawing), ``think_edits`` (the same
 before a changed picture), ``think_told`` (plans before every picture of a conversation, a story or a film, which the model
 writes by itself and which are no part of what it says), ``thought_temperature`` (of plans), ``dialogue`` (chat marks around
-every turn), ``canvases`` (WIDTHxHEIGHT sizes that the model draws and reads beside its default), ``fit`` ("crop" or "pad":
-how given pictures get onto them), ``caption`` (what is asked about a picture when nobody asks), ``video`` (how frames are
-asked for, with {prompt} and {frames}) and ``next_frame`` (how one more is).
+every turn), ``size`` (WIDTHxHEIGHT drawn where nobody says one), ``canvases`` (such sizes that the model draws and reads
+beside it), ``fit`` ("crop" or "pad": how given pictures get onto them), ``caption`` (what is asked about a picture when
+nobody asks), ``video`` (how frames are asked for, with {prompt} and {frames}) and ``next_frame`` (how one more is).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ OPTIONS = (
     "think_told",
     "thought_temperature",
     "dialogue",
+    "size",
     "canvases",
     "fit",
     "caption",
@@ -65,16 +66,23 @@ def canvases_of(generation: Mapping[str, Any], config: ImageTokenizerConfig) -> 
     """Schedules of the ``canvases`` among the keys of generation.json. Raises StorageError for one that is no size of the
     image tokenizer.
     """
-    found = []
-    for name in generation.get("canvases", ()):
-        width, _, height = str(name).partition("x")
-        try:
-            found.append(canvas_schedule(config, int(height), int(width)))
-        except ValueError:
-            raise StorageError(
-                f"generation.json: canvases: {name!r} is no size of this image tokenizer"
-            ) from None
-    return found
+    return [_named(config, "canvases", name) for name in generation.get("canvases", ())]
+
+
+def default_of(generation: Mapping[str, Any], config: ImageTokenizerConfig) -> ScaleSchedule:
+    """Schedule of what is drawn where nobody says a size: ``size`` of the keys of generation.json, or the square of the
+    image tokenizer's own level. Raises StorageError as :func:`canvases_of`.
+    """
+    size = generation.get("size")
+    return ScaleSchedule.square(config.num_scales) if size is None else _named(config, "size", size)
+
+
+def _named(config: ImageTokenizerConfig, key: str, name: Any) -> ScaleSchedule:
+    width, _, height = str(name).partition("x")
+    try:
+        return canvas_schedule(config, int(height), int(width))
+    except ValueError:
+        raise StorageError(f"generation.json: {key}: {name!r} is no size of this image tokenizer") from None
 
 
 def fit_of(generation: Mapping[str, Any]) -> Fit:
@@ -121,6 +129,7 @@ class Loaded:
         warmth = float(bundle.generation.get("thought_temperature", THOUGHT_SETTINGS.temperature))
         self.thought_settings = THOUGHT_SETTINGS.changed(temperature=warmth)
         self.manner = Manner(bool(bundle.generation.get("dialogue", False)), bool(self.told_thoughts))
+        self.default = default_of(bundle.generation, self.image_tokenizer.config)
         self.canvases = canvases_of(bundle.generation, self.image_tokenizer.config)
         self.fitting: Fit = fit_of(bundle.generation)
         self.defaults = SamplingSettings(
@@ -149,11 +158,11 @@ class Loaded:
         return cls(bundle, kept_bytes=kept_bytes)
 
     def schedule_for(self, size: tuple[int, int] | None = None) -> ScaleSchedule:
-        """Schedule of a (width, height) in pixels; None: the default square. Raises RequestError for other sizes."""
+        """Schedule of a (width, height) in pixels; None: the default. Raises RequestError for other sizes."""
         tokenizer = self.image_tokenizer
         if size is None:
-            return ScaleSchedule.square(tokenizer.config.num_scales)
-        most = max([tokenizer.config.num_scales, *(len(schedule) for schedule in self.canvases)])
+            return self.default
+        most = max(len(schedule) for schedule in (self.default, *self.canvases))
         try:
             schedule = tokenizer.schedule_for(size[1], size[0])
             if len(schedule) > most:

@@ -13,6 +13,7 @@ from nextflow_ar.generation.base import (
     RequestError,
     best_dtype,
     canvases_of,
+    default_of,
     fold_seed,
     listed,
     resolve_model,
@@ -34,6 +35,7 @@ __all__ = [
     "RequestError",
     "best_dtype",
     "canvases_of",
+    "default_of",
     "fold_seed",
     "resolve_model",
 ]

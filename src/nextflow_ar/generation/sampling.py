@@ -172,26 +172,27 @@ def draw(
     The filters see the tempered distribution. Numbers are made where the generator lives: a CPU's are the same for every
     device, one of the logits' own device is faster. Consumes ``n`` of them whatever the settings, so that changing one
     scale's settings does not shift the numbers of later scales. Raises FloatingPointError where a row has nothing to
-    choose: logits that are no numbers, or all at -inf.
+    choose: logits that are no numbers, or all at -inf; with a GPU's own generator, where nothing waits for the GPU, such a
+    row gets any entry.
     """
     logits = logits.float()
     uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32, device=generator.device)
     if temperature < COLDEST:
         best = logits.argmax(-1)
-        _can_choose(logits.gather(-1, best[..., None]) > float("-inf"))
+        _can_choose(logits.gather(-1, best[..., None]) > float("-inf"), generator)
         return best
     sums = keep_best(logits / temperature, top_k, top_p).softmax(-1).cumsum(-1)
     whole = sums[..., -1:]
-    _can_choose(whole > 0)
+    _can_choose(whole > 0, generator)
     wanted = torch.minimum(uniform.to(whole.device) * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    return torch.searchsorted(sums, wanted, right=True)[..., 0]
+    return torch.searchsorted(sums, wanted, right=True)[..., 0].clamp_max(sums.shape[-1] - 1)
 
 
-def _can_choose(rows: Bool[Tensor, "n 1"]) -> None:
+def _can_choose(rows: Bool[Tensor, "n 1"], generator: torch.Generator) -> None:
     """Raises FloatingPointError where it does not hold for all rows: searched for all the same, the entry that is found
     would lie behind the last one, or be one that is ruled out.
     """
-    if not bool(rows.all()):
+    if generator.device.type == "cpu" and not bool(rows.all()):
         raise FloatingPointError("the model's scores are no numbers: nothing can be chosen by them")
 
 

@@ -154,7 +154,7 @@ def _rectangle() -> list[Component]:
 
 def _options(pipeline: NextFlowPipeline) -> tuple[list[Component], gr.Number]:
     """The settings below the words, in the order of :func:`edit_steps`; and the seed among them."""
-    scales = pipeline.image_tokenizer.config.num_scales
+    scales = len(pipeline.schedule_for())
     how = gr.Radio(
         [BY_WORDS, VARY],
         value=BY_WORDS,

@@ -131,14 +131,16 @@ def sizes(pipeline: NextFlowPipeline) -> list[tuple[str, str]]:
     """
     config = pipeline.image_tokenizer.config
     found: dict[str, str] = {}
-    named = [pipeline.schedule_for(), *pipeline.canvases]
+    default = pipeline.schedule_for()
+    named = [default, *pipeline.canvases]
     if len(named) == 1:
-        named = [ScaleSchedule.nearest(height, width, config.num_scales) for width, height in ASPECTS]
+        aspects = [ScaleSchedule.nearest(height, width, len(default)) for width, height in ASPECTS]
+        named = [*aspects, default]
     for schedule in named:
         h, w = schedule.image_size(config.downsample)
         kind = "square" if w == h else ("wide" if w > h else "tall")
         found.setdefault(f"{w}x{h}", f"{w} × {h}, {kind}")
-    for count in range(config.num_scales - 1, 3, -1):
+    for count in range(len(default) - 1, 3, -1):
         h, w = ScaleSchedule.square(count).image_size(config.downsample)
         found.setdefault(f"{w}x{h}", f"{w} × {h}, square, fewer scales")
     return [(label, size) for size, label in found.items() if _drawn(pipeline, size)]
@@ -153,9 +155,8 @@ def _drawn(pipeline: NextFlowPipeline, size: str) -> bool:
 
 
 def size_input(pipeline: NextFlowPipeline) -> gr.Dropdown:
-    """The size, set to the model's largest square."""
-    config = pipeline.image_tokenizer.config
-    h, w = ScaleSchedule.square(config.num_scales).image_size(config.downsample)
+    """The size, set to the model's default."""
+    h, w = pipeline.schedule_for().image_size(pipeline.image_tokenizer.config.downsample)
     return gr.Dropdown(
         sizes(pipeline),
         value=f"{w}x{h}",
