@@ -18,6 +18,7 @@ import torch
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.config import ConfigError, from_dict, to_dict
+from nextflow_ar.data.loader import Packing, ShardFolder, ShardSource
 from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bundle
 from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
 from nextflow_ar.scales import ScaleSchedule
@@ -31,7 +32,14 @@ from nextflow_ar.training.adapters import weights_print
 from nextflow_ar.training.meters import Speedometer, measured_peak
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.parallel import World
-from nextflow_ar.training.selftest import SelfTestError, check_data, check_generation, check_manner, self_test
+from nextflow_ar.training.selftest import (
+    SelfTestError,
+    check_data,
+    check_generation,
+    check_guidance,
+    check_manner,
+    self_test,
+)
 from nextflow_ar.types import Codes, Document, Image, Mark, Text
 from tests.conftest import TINY_MODEL, tiny_bundle, tiny_image_tokenizer, tiny_model
 from tests.shards import captions, make_shards, mixed
@@ -626,6 +634,43 @@ def test_ways_of_asking_that_shards_do_not_teach_are_told(dialogue: bool) -> Non
     assert "'what is it?'" in about_questions and "question" in about_questions
     assert len(check_manner([plain, told], manner)) == 2
     assert check_manner([planned, answered, told], manner) == check_manner([plain, told], {}) == []
+    changed = document(shown, asked, drawn)
+    assert (
+        check_manner([told, changed], manner) == check_manner([told], manner) != []
+    )  # an edit asks nothing about it
+    assert check_manner([plain, changed], {"think_edits": True}) == [
+        "the model plans in words before it changes a picture, no document of the shards does: set generation: "
+        "{think_edits: false}"
+    ]
+    thought = document(shown, asked, ("assistant", Text("plan: a cat", True)), drawn)
+    assert check_manner([changed, thought], {"think_edits": True}) == []
+    story = document(prompt, said, drawn, said, drawn)
+    (about_plans,) = check_manner([plain, story], {"think": True, "think_told": True})
+    assert "before it draws" in about_plans  # the sentences of a story are no plan of a single picture
+
+
+def test_films_and_guidance_that_nothing_teaches_are_told() -> None:
+    codes = Codes.plain(ScaleSchedule.square(2), torch.zeros(5, dtype=torch.long))
+    frame, drop = Image(codes, True), {"video": "a video in which {prompt}, {frames} frames"}
+    bare = Document((Text("a red car moves left"), frame, frame))
+    asked = Document((Text("a video in which a red car moves left, two frames"), frame, frame))
+    (line,) = check_manner([bare, bare], drop)
+    assert "a video in which" in line and "generation: {video: '{prompt}'}" in line
+    assert check_manner([bare, asked], drop) == check_manner([bare], {}) == check_manner([asked], {}) == []
+    (line,) = check_manner([bare], {"think_told": True})
+    assert "each of several pictures" in line
+
+    def source(dropped: float) -> list[ShardSource]:
+        folders = tuple(ShardFolder(Path(name), condition_dropout=dropped) for name in "ab")
+        return [ShardSource("shards", 1, folders, Packing("length", 64))]
+
+    (line,) = check_guidance([bare], source(0.0), {"guidance": [1.0, 2.0]})
+    assert "guidance [1.0, 2.0]" in line and "condition_dropout" in line
+    assert check_guidance([bare], source(0.1), {"guidance": 2.0}) == []
+    assert check_guidance([bare, Document((frame,))], source(0.0), {"guidance": 2.0}) == []
+    assert (
+        check_guidance([bare], source(0.0), {"guidance": [1.0, 1.0]}) == check_guidance([bare], [], {}) == []
+    )
 
 
 def test_defaults_of_sampling_can_be_set(make: Make) -> None:

@@ -48,7 +48,7 @@ from nextflow_ar.training.recipe import (
 )
 from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
-from nextflow_ar.training.selftest import SelfTestError, check_agreement, check_material, self_test
+from nextflow_ar.training.selftest import LOOK, SelfTestError, check_agreement, check_material, self_test
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
@@ -62,8 +62,6 @@ Preview = Callable[[Bundle, int], list[np.ndarray]]
 _LOG = logging.getLogger(__name__)
 _TOLD = 20
 """Steps from one line of metrics to the next."""
-_LOOK = 64
-"""Documents of every source that the self-test looks at."""
 
 
 class ModelTrainer:
@@ -416,7 +414,7 @@ class ModelTrainer:
         """The first documents of every source from here on; nothing moves."""
         for number in range(len(self.recipe.sources)):
             source = self.loaders.get(number) or self.episodes.sources.get(number)
-            yield from (source or self.scenes[number]).peek(_LOOK)
+            yield from (source or self.scenes[number]).peek(LOOK)
 
     def self_test(self) -> None:
         """What is checked before the first step, by the first process. Raises SelfTestError, one line, on every one; logs
@@ -428,7 +426,8 @@ class ModelTrainer:
                 self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
             except SelfTestError as error:
                 trouble = str(error)
-            check_material(self.documents_ahead(), self.loaders.values(), self.generation, _LOOK)
+            ahead, loaders = self.documents_ahead(), self.loaders.values()
+            check_material(ahead, self.recipe.sources, loaders, self.generation)
         if trouble := self.world.gather(trouble)[0]:
             raise SelfTestError(trouble)
 

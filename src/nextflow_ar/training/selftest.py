@@ -7,6 +7,7 @@ sample from; one that reads codes of another codebook learns noise. Both look li
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError
+from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.data.transforms import draws, reads
 from nextflow_ar.model.backbone import new_cache
@@ -25,15 +27,25 @@ from nextflow_ar.sequence.blocks import block_mask
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build, image_prefix, scale_block
 from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_START, Vocabulary
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training.recipe import AnySource
 from nextflow_ar.types import Codes, Document, Image, Mark, Text
 
 if TYPE_CHECKING:
     from nextflow_ar.data.loader import ShardLoader
 
 _LOG = logging.getLogger(__name__)
+LOOK = 64
+"""Documents of every source that are looked at."""
 _MOST_SCALES = 8
 """Scales of the picture that is tried; more would show nothing new."""
 _PROMPT, _ANSWER = "two dogs on a red square", "a cat"
+_PLANS = {
+    "think": ("it draws", "set the folder's planned, or "),
+    "think_edits": ("it changes a picture", "set "),
+    "think_told": ("each of several pictures", "set "),
+}
+"""Keys of generation.json that have the model plan in words: before what, and what else to do where nothing teaches it."""
+_PROMPT_ALONE = "{prompt}"
 
 
 class SelfTestError(ConfigError):
@@ -169,17 +181,22 @@ def _stepwise(
 
 
 def check_material(
-    documents: Iterable[Document], loaders: Iterable[ShardLoader], generation: Mapping[str, Any], look: int
+    documents: Iterable[Document],
+    sources: Iterable[AnySource],
+    loaders: Iterable[ShardLoader],
+    generation: Mapping[str, Any],
 ) -> list[str]:
-    """:func:`check_data` of ``documents``, :func:`check_manner` of the first ``look`` of every loader, and a warning for
-    every folder of shards that lacks some.
+    """:func:`check_data` and :func:`check_guidance` of ``documents``, those of all ``sources``, :func:`check_manner` of the
+    first of every loader, and a warning for every folder of shards that lacks some.
     """
-    shards = list(loaders)
+    seen, shards = list(documents), list(loaders)
     lacking = [line for one in shards for line in one.incomplete()]
     for line in lacking:
         _LOG.warning("self-test: %s", line)
-    told = check_data(documents, dialogue=bool(generation.get("dialogue")))
-    return lacking + told + check_manner((d for one in shards for d in one.peek(look)), generation)
+    told = check_data(seen, dialogue=bool(generation.get("dialogue")))
+    if any(map(draws, seen)):
+        told += check_guidance(seen, sources, generation)
+    return lacking + told + check_manner((d for one in shards for d in one.peek(LOOK)), generation)
 
 
 def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:
@@ -209,31 +226,69 @@ def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list
 
 def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -> list[str]:
     """Warnings, one line each (logged too), where a model would be asked in another way than ``documents``, those of
-    shards, teach it: with a plan in words first, or with a question about a picture, that none of them has.
+    shards, teach it: with a plan in words before what it draws, or a question about a picture, that none of them has, or
+    for films in words that are none of theirs.
     """
-    told, planned, asked = [], [], []
+    planned: dict[str, list[bool]] = {key: [] for key in _PLANS}
+    asked: list[bool] = []
+    films: list[str] = []
     for segments in map(_contents, documents):
-        place = next((i for i, s in enumerate(segments) if isinstance(s, Image)), None)
-        if place is None:
-            continue
-        if segments[place].supervised:
-            if place:  # without its condition it has no plan either
-                planned.append(any(s.supervised for s in segments[:place]))
-        elif segments[place + 1 :]:
-            asked.append(place > 0 or not segments[place + 1].supervised)
-    if generation.get("think") and planned and not any(planned):
-        told.append(
-            "the model plans in words before it draws, no document of the shards does: set the folder's planned, or "
-            "generation: {think: false}"
-        )
+        pictures = [i for i, s in enumerate(segments) if isinstance(s, Image)]
+        drawn = [i for i in pictures if segments[i].supervised]
+        if drawn:
+            key = "think_told" if len(drawn) > 1 else "think_edits" if len(pictures) > 1 else "think"
+            said = [s for s in segments if isinstance(s, Text) and not s.supervised]
+            if drawn[0]:  # without its condition it has no plan either
+                planned[key].append(any(s.supervised for s in segments[: drawn[0]]))
+            if said and len(drawn) > 1 and len(said) + len(pictures) == len(segments):
+                films.append(" ".join(s.text.strip() for s in said))
+        elif pictures and segments[pictures[0] + 1 :]:
+            asked.append(pictures[0] > 0 or not segments[pictures[0] + 1].supervised)
+    told = [
+        f"the model plans in words before {what}, no document of the shards does: {advice}generation: {{{key}: false}}"
+        for key, (what, advice) in _PLANS.items()
+        if generation.get(key) and planned[key] and not any(planned[key])
+    ]
     if generation.get("caption") and asked and not any(asked):
         told.append(
             f"the model is asked {generation['caption']!r} about a picture, no document of the shards asks anything: set "
             "the folder's question"
         )
+    phrase = str(generation.get("video", _PROMPT_ALONE))
+    form = re.escape(phrase)
+    for place in (_PROMPT_ALONE, "{frames}"):
+        form = form.replace(re.escape(place), ".*")
+    if films and not any(re.fullmatch(form, film, re.DOTALL) for film in films):
+        told.append(
+            f"the model is asked for a film as {phrase!r}, none of the shards is: set "
+            f"generation: {{video: {_PROMPT_ALONE!r}}}, or what their captions have"
+        )
     for line in told:
         _LOG.warning("self-test: %s", line)
     return told
+
+
+def check_guidance(
+    documents: Iterable[Document], sources: Iterable[AnySource], generation: Mapping[str, Any]
+) -> list[str]:
+    """A warning (logged too) where pictures will be drawn with guidance, and nothing in the training ever leaves their
+    condition out: guidance contrasts with pictures that are drawn of nothing.
+    """
+    strength = generation.get("guidance", 1.0)
+    if all(one == 1 for one in (strength if isinstance(strength, list | tuple) else [strength])):
+        return []
+    of_nothing = [
+        isinstance(first, Image) and first.supervised for first, *_ in filter(None, map(_contents, documents))
+    ]
+    settings = [one for s in sources for one in (s.folders if isinstance(s, ShardSource) else [s])]
+    if any(of_nothing) or any(getattr(one, "condition_dropout", 0.0) for one in settings):
+        return []
+    line = (
+        f"pictures are drawn with guidance {strength}, no source leaves a condition out: set condition_dropout, or "
+        "generation: {guidance: 1.0}"
+    )
+    _LOG.warning("self-test: %s", line)
+    return [line]
 
 
 def _contents(document: Document) -> list[Text | Image]:
