@@ -394,7 +394,9 @@ def test_a_merged_adapter_is_the_model_that_it_was_trained_as(
     with torch.no_grad():
         tokenizer.decoder.last_weight.mul_(2)
     tokenizer.save_pretrained(tmp_path / "other")
-    model = to_dict(replace(TINY_MODEL, rope_range=20.0, copies=True))  # which the start has not
+    model = to_dict(replace(TINY_MODEL, rope_range=20.0))
+    with pytest.raises(ConfigError, match="no copies, and adapters do not train them: set copies: false"):
+        make(**LORA, model=model | {"copies": True})
     changed = {"model": model, "image_tokenizer": str(tmp_path / "other"), "generation": {"guidance": 1.5}}
     final = make(**LORA, steps=2, **changed).fit()
     out, adapter = tmp_path / "merged", tmp_path / "run" / "adapter"

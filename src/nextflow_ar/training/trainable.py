@@ -42,7 +42,7 @@ class Trainable:
 
 def agreed(recipe: ModelRecipe, stored: ModelConfig, *, tell: bool = True) -> ModelConfig:
     """The architecture of a stage that starts from ``stored``: the recipe's own, if it has one; with ``tell``, a line is
-    logged of what it has otherwise. Raises ConfigError where other weights would be needed.
+    logged of what it has otherwise. Raises ConfigError where other weights would be needed, or some would never train.
     """
     if recipe.model is None or stored == recipe.model:
         return stored
@@ -52,6 +52,10 @@ def agreed(recipe: ModelRecipe, stored: ModelConfig, *, tell: bool = True) -> Mo
     if any(k not in NO_WEIGHT for k in differ):
         raise ConfigError(
             f"{recipe.start}: its architecture is not the recipe's (differs in {', '.join(differ)})"
+        )
+    if recipe.trains == "lora" and ours["copies"] and not theirs["copies"]:
+        raise ConfigError(
+            f"{recipe.start} has no copies, and adapters do not train them: set copies: false, or trains: everything"
         )
     if tell:
         changes = ", ".join(f"{k} {ours[k]} (was {theirs[k]})" for k in differ)
