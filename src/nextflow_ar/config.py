@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Tag, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid")
@@ -227,23 +229,46 @@ def _places(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> list[s
 
 
 def _accepted(kind: Any, loc: tuple[Any, ...]) -> str:
+    """What keys stand beside the one at ``loc``, where the types of ``kind`` tell."""
+    kinds = _options(kind)
     for part in loc[:-1]:
-        fields = {f.name: f.type for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-        if part not in fields:
+        found = [_options(hint) for one in kinds if (hint := _inside(one, part)) is not None]
+        tagged = [one for one in kinds if part in _tags(one)]
+        if not found and not tagged:
             return ""
-        kind = _field_type(kind, str(part))
-    if not dataclasses.is_dataclass(kind):
-        return ""
-    return "; accepted: " + ", ".join(f.name for f in dataclasses.fields(kind))
+        kinds = [one for several in found for one in several] or tagged
+    fields = [dataclasses.fields(one) for one in map(_bare, kinds) if dataclasses.is_dataclass(one)]
+    return "; accepted: " + ", ".join(f.name for f in fields[0]) if len(fields) == 1 else ""
 
 
-def _field_type(kind: Any, name: str) -> Any:
-    import typing
+def _options(hint: Any) -> list[Any]:
+    """The types that a hint allows; a tag stays on its own."""
+    bare = _bare(hint)
+    if typing.get_origin(bare) in (typing.Union, types.UnionType):
+        return [one for option in typing.get_args(bare) for one in _options(option)]
+    return [hint]
 
-    hint = typing.get_type_hints(kind).get(name)
-    for option in (hint, *typing.get_args(hint)):
-        if dataclasses.is_dataclass(option):
-            return option
+
+def _bare(hint: Any) -> Any:
+    return _bare(typing.get_args(hint)[0]) if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def _tags(hint: Any) -> list[str]:
+    """Names that pydantic tells a type of several apart by."""
+    found = [one.tag for one in getattr(hint, "__metadata__", ()) if isinstance(one, Tag)]
+    return [*found, getattr(_bare(hint), "__name__", "")]
+
+
+def _inside(hint: Any, part: Any) -> Any:
+    """The type of an entry or a field of a type, None where it has none such."""
+    bare = _bare(hint)
+    if dataclasses.is_dataclass(bare):
+        return typing.get_type_hints(bare, include_extras=True).get(str(part))
+    arguments = typing.get_args(bare)
+    if typing.get_origin(bare) in (list, tuple, set) and isinstance(part, int) and arguments:
+        return arguments[0]
+    if typing.get_origin(bare) in (dict, Mapping) and len(arguments) == 2:
+        return arguments[1]
     return None
 
 
@@ -280,10 +305,26 @@ def to_dict(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
+class _Once(yaml.SafeLoader):
+    """YAML of plain values in which no key stands twice: the second would silently be taken."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {name!r} stands twice (line {line})"
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Mapping in a YAML file. Raises ConfigError when it is missing or not a mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Once)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except yaml.YAMLError as error:

@@ -268,6 +268,20 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         status, told = mistake(capsys, "train", recipe, "--set", change, "--set", f"out={tmp_path / 'run'}")
         assert status == 2 and line in told, told
     model = ROOT / "recipes" / "emoji_full.yaml"
+    for change, line in (
+        ("sources.0.rovs=3", "unknown key 'sources.0.rovs'; accepted: kind, rows, folders, packing, seed"),
+        (
+            "sources.0.folders.0.wieght=3",
+            "unknown key 'sources.0.folders.0.wieght'; accepted: folder, weight",
+        ),
+        ("sources.1.packing.mod=pad", "unknown key 'sources.1.packing.mod'; accepted: mode, budget"),
+    ):
+        status, told = mistake(capsys, "train", model, "--set", change)
+        assert status == 2 and line in told, told
+    twice = tmp_path / "twice.yaml"
+    twice.write_text(model.read_text() + "\nsteps: 9\n")
+    status, told = mistake(capsys, "train", twice)
+    assert status == 2 and f"{twice}: not valid YAML: the key 'steps' stands twice (line " in told
     status, told = mistake(capsys, "train", model, "--set", "generation.thinc=true")
     assert status == 2 and "generation: unknown sampling default 'thinc'; accepted: guidance" in told
     for change, wrong in (

@@ -33,10 +33,12 @@ from nextflow_ar.training.meters import Speedometer, measured_peak
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.selftest import (
+    Room,
     SelfTestError,
     check_data,
     check_generation,
     check_guidance,
+    check_lengths,
     check_manner,
     self_test,
 )
@@ -673,6 +675,21 @@ def test_films_and_guidance_that_nothing_teaches_are_told() -> None:
     assert (
         check_guidance([bare], source(0.0), {"guidance": [1.0, 1.0]}) == check_guidance([bare], [], {}) == []
     )
+
+
+def test_a_context_too_short_is_told_before_any_step(make: Make) -> None:
+    with pytest.raises(
+        SelfTestError, match=r"a picture of . scales between two short texts takes \d+ tokens, the"
+    ):
+        make(start=None, model=to_dict(replace(TINY_MODEL, max_positions=16))).self_test()
+    trainer = make()
+    documents = [Document((Text("hello"),)), Document((Text("hello " * 50),))]
+    room = Room(trainer.vocab, trainer.layout, 40)
+    (line,) = check_lengths(documents, room)
+    assert line.startswith(
+        "1 of the first 2 documents are longer than the model's context, 40 tokens (the longest "
+    )
+    assert check_lengths(documents[:1], room) == check_lengths([], room) == []
 
 
 def test_defaults_of_sampling_can_be_set(make: Make) -> None:

@@ -116,6 +116,38 @@ def test_only_a_second_interrupt_stops_at_once() -> None:
         assert stop()
 
 
+def test_a_run_that_is_stopped_says_where_it_goes_on(
+    values: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Stopped by a signal, and begun again with fewer steps than it has."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    step = ModelTrainer.advance
+
+    def signalled(trainer: ModelTrainer, **more: bool) -> dict[str, float]:
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelTrainer, "advance", signalled)
+        assert run(["train", str(tmp_path / "recipe.yaml")]) == 130
+        line = f"nextflow-ar: stopped and saved at step 2: the same command goes on ({tmp_path / 'run'})"
+        assert capsys.readouterr().err.splitlines()[-1] == line
+        patched.setenv("RANK", "1")  # the first process has told it
+        patched.setattr(ModelTrainer, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(["train", str(tmp_path / "recipe.yaml")]) == 130
+        assert not capsys.readouterr().err
+        patched.setenv("RANK", "0")
+        assert run(["train", str(tmp_path / "recipe.yaml")]) == 130
+        assert capsys.readouterr().err == "nextflow-ar: interrupted\n"
+    assert run(["train", str(tmp_path / "recipe.yaml"), "--set", "steps=1"]) == 0
+    assert "at step 2 already, the recipe ends at 1: nothing is trained" in caplog.text
+
+
 SLOW = """
 import sys, time
 import nextflow_ar.training.distributed_checkpoint as parts

@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nextflow_ar.app.chat_command import chat
 from nextflow_ar.app.data_commands import data_app, extract
@@ -41,8 +42,24 @@ from nextflow_ar.app.ui_command import PageError, ui
 from nextflow_ar.config import ConfigError
 from nextflow_ar.storage import StorageError
 
+
+class Interrupted(Exception):
+    """A command was stopped by Ctrl-C, or by what a training asks to stop with: what to say of it, or nothing."""
+
+
+class _Commands(TyperGroup):
+    """Typer ends without a word on Ctrl-C, and what was said with it is lost."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(str(stop)) from None
+
+
 app = typer.Typer(
     name="nextflow-ar",
+    cls=_Commands,
     help="Draw pictures from words, describe pictures, and train the model that does it.",
     no_args_is_help=True,
     add_completion=False,
@@ -398,8 +415,9 @@ def run(arguments: Sequence[str]) -> int:
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        print("nextflow-ar: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted, typer.Abort) as stop:
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one tells
+            print(f"nextflow-ar: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1

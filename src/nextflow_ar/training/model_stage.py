@@ -20,13 +20,12 @@ from nextflow_ar.model.checkpoint import Bundle, load_architecture, load_bundle,
 from nextflow_ar.model.flops import batch_flops
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.precision import best_dtype, mixed_precision, precision_name
-from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate
 from nextflow_ar.sequence.layout import LayoutOptions
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, Vocabulary, load_text_tokenizer
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
-from nextflow_ar.training import adapters
+from nextflow_ar.training import adapters, selftest
 from nextflow_ar.training.bound import bindings, check_bound
 from nextflow_ar.training.carrying import carry_from
 from nextflow_ar.training.distributed_checkpoint import export_bundle
@@ -46,9 +45,8 @@ from nextflow_ar.training.recipe import (
     in_dialogue,
     with_defaults,
 )
-from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
+from nextflow_ar.training.runs import Every, Pace, RunFolder, Stopped, progress_bar, stop_request
 from nextflow_ar.training.scenes import SceneBatches, swap_words, word_classes
-from nextflow_ar.training.selftest import LOOK, SelfTestError, check_agreement, check_material, self_test
 from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
@@ -81,7 +79,6 @@ class ModelTrainer:
         self.run = RunFolder(recipe.out, values, MAY_CHANGE, with_defaults, spread is not None)
         self.shards = None if spread is None else Shards(spread, self.world, recipe.out)
         self.image_tokenizer = ImageTokenizer.from_pretrained(recipe.image_tokenizer, self.device)
-        self.schedule = ScaleSchedule.square(self.image_tokenizer.config.num_scales)
         self.scenes = {
             i: SceneBatches(source, self.image_tokenizer)
             for i, source in enumerate(recipe.sources)
@@ -161,7 +158,7 @@ class ModelTrainer:
                 flex=recipe.flex,
                 shapes=recipe.shapes,
             )
-            check_agreement(model, self.image_tokenizer, self.vocab, learnt)
+            selftest.check_agreement(model, self.image_tokenizer, self.vocab, learnt)
             return model, chosen[0]
         if self.base is not None:
             model = NextFlowModel.empty(self.config)
@@ -175,7 +172,7 @@ class ModelTrainer:
             model.initialise(self.generator)
             if fits:
                 model.scale_inputs.start_from(codebook)
-        check_agreement(model, self.image_tokenizer, self.vocab, learnt)
+        selftest.check_agreement(model, self.image_tokenizer, self.vocab, learnt)
         if recipe.lora is not None:
             adapters.add_adapters(model, recipe.lora, self.generator)
         model = model.to(self.device)
@@ -414,7 +411,7 @@ class ModelTrainer:
         """The first documents of every source from here on; nothing moves."""
         for number in range(len(self.recipe.sources)):
             source = self.loaders.get(number) or self.episodes.sources.get(number)
-            yield from (source or self.scenes[number]).peek(LOOK)
+            yield from (source or self.scenes[number]).peek(selftest.LOOK)
 
     def self_test(self) -> None:
         """What is checked before the first step, by the first process. Raises SelfTestError, one line, on every one; logs
@@ -423,13 +420,14 @@ class ModelTrainer:
         trouble = ""
         if self.world.rank == 0:
             try:
-                self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
-            except SelfTestError as error:
+                selftest.self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
+            except selftest.SelfTestError as error:
                 trouble = str(error)
+            room = selftest.Room(self.vocab, self.layout, self.config.max_positions)
             ahead, loaders = self.documents_ahead(), self.loaders.values()
-            check_material(ahead, self.recipe.sources, loaders, self.generation)
+            selftest.check_material(ahead, self.recipe.sources, loaders, self.generation, room)
         if trouble := self.world.gather(trouble)[0]:
-            raise SelfTestError(trouble)
+            raise selftest.SelfTestError(trouble)
 
     def _whole_model(self) -> NextFlowModel:
         if not self.spread:
@@ -465,7 +463,7 @@ class ModelTrainer:
                 if preview is not None and (self.world.any(first and sheet()) or last):
                     self._draw(preview)
                 if asked and not last:
-                    raise KeyboardInterrupt
+                    raise Stopped(self.step, recipe.out)
         if board is not None:
             board.close()
         for feed in (self.episodes, *self.loaders.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import signal
 import statistics
 import threading
@@ -35,6 +36,7 @@ from nextflow_ar.config import ConfigError, load_yaml
 from nextflow_ar.storage import StorageError, check_replaceable, first_line, write_atomic, write_stream
 from nextflow_ar.training.parallel import World
 
+_LOG = logging.getLogger(__name__)
 _CHECKPOINT = "checkpoint.pt"
 _WARM, _FAR = 25, 10**9
 _CLOSING = 6.0
@@ -165,7 +167,14 @@ class RunFolder:
 
 @contextmanager
 def progress_bar(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Any]:
-    """A rich progress bar on stderr; yields ``update(completed, note)``. ``shown``: one of several processes shows it."""
+    """A rich progress bar on stderr; yields ``update(completed, note)``. ``shown``: one of several processes shows it.
+
+    A run that is further than its recipe goes, where nothing is left to do, is told of in the log.
+    """
+    if shown and done > total:
+        _LOG.warning(
+            "at step %d already, the recipe ends at %d: nothing is trained, nothing taken back", done, total
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     note = TextColumn("{task.fields[note]}")
@@ -178,11 +187,18 @@ def progress_bar(title: str, total: int, done: int = 0, *, shown: bool = True) -
         yield update
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and has saved what it takes to go on: one line that says so."""
+
+    def __init__(self, step: int, out: Path) -> None:
+        super().__init__(f"stopped and saved at step {step}: the same command goes on ({out})")
+
+
 @contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether the user (Ctrl-C) or the system (SIGTERM, SIGUSR1) has asked to stop.
 
-    A loop asks between steps, checkpoints and raises KeyboardInterrupt. Only a second Ctrl-C stops at once: the others
+    A loop asks between steps, checkpoints and raises Stopped. Only a second Ctrl-C stops at once: the others
     come twice where a cluster signals every process and torchrun passes on its own.
     """
     asked, interrupted = threading.Event(), threading.Event()

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ _PLANS = {
 }
 """Keys of generation.json that have the model plan in words: before what, and what else to do where nothing teaches it."""
 _PROMPT_ALONE = "{prompt}"
+
+
+class Room(NamedTuple):
+    """How long documents are in tokens, and how long they may be (``most``)."""
+
+    vocab: Vocabulary
+    layout: LayoutOptions
+    most: int
 
 
 class SelfTestError(ConfigError):
@@ -108,6 +116,11 @@ def check_generation(
     codes = Codes.plain(schedule, tokenizer.quantize(pixels, schedule).target[0].cpu())
     document = Document((Text(_PROMPT), Image(codes, supervised=True), Text(_ANSWER, supervised=True)))
     sample = build(document, vocab, layout)
+    if len(sample) > model.config.max_positions:
+        raise SelfTestError(
+            f"self-test: a picture of {len(schedule)} scales between two short texts takes {len(sample)} tokens, the "
+            f"model's context holds {model.config.max_positions}: raise max_positions"
+        )
     _check_round_trip(sample, codes, tokenizer, vocab, height, width)
     training = model.training
     model.eval()
@@ -185,18 +198,34 @@ def check_material(
     sources: Iterable[AnySource],
     loaders: Iterable[ShardLoader],
     generation: Mapping[str, Any],
+    room: Room,
 ) -> list[str]:
-    """:func:`check_data` and :func:`check_guidance` of ``documents``, those of all ``sources``, :func:`check_manner` of the
-    first of every loader, and a warning for every folder of shards that lacks some.
+    """:func:`check_data`, :func:`check_lengths` and :func:`check_guidance` of ``documents``, those of all
+    ``sources``, :func:`check_manner` of the first of every loader, and a warning for every folder of shards that lacks
+    some.
     """
     seen, shards = list(documents), list(loaders)
     lacking = [line for one in shards for line in one.incomplete()]
     for line in lacking:
         _LOG.warning("self-test: %s", line)
     told = check_data(seen, dialogue=bool(generation.get("dialogue")))
+    told += check_lengths(seen, room)
     if any(map(draws, seen)):
         told += check_guidance(seen, sources, generation)
     return lacking + told + check_manner((d for one in shards for d in one.peek(LOOK)), generation)
+
+
+def check_lengths(documents: Iterable[Document], room: Room) -> list[str]:
+    """A warning (logged too) where documents are longer than what the model will ever be given."""
+    lengths = [len(build(document, room.vocab, room.layout)) for document in documents]
+    if max(lengths, default=0) <= room.most:
+        return []
+    line = (
+        f"{sum(one > room.most for one in lengths)} of the first {len(lengths)} documents are longer than the model's "
+        f"context, {room.most} tokens (the longest {max(lengths)}), so it will never be asked so: raise max_positions"
+    )
+    _LOG.warning("self-test: %s", line)
+    return [line]
 
 
 def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:

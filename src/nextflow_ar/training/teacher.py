@@ -30,7 +30,7 @@ from nextflow_ar.tokenizer.semantic import contrastive_model, patches_of, quiet_
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import OptimizerConfig, StageOptimizer
 from nextflow_ar.training.prefetch import Ahead
-from nextflow_ar.training.runs import Every, RunFolder, progress_bar, stop_request
+from nextflow_ar.training.runs import Every, RunFolder, Stopped, progress_bar, stop_request
 
 _CORPUS = 4000
 
@@ -191,7 +191,7 @@ class TeacherTrainer:
                 if save() or last or asked:
                     self.save()
                 if asked and not last:
-                    raise KeyboardInterrupt
+                    raise Stopped(self.step, recipe.out)
 
         ahead.close()
 

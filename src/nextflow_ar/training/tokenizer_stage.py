@@ -44,7 +44,7 @@ from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.prefetch import Ahead
-from nextflow_ar.training.runs import Every, Pace, RunFolder, progress_bar, stop_request
+from nextflow_ar.training.runs import Every, Pace, RunFolder, Stopped, progress_bar, stop_request
 from nextflow_ar.training.sharded import move_averages
 from nextflow_ar.training.tokenizer_recipe import ScaleDropout, TokenizerLoss, TokenizerRecipe
 
@@ -377,7 +377,7 @@ class TokenizerTrainer:
                 if first and (sheet() or last):
                     self.run.log(step=self.step, **self.evaluate())
                 if asked and not last:
-                    raise KeyboardInterrupt
+                    raise Stopped(self.step, recipe.out)
         for maker in (self._ahead, self._crew):
             if maker is not None:
                 maker.close()
