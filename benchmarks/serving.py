@@ -27,7 +27,7 @@ import torch
 from nextflow_ar.app.serve_command import loaded
 from nextflow_ar.app.serving.app import create_app, make_server
 from nextflow_ar.app.serving.settings import ServerSettings
-from nextflow_ar.generation.engine import Rounds
+from nextflow_ar.generation.engine import Failure, Rounds
 from nextflow_ar.generation.tidying import settle_in
 from nextflow_ar.types import Done, ImageReady, TextDelta
 
@@ -76,6 +76,8 @@ def bare(pipeline, engines, clients, pictures, think):
         begin()
     while rounds.busy:
         for event in list(rounds.step()):
+            if isinstance(event, Failure):
+                raise event.error
             if isinstance(event, TextDelta):
                 thoughts[event.row] += event.text
             elif isinstance(event, ImageReady):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+from nextflow_ar.data.playground.episodes import Episode, Said, Truth
 from nextflow_ar.data.playground.mixture import MixtureConfig, SceneMixture
 from nextflow_ar.data.playground.scenes import is_held_out
 from nextflow_ar.data.playground.words import COLOURS, NOUNS, SHAPES, plural
-from nextflow_ar.data.tasks import WORD_CLASSES, plan_document
+from nextflow_ar.data.tasks import WORD_CLASSES, plan_document, to_document
 from nextflow_ar.types import Text
 
 
@@ -32,6 +33,13 @@ def test_plans_are_words_only_and_colour_sprites_without_held_out_pairs() -> Non
         s.text
         for s in plan_document(mixture, 7).segments  # type: ignore[union-attr]
     ]
+
+
+def test_texts_of_one_role_stand_on_lines_of_their_own() -> None:
+    """As they do in rows of data, and in what a model is asked."""
+    said = (Said("two dogs", "user", False), Said("how many?", "user", False), Said("two", "assistant", True))
+    segments = to_document(Episode("", said, Truth("exercise")), [], dialogue=False).segments
+    assert segments == (Text("two dogs\nhow many?"), Text("two", supervised=True))
 
 
 def test_word_classes_share_no_word() -> None:

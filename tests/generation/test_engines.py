@@ -17,10 +17,10 @@ import torch
 from nextflow_ar.app.serving.settings import ServerSettings
 from nextflow_ar.generation import tidying
 from nextflow_ar.generation.base import best_dtype
-from nextflow_ar.generation.engine import Engine, Figures
-from nextflow_ar.generation.engines import Engines, EnginesError, Home, Lost, _rounds
+from nextflow_ar.generation.engine import Engine, Failure, Figures
+from nextflow_ar.generation.engines import Engines, EnginesError, Home, _rounds
 from nextflow_ar.generation.pipeline import NextFlowPipeline
-from nextflow_ar.model.checkpoint import Bundle, load_bundle
+from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
 from nextflow_ar.types import Done, Event, ImageReady, TextDelta
 from nextflow_ar.wire import packed
 from tests.app.serving import running
@@ -49,8 +49,8 @@ def engines(folder: Path) -> Iterator[Engines]:
     two.close()
 
 
-def events_of(engines: Engines, seconds: float = 60) -> list[Event | Lost]:
-    found: list[Event | Lost] = []
+def events_of(engines: Engines, seconds: float = 60) -> list[Event | Failure]:
+    found: list[Event | Failure] = []
     end = time.monotonic() + seconds
     while engines.busy and time.monotonic() < end:
         found += engines.step()
@@ -105,12 +105,28 @@ def test_what_fails_is_told_in_one_line(engines: Engines, loaded: NextFlowPipeli
     engines.take(broken)  # the other engine, which has less to do
     found = events_of(engines)
     assert any(isinstance(e, ImageReady) and e.row == 0 for e in found)  # whose request goes on
-    (lost,) = [e for e in found if isinstance(e, Lost)]
+    (lost,) = [e for e in found if isinstance(e, Failure)]
     assert lost.row == 1 and str(lost.error).startswith("TypeError: ") and "\n" not in str(lost.error)
     assert "Traceback" in lost.error.__notes__[0]  # for the log of the first process
     engines.take(loaded.engine.job(2, job.request))
     engines.take(loaded.engine.job(3, job.request))
     assert {e.row for e in events_of(engines) if isinstance(e, ImageReady)} == {2, 3}
+
+
+def test_a_request_that_fails_alone_is_done_with(folder: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(folder)
+    with torch.no_grad():
+        bundle.model.head.weight.fill_(torch.nan)
+    save_bundle(tmp_path / "nan", bundle.model, bundle.image_tokenizer, bundle.vocab.tokenizer, {}, "# nan\n")
+    pipeline = NextFlowPipeline(load_bundle(tmp_path / "nan"))
+    one = Engines(Home(tmp_path / "nan"), 1)
+    try:
+        one.take(pipeline.engine.job(7, pipeline.requests(["a dog"], [1])[0]))
+        (failed,) = events_of(one)
+        assert isinstance(failed, Failure) and failed.row == 7
+        assert not one.cancel(7)  # it is forgotten already
+    finally:
+        one.close()
 
 
 def test_an_engine_that_died_is_replaced(folder: Path, loaded: NextFlowPipeline) -> None:
@@ -119,7 +135,7 @@ def test_an_engine_that_died_is_replaced(folder: Path, loaded: NextFlowPipeline)
         request = loaded.requests(["a dog"], [1])[0]
         one.take(loaded.engine.job(0, request))
         os.kill(one._lanes[0].process.pid or 0, signal.SIGKILL)
-        (lost,) = [e for e in events_of(one) if isinstance(e, Lost)]
+        (lost,) = [e for e in events_of(one) if isinstance(e, Failure)]
         assert lost.row == 0 and "died" in str(lost.error)
         one.take(loaded.engine.job(1, request))
         assert any(isinstance(e, ImageReady) for e in events_of(one))

@@ -15,8 +15,11 @@ from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.generation.sampling import SamplingSettings
 from nextflow_ar.hub import NextFlowForConditionalGeneration, NextFlowProcessor, register
 from nextflow_ar.hub.processing import as_pixels
+from nextflow_ar.hub.tokens import asks
+from nextflow_ar.scales import ScaleSchedule
+from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.sequence.layout import build
-from nextflow_ar.types import ImageReady
+from nextflow_ar.types import Codes, Document, Image, ImageReady, Text
 from tests.conftest import TINY_MODEL, tiny_bundle
 
 LONG = replace(TINY_MODEL, max_positions=4096, copies=True)
@@ -163,6 +166,15 @@ def test_questions_about_a_picture_are_describe_s(both: Loaded) -> None:
         assert [answered(model, processor, inputs, guidance_scale=g) for g in (1.0, 30.0)] == wanted
         differs += wanted[0] != wanted[1]
     assert differs
+    shown, said = (
+        Image(Codes.plain(ScaleSchedule.square(2), torch.zeros(5, dtype=torch.long))),
+        Text("two dogs?"),
+    )
+    assert asks(Document(turns([("user", shown), ("user", said), ("assistant", Text("a"))])))
+    assert asks(Document((shown, said)))
+    assert not asks(
+        Document(turns([("user", said), ("assistant", shown)]))
+    )  # a drawing that goes on in words
     blind = {"guidance_scale": 30.0}
     hot = SamplingSettings(temperature=4.0)
     wanted = model.pipeline.describe(picture(0), question="a cat", max_tokens=8, settings=hot, guidance=30.0)

@@ -128,6 +128,8 @@ def test_a_stray_is_no_canvas(make: Make) -> None:
         "top_p": 0.5,
         "canvases": ["72x16", "48x32"],
     }  # all sources' pictures
+    sized = told(_Seen("crop", s40x40=6, s56x56=4), size="56x56")
+    assert sized == {"size": "56x56", "canvases": ["40x40"]}  # the default is drawn anyway, the square is not
     assert told(_Seen("crop", s40x40=9)) == {}
     assert told(_Seen("pad", s40x40=9)) == {"fit": "pad"}
 

@@ -13,7 +13,7 @@ from nextflow_ar.data.playground.episodes import Episode, Said
 from nextflow_ar.data.playground.mixture import SceneMixture
 from nextflow_ar.data.playground.scenes import Scene, is_held_out
 from nextflow_ar.data.playground.words import COLOURS, NOUNS, SHAPES, plural
-from nextflow_ar.sequence.dialogue import turns
+from nextflow_ar.sequence.dialogue import turns, whole
 from nextflow_ar.sequence.vocab import BOI
 from nextflow_ar.types import Codes, Document, Image, Mark, Text
 
@@ -105,6 +105,7 @@ def to_document(
                 part.role == "assistant" and said is not None and said[0] == part.role and said[1].supervised
             )
             parts.append((part.role, Image(next(left), part.supervised, laid, begun)))
+    parts = whole(parts)
     segments = turns(parts) if dialogue else tuple(segment for _, segment in parts)
     unfinished = scales == 0 or (scales is not None and isinstance(parts[-1][1], Image))
     left_open = segments[:-1] if dialogue and unfinished else segments

@@ -124,6 +124,7 @@ class Editing(Loaded):
             picture = self.decode(picture)
         if isinstance(picture, PILImage.Image):
             picture = upright(picture)  # the mask lies over what is seen
+        pixels = torch.from_numpy(self.fit(picture).copy())  # which looks whether it is a picture
         size = picture.size if isinstance(picture, PILImage.Image) else picture.shape[1::-1]
         white = _white(mask)
         if white.size != size:
@@ -131,7 +132,6 @@ class Editing(Loaded):
                 f"the mask is {white.width}x{white.height} pixels, the picture {size[0]}x{size[1]}: "
                 "they have to be of one size"
             )
-        pixels = torch.from_numpy(self.fit(picture).copy())
         redrawn = _over(white, pixels.shape[0], pixels.shape[1], self.fitting)
         if not redrawn.any():
             raise RequestError("the mask marks nothing: paint white what is to be redrawn")

@@ -71,7 +71,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Failure:
-    """Request ``row`` is given up: what came back for it could not be used. Those beside it go on."""
+    """Request ``row`` is given up: what came back for it could not be used, or it is gone with what an engine of
+    its own was at. Those beside it go on.
+    """
 
     row: int
     error: Exception

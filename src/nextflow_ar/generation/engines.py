@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from nextflow_ar.generation.base import best_dtype
-from nextflow_ar.generation.engine import Engine, Figures, Rounds
+from nextflow_ar.generation.engine import Engine, Failure, Figures, Rounds
 from nextflow_ar.generation.jobs import Job
 from nextflow_ar.generation.tidying import Tidy, settle_in
 from nextflow_ar.model.checkpoint import load_bundle
@@ -35,14 +35,6 @@ PATIENCE, START, END = 0.005, 300.0, 5.0
 
 class EnginesError(RuntimeError):
     """An engine cannot start, or failed: one line."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Request ``row`` is gone with what its engine was at; those of other engines go on."""
-
-    row: int
-    error: EnginesError
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ class Engines:
             lane.round += 1
             lane.tell("clear", lane.round)
 
-    def step(self) -> Iterator[Event | Lost]:
+    def step(self) -> Iterator[Event | Failure]:
         """What is new, waiting a moment for it. What an engine worked at when it failed is lost; one that died begins
         anew.
         """
@@ -124,7 +116,7 @@ class Engines:
             lane = pipes[pipe]  # type: ignore[index]
             try:
                 for event in lane.heard():
-                    if isinstance(event, Done):
+                    if isinstance(event, Done | Failure):
                         lane.widths.pop(event.row, None)
                     yield event
             except EnginesError as error:
@@ -134,13 +126,13 @@ class Engines:
                 self._lanes[self._lanes.index(lane)] = _Lane(self.home)
                 yield from self._lost(lane, EnginesError("an engine's process died, another one begins"))
 
-    def _lost(self, lane: _Lane, error: EnginesError) -> Iterator[Lost]:
+    def _lost(self, lane: _Lane, error: EnginesError) -> Iterator[Failure]:
         """All that an engine worked at, and what was passed on to it since."""
         numbers = list(lane.widths)
         lane.widths.clear()
         lane.round += 1
         lane.tell("clear", lane.round)
-        yield from (Lost(number, error) for number in numbers)
+        yield from (Failure(number, error) for number in numbers)
 
     def close(self) -> None:
         """End the processes."""
@@ -253,7 +245,7 @@ def _rounds(pipe: Connection, rounds: Rounds) -> None:
             tell("failed", (line, traceback.format_exc()))
         else:
             tell("events", events)
-            if any(isinstance(event, Done) for event in events):
+            if any(isinstance(event, Done | Failure) for event in events):
                 tidy()
 
 

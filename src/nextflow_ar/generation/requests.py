@@ -54,8 +54,8 @@ class TextRequest:
     """Write text after ``document`` until a token of ``ends``: ``min_tokens`` to ``max_tokens`` tokens.
 
     ``unconditional``: the document that guidance contrasts with (the question without its picture, say); none without it.
-    ``plans``: whether an image is to be drawn behind it. Raises SettingError where the settings have values for several
-    scales.
+    ``plans``: whether an image is to be drawn behind it. Raises SettingError where the settings have a value for each
+    of several scales.
     """
 
     document: Document

@@ -82,8 +82,9 @@ def changes(document: Document) -> bool:
 
 def asks(document: Document) -> bool:
     """Whether a document is a question about one picture and nothing else, as ``NextFlowPipeline.describe`` asks it."""
-    started = sum(one == Mark(TURN_START) for one in document.segments)
-    return sum(isinstance(one, Image) for one in document.segments) == 1 and started in (0, 2)
+    started = [i for i, one in enumerate(document.segments) if one == Mark(TURN_START)]
+    shown = [i for i, one in enumerate(document.segments) if isinstance(one, Image)]
+    return len(shown) == 1 and (not started or (len(started) == 2 and shown[0] < started[1]))
 
 
 def blind(document: Document) -> Document | None:

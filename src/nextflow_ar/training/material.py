@@ -59,7 +59,9 @@ def taught_defaults(
     found = dict(generation)
     if "canvases" not in recipe.generation:
         known = found.get("canvases", [])
-        new = _taught_canvases(recipe, loaders, tokenizer) - set(known)
+        square = ScaleSchedule.square(tokenizer.num_scales).image_size(tokenizer.downsample)
+        default = canvas_size(found["size"]) if found.get("size") else square
+        new = _taught_canvases(recipe, loaders, default) - set(known)
         if new:
             found["canvases"] = [*known, *sorted(new, key=lambda name: (*_area(name), name))]
     ways = {fit for loader in loaders for fit in loader.fits}
@@ -69,16 +71,16 @@ def taught_defaults(
 
 
 def _taught_canvases(
-    recipe: ModelRecipe, loaders: Collection[ShardLoader], tokenizer: ImageTokenizerConfig
+    recipe: ModelRecipe, loaders: Collection[ShardLoader], default: tuple[int, int]
 ) -> set[str]:
-    """WIDTHxHEIGHT of what is not rare among a run's pictures so far, without the default square."""
+    """WIDTHxHEIGHT of what is not rare among a run's pictures so far, without ``default`` (height, width)."""
     episodes = [s for s in recipe.sources if isinstance(s, EpisodeSource) and s.scales != 0]
     sizes = {canvas_size(name) for s in episodes for name, weight in s.canvases.items() if weight > 0}
     seen: Counter[str] = Counter()
     for loader in loaders:
         seen.update(loader.canvases)
     sizes |= {canvas_size(name) for name, count in seen.items() if count >= _RARE * seen.total()}
-    sizes.discard(ScaleSchedule.square(tokenizer.num_scales).image_size(tokenizer.downsample))
+    sizes.discard(default)
     return {f"{width}x{height}" for height, width in sizes}
 
 

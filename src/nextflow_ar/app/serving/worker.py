@@ -22,7 +22,7 @@ from nextflow_ar.app.serving.errors import Broken, Draining
 from nextflow_ar.app.serving.metrics import Metrics
 from nextflow_ar.app.serving.orders import Failed, Finished, News, Order, Thought
 from nextflow_ar.generation.engine import ContextError, Engine, Failure, QueueFull, Rounds
-from nextflow_ar.generation.engines import Engines, Lost
+from nextflow_ar.generation.engines import Engines
 from nextflow_ar.generation.jobs import Job
 from nextflow_ar.types import Done, Event, ScaleReady, TextDelta
 
@@ -272,7 +272,7 @@ class Worker:
             stream.tell(news)
         self.metrics.step_seconds.observe(time.perf_counter() - began)
 
-    def _heard_or_failed(self, row: _Row, event: Event | Failure | Lost) -> News | None:
+    def _heard_or_failed(self, row: _Row, event: Event | Failure) -> News | None:
         try:
             return self._heard(row, event)
         except Exception as error:
@@ -284,9 +284,9 @@ class Worker:
                 self._closed(1)
             return Failed(error)
 
-    def _heard(self, row: _Row, event: Event | Failure | Lost) -> News | None:
+    def _heard(self, row: _Row, event: Event | Failure) -> News | None:
         """What the client hears of an event."""
-        if isinstance(event, Failure | Lost):
+        if isinstance(event, Failure):
             raise Broken("the engine failed") from event.error
         if row.thinking:
             if isinstance(event, TextDelta):
