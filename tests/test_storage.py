@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextflow_ar import storage
 from nextflow_ar.app.cli import run
-from nextflow_ar.model.checkpoint import Bundle, load_bundle, save_bundle
+from nextflow_ar.model.checkpoint import Bundle, check_output, load_bundle, save_bundle
 from nextflow_ar.storage import (
     StorageError,
     pack_weights,
@@ -284,3 +284,37 @@ def test_a_checkpoint_replaces_nothing_but_a_checkpoint(tmp_path: Path) -> None:
         write_folder(tmp_path / "notes.md", fill)
     assert (tmp_path / "notes.md").read_text() == "mine"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("made", ["checkpoint.pt", "metrics.jsonl", "checkpoints"])
+def test_a_command_replaces_neither_a_runs_result_nor_what_it_reads(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(target: Path) -> None:
+        (target / "image_tokenizer").mkdir()
+        (target / "image_tokenizer" / "weights").write_text("new")
+
+    mine, run, final = tmp_path / "mine", tmp_path / "run", tmp_path / "run" / "final"
+    write_folder(final, fill)
+    check_output(final)  # "final" by its name alone is nobody's
+    (run / made).write_text("")
+    check_output(final)
+    (run / "recipe.yaml").write_text("")
+    for folder in (final, run / "adapter"):
+        with pytest.raises(StorageError, match=r"is what the run in .*run trained: name a folder outside"):
+            check_output(folder)
+    monkeypatch.chdir(final)
+    with pytest.raises(StorageError, match="is what the run in"):
+        check_output(Path("."))
+    monkeypatch.chdir(tmp_path)
+    check_output(run / "mean", [final])
+    write_folder(final, fill)  # a training writes its own
+    write_folder(mine, fill)
+    check_output(mine, [final, "nano", "Qwen/Qwen2.5-VL-7B-Instruct"])  # its own earlier output
+    for read in (mine, mine / "image_tokenizer", str(mine)):
+        with pytest.raises(
+            StorageError, match=r"mine would replace .*mine.*, which is read from: name another"
+        ):
+            check_output(mine, ["nano", read])
+    mine.rename("nano")
+    check_output(Path("nano"), ["nano"])  # the bundled one is read

@@ -272,8 +272,11 @@ def test_a_killed_run_continues_and_ends_the_same(judge: Judge, tmp_path: Path) 
 def test_a_journal_of_another_run_is_refused(judge: Judge, tmp_path: Path) -> None:
     few = replace(SMALL, n_per_type=1, in_distribution=0, captions=0)
     evaluate(None, out=tmp_path, settings=few, judge=judge, about={"model": "one"})
-    with pytest.raises(BenchError, match="holds a run with another about: choose another folder"):
+    with pytest.raises(BenchError, match="holds a run with another model: choose another folder"):
         evaluate(None, out=tmp_path, settings=few, judge=judge, about={"model": "two"})
+    more = replace(few, captions=12)
+    with pytest.raises(BenchError, match="holds a run with another captions, model, seed: choose"):
+        evaluate(None, out=tmp_path, settings=more, judge=judge, about={"model": "two", "seed": 5})
     (tmp_path / "results.jsonl").write_text("not a journal\n")
     with pytest.raises(BenchError, match="is not a journal of this benchmark"):
         evaluate(None, out=tmp_path, settings=few, judge=judge, about={"model": "one"})

@@ -37,3 +37,30 @@ def test_evaluate_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "e" / "sheet.png").is_file()
     assert run([*arguments[:-1]]) == 0  # everything is in the journal
     assert "mean of types" in capsys.readouterr().out
+
+
+def test_a_model_of_other_pictures_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = Path(__file__).parent.parent / "golden" / "bundle"
+    arguments = ["evaluate", "playground", "-o", str(tmp_path / "e"), "--prompts", "1", "--captions", "0"]
+    assert run([*arguments, "-m", str(golden)]) == 1
+    line = capsys.readouterr().err
+    assert (
+        "bundle draws pictures of 40x40 pixels: the benchmark needs 64x64" in line and line.count("\n") == 1
+    )
+    assert not (tmp_path / "e").exists()
+
+
+def test_photographs_that_are_not_there_are_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        pytest.fail("the tokenizer was loaded")
+
+    monkeypatch.setattr("nextflow_ar.tokenizer.image_tokenizer.ImageTokenizer.from_pretrained", loaded)
+    photos = ["--photos", str(tmp_path / "nope")]
+    assert run(["evaluate", "tokenizer", "-o", str(tmp_path / "e"), *photos]) == 1
+    line = capsys.readouterr().err
+    assert "nope: no such file or folder" in line and line.count("\n") == 1
+    assert not (tmp_path / "e").exists()

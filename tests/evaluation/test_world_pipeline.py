@@ -89,6 +89,9 @@ def test_the_command_lists_its_lines_and_refuses_others(tmp_path: Path) -> None:
     assert world_settings(None, 8, [], []).ceiling == 8
     with pytest.raises(ConfigError, match="unknown line 'edits'"):
         world_settings(None, None, ["edits"], [])
+    with pytest.raises(ConfigError, match="a canvas has sides of at least 16 pixels, got 64x5"):
+        world_settings(None, None, [], ["64x5"])
+    assert world_settings(None, None, [], ["16x16"]).canvases == {"16x16": 1.0}
     bad = tmp_path / "bench.yaml"
     bad.write_text("item: 5\n")
     with pytest.raises(ConfigError, match=r"bench\.yaml.*item"):

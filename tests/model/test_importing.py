@@ -201,6 +201,46 @@ def test_init_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(["init", "--language-model", str(tmp_path / "tokenizer"), *parts[2:], "-o", str(out)]) == 1
     line = capsys.readouterr().err
     assert line.startswith("nextflow-ar: ") and "no Qwen2.5-VL" in line and line.count("\n") == 1
+    assert run(["init", *parts, "-o", str(out)]) == 0  # over its own earlier output
+    capsys.readouterr()
+    (tmp_path / "recipe.yaml").write_text("kind: model\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    for folder, told in (("tokenizer", "which is read from"), ("final", "is what the run in")):
+        before = sorted((tmp_path / folder).rglob("*"))
+        assert run(["init", *parts, "-o", str(tmp_path / folder)]) == 1
+        line = capsys.readouterr().err
+        assert told in line and line.count("\n") == 1
+        assert sorted((tmp_path / folder).rglob("*")) == before
+    assert run(["export", str(out), "-o", str(tmp_path / "new")]) == 0
+    assert run(["export", str(out), "-o", str(tmp_path / "new")]) == 0
+    capsys.readouterr()
+    for folder, told in (("model", "which is read from"), ("final", "is what the run in")):
+        assert run(["export", str(out), "-o", str(tmp_path / folder)]) == 1
+        line = capsys.readouterr().err
+        assert told in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["nope", "a/b/c", "./nope/x", "/nope"])
+def test_what_can_be_no_hub_id_is_refused_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> None:
+        pytest.fail("the Hub was asked")
+
+    monkeypatch.setattr("nextflow_ar.model.backbone.AutoConfig.from_pretrained", asked)
+    with pytest.raises(StorageError, match=f"^{name}: .*neither a folder here nor a Hub id OWNER/NAME$"):
+        load_language_model(name, torch.float32)
+
+
+def test_a_long_reason_is_cut_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("something went wrong\n" * 40)
+
+    monkeypatch.setattr("nextflow_ar.model.backbone.AutoConfig.from_pretrained", fails)
+    with pytest.raises(
+        StorageError, match=r"^\S+: no Qwen2.5-VL to load: (something went wrong ){5,}.*\.\.\.$"
+    ) as told:
+        load_language_model(tmp_path, torch.float32)
+    words = str(told.value).removesuffix(" ...").split()
+    assert words[-1] in ("something", "went", "wrong") and "\n" not in str(told.value)
 
 
 def test_init_reaches_the_baseline_s_wiring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

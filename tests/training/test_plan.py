@@ -202,6 +202,9 @@ def test_a_recipe_without_a_plan_is_its_rows() -> None:
     sources[1]["packing"] = {"mode": "compute", "budget": 3}
     with pytest.raises(ConfigError, match="needs a group 'plan', or sources with rows and length"):
         read_stage(values, "rows")
+    for steps in (0, -1):
+        with pytest.raises(ConfigError, match=f"steps is at least 1, got {steps}"):
+            read_stage(values | {"steps": steps}, "rows")
 
 
 def test_what_helps_where_it_does_not_fit() -> None:
@@ -296,6 +299,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", recipe, "--gpus", "8", "--set", "sharding=null"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "sharding (docs/parallel.md)" in out
+    finish, pretrain = str(RECIPES / "nano_finish.yaml"), str(RECIPES / "nano_pretrain.yaml")
     nano = load_yaml(RECIPES / "nano_finish.yaml")
     assert run(["plan", str(RECIPES / "nano_finish.yaml"), "--json"]) == 0
     places = sum(source["rows"] * source["length"] for source in nano["sources"])
@@ -314,6 +318,16 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         ([recipe, "--set", "plan.documents.text.samples=-5"], "samples is above 0, got -5"),
         ([recipe, "--set", "plan.documents.text_to_image.inverted=2"], "inverted is a share from 0 to 1"),
         ([recipe, "--set", "accumulate=0"], "accumulate is at least 1, got 0"),
+        ([recipe, "--set", "steps=-1"], "steps is at least 1, got -1"),
+        ([finish, "--set", "steps=-1"], "steps is at least 1, got -1"),
+        ([finish, "--set", "steps=0"], "steps is at least 1, got 0"),
+        ([finish, "--set", "trains=lora"], "trains: lora goes with the key lora"),
+        ([finish, "--set", "ema=1"], "ema is at least 0 and below 1, got 1"),
+        (
+            [pretrain, "--set", "text_entries=300000"],
+            "text_entries 300000 do not fit into the model's text_vocab",
+        ),
+        ([pretrain, "--set", "trains=lora", "--set", "lora={}"], "need a checkpoint folder to start from"),
     ):
         assert run(["plan", *arguments]) == 2, arguments
         assert line in capsys.readouterr().err, arguments

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nextflow_ar.app.stages import run_recipe
 from nextflow_ar.config import ConfigError, ImageTokenizerConfig, from_dict, load_yaml, to_dict
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.storage import StorageError
@@ -448,3 +449,21 @@ def test_the_recipes_are_complete(name: str) -> None:
     recipe.check()
     with torch.device("meta"):
         ImageTokenizer(recipe.tokenizer)
+
+
+def test_a_folder_that_the_user_names_has_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Path] = []
+    monkeypatch.setattr(
+        "nextflow_ar.training.tokenizer_stage.train_tokenizer", lambda recipe, *_: trained.append(recipe.out)
+    )
+    path = Path(__file__).parents[2] / "recipes" / "nano_pixel.yaml"
+    monkeypatch.chdir(tmp_path)  # where the recipe's own, optional folder is not
+    run_recipe(path, ["steps=5"])
+    (tmp_path / "mine").mkdir()
+    run_recipe(path, ["data.photos.folder=mine"])
+    assert len(trained) == 2
+    with pytest.raises(ConfigError, match=r"^data\.photos\.folder: nope: no such folder of pictures$"):
+        run_recipe(path, ["data.photos.folder=nope"])
+    assert len(trained) == 2

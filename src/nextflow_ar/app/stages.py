@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nextflow_ar.generation.pipeline import NextFlowPipeline
     from nextflow_ar.model.checkpoint import Bundle
     from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+    from nextflow_ar.training.tokenizer_recipe import TokenizerRecipe
 
 KINDS = ("teacher", "tokenizer", "model", "judge", "world_judge")
 _CANVAS = re.compile(r"[1-9]\d*x[1-9]\d*")
@@ -69,6 +70,7 @@ def run_recipe(path: Path, changes: list[str], minutes: float | None = None) -> 
         from nextflow_ar.training.tokenizer_stage import TokenizerRecipe, train_tokenizer
 
         tokenizer = from_dict(TokenizerRecipe, values, where)
+        _named_folders(tokenizer, changes)
         return train_tokenizer(tokenizer, to_dict(tokenizer), seconds)
     if kind == "model":
         from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
@@ -83,6 +85,18 @@ def run_recipe(path: Path, changes: list[str], minutes: float | None = None) -> 
 
         return train_judge_of(values, where)
     return _judge(values, where)
+
+
+def _named_folders(recipe: TokenizerRecipe, changes: Sequence[str]) -> None:
+    """Raises ConfigError for a folder of pictures that ``--set`` names and that is not there: ``optional`` is for those of
+    the recipe.
+    """
+    asked = {change.partition("=")[0] for change in changes}
+    for group, sources in (("data", recipe.data), ("heldout", recipe.heldout)):
+        for name, source in sources.items():
+            key = f"{group}.{name}.folder"
+            if key in asked and source.folder is not None and not source.folder.is_dir():
+                raise ConfigError(f"{key}: {source.folder}: no such folder of pictures")
 
 
 def _judge(values: dict[str, Any], where: str) -> Path:
@@ -109,12 +123,11 @@ def initialise_model(
     """
     import torch
 
-    from nextflow_ar.model.checkpoint import save_bundle
+    from nextflow_ar.model.checkpoint import check_output, save_bundle
     from nextflow_ar.model.importing import Wiring, initialise_from
-    from nextflow_ar.storage import check_replaceable
     from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 
-    check_replaceable(out)
+    check_output(out, [language_model, image_tokenizer])
     chosen = from_dict(Wiring, dict(wiring), "init")  # before anything large is read
     tokenizer = ImageTokenizer.from_pretrained(image_tokenizer)
     bundle = initialise_from(language_model, tokenizer, chosen, dtype=torch.bfloat16, seed=seed)
@@ -205,10 +218,9 @@ def export_bundle(
     import torch
 
     from nextflow_ar.generation.pipeline import NextFlowPipeline, resolve_model
-    from nextflow_ar.model.checkpoint import load_bundle, save_bundle
-    from nextflow_ar.storage import check_replaceable
+    from nextflow_ar.model.checkpoint import check_output, load_bundle, save_bundle
 
-    check_replaceable(out)
+    check_output(out, [name for name in (model, adapter, image_tokenizer, *average) if name is not None])
     if share is not None and not (average and 0 < share < 1):
         raise ConfigError(f"a share of the mean is above 0 and below 1 and needs --average, got {share:g}")
     folder = resolve_model(model)
@@ -315,7 +327,8 @@ def evaluate_tokenizer(
     from nextflow_ar.tokenizer.pictures import picture_files
     from nextflow_ar.training.runs import progress_bar
 
-    tokenizer, files = ImageTokenizer.from_pretrained(model), picture_files(photos)
+    files = picture_files(photos, strict=True)  # before anything is loaded
+    tokenizer = ImageTokenizer.from_pretrained(model)
     judge = Judge.load(judge_folder) if judge_folder is not None else Judge.load()
     with progress_bar("tokenizer", 1) as update:
 
@@ -341,8 +354,10 @@ def evaluate_playground(
 ) -> Report:
     """PlaygroundBench for a pipeline: drawing, captions, and reconstructions as the ceiling."""
     from nextflow_ar.evaluation.judge import Judge
-    from nextflow_ar.evaluation.playground import evaluate
+    from nextflow_ar.evaluation.playground import check_canvas, evaluate
     from nextflow_ar.training.runs import progress_bar
+
+    check_canvas(pipeline.schedule_for().image_size(pipeline.image_tokenizer.config.downsample), model)
 
     def draw(prompts: list[str]) -> np.ndarray:
         # Every prompt has a seed of its own, which follows from its words: pictures are independent of each other.

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from nextflow_ar.data.playground.scenes import render
+from nextflow_ar.data.playground.scenes import LEVELS, render
 from nextflow_ar.evaluation.judge import Judge, Verdict
 from nextflow_ar.evaluation.playground_report import Report, SetScore, caption_score, set_score, sheet
 from nextflow_ar.evaluation.playground_tasks import (
@@ -56,6 +56,7 @@ Reconstruct = Callable[[np.ndarray], np.ndarray]
 Progress = Callable[[str, int, int], None]
 _Item = TypeVar("_Item", Question, CaptionQuestion)
 _SHUFFLES = 20
+_CANVAS = LEVELS["easy"].canvas
 _SPLITS: tuple[BenchSplit, BenchSplit] = ("test", "train")
 
 
@@ -131,10 +132,27 @@ def _journal_rows(
     except (ValueError, KeyError, TypeError) as error:
         raise BenchError(f"{path} is not a journal of this benchmark") from error
     wanted = json.loads(json.dumps(settings))
-    changed = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
+    before, wanted = _flat(before), _flat(wanted)
+    changed = sorted({k[1] for k in {*before, *wanted} if before.get(k) != wanted.get(k)})
     if changed:
         raise BenchError(f"{path} holds a run with another {', '.join(changed)}: choose another folder")
     return rows
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """Settings by (group, key), those of ``about`` a group of their own: "seed" is in both."""
+    about = settings.get("about")
+    inner = about if isinstance(about, Mapping) else {"about": about}
+    plain = {("", k): v for k, v in settings.items() if k != "about"}
+    return plain | {("about", k): v for k, v in inner.items()}
+
+
+def check_canvas(size: tuple[int, int], model: str) -> None:
+    """Raises BenchError for a model that draws pictures of another ``size`` (height, width) than the benchmark's."""
+    if size != (_CANVAS, _CANVAS):
+        raise BenchError(
+            f"{model} draws pictures of {size[1]}x{size[0]} pixels: the benchmark needs {_CANVAS}x{_CANVAS}"
+        )
 
 
 def _checked(pictures: np.ndarray, count: int, canvas: int) -> np.ndarray:

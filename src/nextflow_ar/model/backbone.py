@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,7 @@ def load_language_model(name: str | Path, dtype: torch.dtype) -> LanguageModel:
 
     Raises StorageError, one line, when it is missing, damaged or another model.
     """
+    _check_name(str(name))
     try:
         with quiet_transformers():
             found = AutoConfig.from_pretrained(name)
@@ -154,7 +156,7 @@ def load_language_model(name: str | Path, dtype: torch.dtype) -> LanguageModel:
     except StorageError:
         raise
     except Exception as error:  # safetensors and the Hub raise kinds of their own
-        reason = " ".join(str(error).split())[:140]
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise StorageError(f"{name}: no Qwen2.5-VL to load: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise StorageError(f"{name}: its text tokenizer is not a fast one (tokenizer.json)")
@@ -167,6 +169,14 @@ def load_language_model(name: str | Path, dtype: torch.dtype) -> LanguageModel:
     text = found.text_config
     assert isinstance(text, Qwen2_5_VLTextConfig)
     return LanguageModel(stack.state_dict(), whole.lm_head.weight.detach(), text, tokenizer)
+
+
+def _check_name(name: str) -> None:
+    """Raises StorageError for what is no folder and no Hub id either: the Hub would be asked, again and again."""
+    if not Path(name).is_dir() and (
+        name.count("/") != 1 or name.startswith((".", "/")) or Path(name).exists()
+    ):
+        raise StorageError(f"{name}: no Qwen2.5-VL to load: neither a folder here nor a Hub id OWNER/NAME")
 
 
 def _key(told: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast, Vocabulary, load
 from nextflow_ar.storage import (
     PART_BYTES,
     StorageError,
+    check_replaceable,
     find_folder,
     read_checked,
     stream_weights,
@@ -60,6 +61,10 @@ FOR_TRANSFORMERS: dict[str, Any] = {
 """What ``config.json`` holds beside the architecture."""
 BUNDLED = ("nano",)
 """Models that come with the package."""
+_OF_RUNS = ("final", "adapter")
+"""Folders that a run ends with, in its own."""
+_RUN_FILES = ("checkpoint.pt", "metrics.jsonl", "checkpoints")
+"""A run's folder holds one of them at least, beside its recipe.yaml."""
 
 
 @dataclass(eq=False)
@@ -210,6 +215,23 @@ def checkpoint_folder(name: Path | str) -> Path:
             f"{name}: no such checkpoint folder; {', '.join(BUNDLED)} or a Hub id will do, too"
         )
     return folder
+
+
+def check_output(folder: Path, read: Iterable[Path | str] = ()) -> None:
+    """Whether a command may write a checkpoint of its own as ``folder``: as :func:`~nextflow_ar.storage.check_replaceable`
+    says, but neither where a training writes its result nor over what the command reads from (``read``: names of models,
+    folders). Raises StorageError.
+    """
+    check_replaceable(folder)
+    place = folder.resolve()
+    run = place.parent
+    ran = (run / "recipe.yaml").is_file() and any((run / name).exists() for name in _RUN_FILES)
+    if ran and place.name in _OF_RUNS:
+        raise StorageError(f"{folder} is what the run in {run} trained: name a folder outside of the run")
+    for name in read:
+        source = Path(name).resolve()
+        if str(name) not in BUNDLED and source.is_dir() and place in (source, *source.parents):
+            raise StorageError(f"{folder} would replace {name}, which is read from: name another folder")
 
 
 def load_generation(folder: Path) -> dict[str, Any]:

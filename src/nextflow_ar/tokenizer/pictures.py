@@ -183,12 +183,16 @@ def unplace(canvas: np.ndarray, frame: Frame | None) -> Image.Image:
     )
 
 
-def picture_files(paths: list[Path]) -> list[Path]:
-    """The picture files among files and folders (with all that lies below them), in order. Raises PictureError."""
+def picture_files(paths: list[Path], *, strict: bool = False) -> list[Path]:
+    """The picture files among files and folders (with all that lies below them), in order. Raises PictureError for a folder
+    without pictures and, ``strict``, for a path that is not there, which is found out on opening it otherwise.
+    """
     Image.init()
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
+            if strict and not path.is_file():
+                raise PictureError(f"{path}: no such file or folder")
             found.append(path)
             continue
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file())

@@ -6,11 +6,11 @@ Read from the recipe's own keys (``sharding``, ``checkpointing``, ``accumulate``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from math import gcd
 from typing import Any, Literal
 
-from nextflow_ar.config import ConfigError, ModelConfig, from_dict
+from nextflow_ar.config import ConfigError, ModelConfig, from_dict, within
 from nextflow_ar.model.checkpoint import checkpoint_folder, load_architecture
 from nextflow_ar.model.costs import (
     Counts,
@@ -23,7 +23,7 @@ from nextflow_ar.model.costs import (
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan_config import DocumentPlan, PlanConfig
-from nextflow_ar.training.recipe import LoraConfig
+from nextflow_ar.training.recipe import LoraConfig, ModelRecipe
 from nextflow_ar.training.sharded import ShardingConfig
 
 
@@ -109,12 +109,14 @@ def stage_counts(plan: PlanConfig, context_images: str = "scales") -> Counts:
 
 def read_stage(values: Mapping[str, Any], where: str) -> Stage:
     """Stage of a recipe's values. With a group ``plan``, of the documents that it names; without, of the rows of its
-    sources, each taken for one document. Raises ConfigError for a recipe of something else.
+    sources, each taken for one document. Raises ConfigError for a recipe of something else, and for what the trainer
+    refuses in a recipe that has all of its keys.
     """
     if values.get("kind") != "model":
         raise ConfigError(f"{where}: plan is for recipes of kind model, got {values.get('kind')!r}")
     if "optimizer" not in values:
         raise ConfigError(f"{where}: missing key 'optimizer'")
+    _check(values, where)
     model = _model(values, where)
     optimizer = from_dict(OptimizerConfig, values["optimizer"], f"{where}: optimizer")
     sharding = None
@@ -156,10 +158,19 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
     )  # fmt: skip
 
 
+def _check(values: Mapping[str, Any], where: str) -> None:
+    """The trainer's checks of a recipe; of one that lacks keys of the trainer's, that of its steps alone."""
+    _steps(values, where)
+    needed = {f.name for f in fields(ModelRecipe) if f.default is MISSING and f.default_factory is MISSING}
+    if needed <= values.keys():
+        from_dict(ModelRecipe, dict(values), where).check()
+
+
 def _steps(values: Mapping[str, Any], where: str) -> float | None:
     steps = values.get("steps")
     if steps is not None and not isinstance(steps, int | float):
         raise ConfigError(f"{where}: steps is a number, got {steps!r}")
+    within("at least 1", steps=steps)
     return steps
 
 

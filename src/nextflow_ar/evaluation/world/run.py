@@ -37,6 +37,8 @@ Through = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 Progress = Callable[[str, int, int], None]
 PROBE = "probe"
 CEILINGS = ("renders", "tokenizer")
+_LEAST = 16
+"""Pixels of a canvas's side: on a smaller one not every line has an item."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -69,7 +71,8 @@ class WorldBenchSettings:
         if not self.canvases or min(self.canvases.values()) < 0 or sum(self.canvases.values()) <= 0:
             raise ValueError("canvases needs at least one canvas with a weight above 0")
         for name in self.canvases:
-            canvas_size(name)
+            if min(canvas_size(name)) < _LEAST:
+                raise ValueError(f"a canvas has sides of at least {_LEAST} pixels, got {name}")
 
     @property
     def chosen(self) -> tuple[Line, ...]:
