@@ -93,6 +93,7 @@ def test_arrays_as_pictures() -> None:
         np.zeros((4, 8, 3), np.float32),
         np.zeros((3, 4, 8), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
+        np.zeros(5, np.uint8),
     ):
         with pytest.raises(ValueError, match=r"a picture is a Pillow image or \(H, W, 3\) uint8, got \("):
             as_picture(bad)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from nextflow_ar.app.cli import run
 from nextflow_ar.config import from_dict
 from nextflow_ar.data.loader import ShardLoader
 from nextflow_ar.generation.pipeline import NextFlowPipeline
 from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bundle
+from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.training import material
 from nextflow_ar.training.material import taught_defaults
 from nextflow_ar.training.model_stage import ModelRecipe
@@ -152,6 +155,29 @@ def test_playground_sources_name_their_canvases(make: Make) -> None:
     plans = recipe_with(episodes | {"scales": 0, "planned": 1.0, "tasks": {"draw": 1.0}})
     built = replace(built, sources=(from_dict(ModelRecipe, plans).sources[0],))
     assert taught_defaults(built, {}, [], TINY_TOKENIZER) == {}  # nothing of a picture is laid out
+
+
+def test_lists_for_scales_fit_the_size_that_is_inherited(
+    tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the size or the list is the start's: at the first picture it would be too late."""
+    sized = ScaleSchedule.square(TINY_TOKENIZER.num_scales + 1)
+    height, width = sized.image_size(TINY_TOKENIZER.downsample)
+    few, many = ([1.0] * n for n in (TINY_TOKENIZER.num_scales, len(sized)))
+    for number, (start, own, status) in enumerate(
+        (
+            ({"size": f"{width}x{height}"}, {"guidance": many}, 0),
+            ({"size": f"{width}x{height}"}, {"guidance": few}, 2),
+            ({"guidance": few}, {"size": f"{width}x{height}"}, 2),
+        )
+    ):
+        save_base(tmp_path / f"start{number}", start)
+        out = tmp_path / f"run{number}"
+        values = recipe(place, out, start=str(tmp_path / f"start{number}"), generation=own, steps=1)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        assert run(["train", str(tmp_path / "recipe.yaml")]) == status
+        told = capsys.readouterr().err
+        assert (f"one for each of the {len(many)} scales, got {len(few)}" in told) == bool(status), told
 
 
 def recipe_with(source: dict[str, Any]) -> dict[str, Any]:

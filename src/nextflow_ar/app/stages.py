@@ -73,12 +73,15 @@ def run_recipe(path: Path, changes: list[str], minutes: float | None = None) -> 
         _named_folders(tokenizer, changes)
         return train_tokenizer(tokenizer, to_dict(tokenizer), seconds)
     if kind == "model":
+        from nextflow_ar.model.checkpoint import load_generation
         from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
         from nextflow_ar.training.model_stage import ModelRecipe, train_model
 
         model = from_dict(ModelRecipe, values, where)
         _known_defaults(model.generation, f"{path}: generation")
-        _fitting_defaults(model.generation, tokenizer_config(model.image_tokenizer), f"{path}: generation")
+        inherited = {} if model.base is None else load_generation(model.base)
+        image = tokenizer_config(model.image_tokenizer)
+        _fitting_defaults(inherited | model.generation, image, f"{path}: generation")
         return train_model(model, to_dict(model), preview_sheet, seconds)
     if kind == "world_judge":
         from nextflow_ar.app.world_command import train_judge_of

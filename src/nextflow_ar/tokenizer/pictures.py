@@ -120,8 +120,8 @@ def as_picture(array: np.ndarray) -> Image.Image:
     """An array as a picture: (H, W, 3) uint8, or what else Pillow takes, such as grey (H, W) or RGBA. Raises ValueError."""
     array = np.asarray(array)
     try:
-        if 0 in array.shape:
-            raise ValueError("it is empty")
+        if 0 in array.shape or array.ndim not in (2, 3):
+            raise ValueError("it is empty, or no plane")
         return Image.fromarray(np.ascontiguousarray(array))
     except (TypeError, ValueError):
         told = f"{tuple(array.shape)} {array.dtype}"
