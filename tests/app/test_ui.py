@@ -23,9 +23,9 @@ from nextflow_ar.app.ui import build_page, launch_options, mount_page
 from nextflow_ar.app.ui.chat import bubble, chat_steps, without_last
 from nextflow_ar.app.ui.describe import described
 from nextflow_ar.app.ui.draw import draw_steps
-from nextflow_ar.app.ui.edit import BY_WORDS, VARY, edit_steps, original, painted
+from nextflow_ar.app.ui.edit import BY_WORDS, VARY, _options, edit_steps, original, painted
 from nextflow_ar.app.ui.history import MOST_KEPT, History, Kept
-from nextflow_ar.app.ui.settings import THINKING, as_size, chosen, next_seed, sizes
+from nextflow_ar.app.ui.settings import THINKING, as_size, chosen, next_seed, size_input, sizes
 from nextflow_ar.app.ui.showing import Figure, Telling, data_uri, enlarged, file_name, planned, stage, status
 from nextflow_ar.app.ui.telling import film_steps, frames_that_fit, story_steps
 from nextflow_ar.app.ui.work import Stopped, Work, line_for
@@ -153,6 +153,12 @@ def test_settings(pipeline: NextFlowPipeline, bundle: Bundle) -> None:
         Bundle(bundle.model, bundle.image_tokenizer, bundle.vocab, {"canvases": ["32x16"]})
     )
     assert [size for _, size in sizes(named)] == ["40x40", "32x16", "32x32"]
+    small = NextFlowPipeline(Bundle(bundle.model, bundle.image_tokenizer, bundle.vocab, {"size": "24x24"}))
+    assert size_input(small).value == "24x24" and size_input(pipeline).value == "40x40"
+    with gr.Blocks():
+        options, _ = _options(small)
+    (keep,) = [one for one in options if isinstance(one, gr.Slider) and "keep" in str(one.label)]
+    assert keep.maximum == len(small.schedule_for()) - 1 < len(pipeline.schedule_for()) - 1
 
 
 def picture(seed: int = 0, side: int = 40) -> PILImage.Image:
