@@ -241,6 +241,30 @@ def test_what_cannot_be_written(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b""
 
 
+def test_nothing_to_write_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "rows.jsonl"
+    for content, why in (
+        ("", "no rows to write"),
+        (
+            '{"image": "gone.png", "caption": "a"}\n',
+            f"no row could be written, 1 left out: {place}:1: gone.png: no such file",
+        ),
+    ):
+        place.write_text(content)
+        for more in ([], ["--shard-mb", "1"]):
+            assert run(["data", "convert", str(place), "-o", str(tmp_path / "x.parquet"), *more]) == 1
+            assert capsys.readouterr().err.splitlines()[-1] == f"nextflow-ar: {place}: {why}"
+            assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_row_whose_picture_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "pics").mkdir()
+    place = tmp_path / "rows.jsonl"
+    place.write_text('{"image": "pics", "caption": "a"}\n{"text": "b"}\n')
+    found = convert(open_source(place), tmp_path / "x.tar")
+    assert found.broken == {"0": f"{place}:1: pics: is a folder, not a picture"}
+
+
 class _Stopping:
     """A source that ends in the middle of a file."""
 

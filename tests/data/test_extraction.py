@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import platform
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.data import extraction
-from nextflow_ar.data.code_shards import CodeShard, CodeShards, as_document
+from nextflow_ar.data.code_shards import CodeShard, CodeShards, as_document, encoded
 from nextflow_ar.data.extraction import (
     ExtractionConfig,
     ShardWriter,
@@ -39,7 +43,7 @@ from nextflow_ar.data.extraction import (
 )  # fmt: skip
 from nextflow_ar.data.ray_extraction import ShardActor, extract_with_ray
 from nextflow_ar.data.rows import Row, RowError, parse_row
-from nextflow_ar.data.sources import Span, open_source, spans_of
+from nextflow_ar.data.sources import SourceError, Span, open_source, spans_of
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.data.token_counts import TokenCounter
 from nextflow_ar.data.transforms import invert
@@ -469,9 +473,12 @@ def test_a_damaged_page_is_no_other_code(rows: Path, tmp_path: Path) -> None:
         start = column.dictionary_page_offset or column.data_page_offset
         last = start + column.total_compressed_size - 1  # of the chunk's last page
         path.write_bytes(whole[:last] + bytes([whole[last] ^ 4]) + whole[last + 1 :])
-        with pytest.raises(StorageError, match="the shard cannot be read"):
+        with pytest.raises(
+            StorageError, match=r"the shard cannot be read \(.*: remove it and extract again$"
+        ):
             list(CodeShards(out, tokenizer).records())
-    path.write_bytes(whole)
+    path.unlink()  # as it says
+    assert extract(open_source(rows), tokenizer, out, CONFIG)["rows"] == 2 and path.read_bytes() == whole
     assert len(list(CodeShards(out, tokenizer).records())) == 6
     (out / "mine.parquet").write_bytes(b"")
     pq.write_table(pa.table({"x": [1]}), out / "mine.parquet")
@@ -538,8 +545,11 @@ def test_a_shard_of_another_tokenizer_is_found_out(rows: Path, tmp_path: Path) -
         len(list(CodeShards(mine, tokenizer).documents())) == 6
     )  # of before shards said so: the manifest decides
     shard.write_bytes(whole[:-40])
-    with pytest.raises(StorageError, match=r"000001.parquet: the shard cannot be read"):
-        extract(open_source(rows), tokenizer, mine, CONFIG)
+    for reading in (lambda: extract(open_source(rows), tokenizer, mine, CONFIG), lambda: left_out(mine)):
+        with pytest.raises(
+            StorageError, match=r"01.parquet: the shard cannot be read .*: remove it and extract"
+        ):
+            reading()
 
 
 def test_an_extraction_goes_on_from_the_same_source_only(
@@ -618,7 +628,7 @@ def test_rows_left_out_are_tried_again_where_asked(
     PILImage.fromarray(dead_leaves((9,), 40, 40)).save(tmp_path / "gone.png")
     assert run(options) == 0
     told = capsys.readouterr().out
-    assert f"0 rows written to {out}, 0 left out" in told
+    assert f"0 rows written to {out} (6 there already), 0 left out" in told
     assert f"2 left out earlier ({out}/broken_*.json): --retry tries them again" in told
     assert run([*options, "--retry", "--seed", "1"]) == 1
     assert run([*options, "--retry", "--processes", "2"]) == 2
@@ -627,7 +637,7 @@ def test_rows_left_out_are_tried_again_where_asked(
     assert run([*options, "--retry"]) == 0
     told = capsys.readouterr().out
     assert (
-        f"5 rows written to {out}, 1 left out" in told
+        f"5 rows written to {out} (2 there already), 1 left out" in told
         and "caption is empty" in told
         and "earlier" not in told
     )
@@ -797,6 +807,148 @@ def test_workers_write_the_very_same_shards(rows: Path, tmp_path: Path) -> None:
     assert shards(one.out) == shards(two.out) and len(shards(one.out)) == 3
     with pytest.raises(StorageError, match=r"worker \d: .*another tokenizer or setting"):
         extract_with_workers(replace(two, config=replace(CONFIG, seed=9)), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_command(rows: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """What it is told of, and what it cannot hear: none of them goes on alone."""
+    place = job(rows, tmp_path, "x")
+    rows.write_text("\n".join([json.dumps({"image": "0.png", "caption": "a"})] * 50_000))
+    command = [sys.executable, "-m", "nextflow_ar.app.cli", "extract", place.place, "-o", str(place.out)]
+    process = subprocess.Popen(
+        [*command, "--image-tokenizer", place.tokenizer, "--rows", "3", "--workers", "2"],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 600
+        while not any(place.out.glob("*.parquet")):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        told = process.communicate(timeout=60)[1]  # which the workers hold open, too
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    wanted = {
+        signal.SIGTERM: (143, "nextflow-ar: stopped; the same command goes on"),
+        signal.SIGINT: (130, "nextflow-ar: interrupted"),
+        signal.SIGKILL: (-9, ""),
+    }
+    status, line = wanted[number]
+    lines = [one for one in told.splitlines() if one.strip() and not one.startswith("extract ")]
+    assert process.returncode == status and (number == signal.SIGKILL or lines == [line])
+
+
+def test_a_signal_ends_the_command_with_one_line(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = job(rows, tmp_path, "x")
+    options = ["extract", str(rows), "-o", str(place.out), "--image-tokenizer", place.tokenizer]
+
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # without the fix nothing happens, and the test fails
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with monkeypatch.context() as patched:
+            patched.setattr(Extraction, "run", killed)
+            assert run(options) == 143
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.splitlines()[-1] == "nextflow-ar: stopped; the same command goes on"
+    assert run(options) == 0
+
+
+def test_shards_do_not_mix_with_their_source(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = job(rows, tmp_path, "x")
+    folder = tmp_path / "source"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a", "b"]}), folder / "000000.parquet")
+    whole = (folder / "000000.parquet").read_bytes()
+    (tmp_path / "link").symlink_to(folder)
+    options = ["--image-tokenizer", place.tokenizer]
+    for source in (folder, folder / "000000.parquet", tmp_path / "link"):
+        assert run(["extract", str(source), "-o", str(folder), *options, "--workers", "2"]) == 1
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert (
+            told
+            == f"nextflow-ar: {folder}: the source lies there, and shards would mix with it: name another folder"
+        )
+        with pytest.raises(StorageError, match="the source lies there"):
+            extract(open_source(source), tiny_image_tokenizer(), folder, CONFIG, place=source)
+    assert [path.name for path in folder.iterdir()] == ["000000.parquet"]
+    assert (folder / "000000.parquet").read_bytes() == whole
+    assert run(["extract", str(folder), "-o", str(folder / "codes"), *options]) == 0
+    assert run(["extract", str(rows), "-o", str(tmp_path), *options]) == 0  # a file beside its shards
+
+
+def test_a_device_is_one_that_is_here(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for device, why in (
+        ("gpu", "--device is cpu, cuda or one of several such as cuda:1, got 'gpu'"),
+        ("meta", "--device is cpu, cuda or one of several such as cuda:1, got 'meta'"),
+        ("cuda:2", "--device cuda:2: there are cuda:0 to cuda:1 here"),
+        ("xpu", "--device xpu: there is no such device here; cpu is, or cuda"),
+    ):
+        assert run(["extract", str(rows), "-o", str(tmp_path / "x"), "--device", device]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"nextflow-ar: {why}"
+
+
+def test_without_pyarrow_shards_say_what_they_need(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, out = tiny_image_tokenizer(), tmp_path / "s"
+    extract(open_source(rows), tokenizer, out, CONFIG)
+    shard = CodeShards(out, tokenizer).shard(0)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            for reading in (
+                lambda: CodeShards(out, tokenizer).shard(0), shard.table, lambda: encoded([], "", 0),
+            ):  # fmt: skip
+                with pytest.raises(
+                    SourceError, match=r"^shards of codes need pyarrow: pip install 'nextflow-ar\[train\]'"
+                ):
+                    reading()
+
+
+def test_an_extraction_of_nothing_is_no_success(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = job(rows, tmp_path, "x")
+    rows.write_text("")
+    options = ["extract", str(rows), "-o", str(place.out), "--image-tokenizer", place.tokenizer]
+    for more in ([], ["--json"]):
+        assert run([*options, *more]) == 1
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.splitlines()[-1] == f"nextflow-ar: {rows}: no rows to extract"
+    assert run([*options, "--processes", "2"]) == 0  # of which another one may have rows
+    capsys.readouterr()
+    rows.write_text(json.dumps({"image": "gone.png", "caption": "a"}))
+    for out in (
+        f"0 rows written to {place.out}, 1 left out\n  {rows}:1: ",
+        f"0 rows written to {place.out}, 0 left",
+    ):
+        assert run(options) == 1
+        told = capsys.readouterr()
+        assert told.out.startswith(out)
+        assert (
+            told.err.splitlines()[-1] == f"nextflow-ar: {rows}: no row could be extracted, all were left out"
+        )
 
 
 def test_the_number_of_threads_is_put_back() -> None:

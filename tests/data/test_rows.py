@@ -103,6 +103,14 @@ def test_every_form_is_a_row(values: dict[str, Any], wanted: list[tuple[str, str
             r"x:1: no known form among the keys \['image'\]; accepted: segments; instruction",
         ),
         ({"image": "a.png", "caption": "  "}, "x:1: caption is empty"),
+        (
+            {"image": "a.png", "caption": None, "other": None},
+            r"x:1: no known form among the keys \['image'\] \(caption is null\); accepted: segments",
+        ),
+        (
+            {"image": "a.png", "text": None, "caption": None},
+            r"\['image'\] \(caption, text are null\); accepted",
+        ),
         ({"image": 3, "caption": "a"}, "x:1: image is a path or a picture, got int"),
         (
             {"images": ["a.png"], "texts": ["a", "b"]},
@@ -481,6 +489,9 @@ def test_what_stands_behind_a_tar_is_told(tmp_path: Path) -> None:
         found = texts(source)
         assert len(found) == rows + 1 == source.count()
         assert "a.tar: the shard is damaged (something that is no file of it follows" in found[-1]
+    for content, why in ((b"", "the file is empty"), (b"no tar", "not a tar file")):
+        (tmp_path / "a.tar").write_bytes(content)
+        assert texts(open_source(tmp_path / "a.tar")) == [f"!{tmp_path}/a.tar: the shard is damaged ({why})"]
     (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(b"text") + 512])  # as some writers leave it
     assert len(texts(open_source(tmp_path / "a.tar"))) == 4
 
@@ -765,6 +776,55 @@ def test_places_that_are_no_source(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(png())
     with pytest.raises(SourceError, match=r"metadata.csv is not read: make it metadata.jsonl"):
         open_source(tmp_path)
+
+
+def test_folders_of_hugging_face_say_what_to_do(tmp_path: Path) -> None:
+    for folder in (tmp_path / "set", tmp_path / "sets" / "train"):  # as save_to_disk writes them
+        folder.mkdir(parents=True)
+        for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+            (folder / name).write_text("{}")
+    (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(
+        SourceError, match=r"set: an Arrow folder of datasets.save_to_disk is not read: write it"
+    ):
+        open_source(tmp_path / "set")
+    with pytest.raises(
+        SourceError, match=r"sets: a DatasetDict of datasets.save_to_disk is not read: write one"
+    ):
+        open_source(tmp_path / "sets")
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["a", "b"]}), clone / "data" / "train-00000-of-00001.parquet")
+    for name in ("README.md", ".gitattributes", "dataset_infos.json"):
+        (clone / name).write_text("{}")
+    with pytest.raises(SourceError, match=rf"neither pictures nor .* in this folder: name {clone}/data$"):
+        open_source(clone)
+    assert texts(open_source(clone / "data")) == ["a", "b"]
+
+
+def test_what_is_wrong_with_a_place_or_option_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pics"
+    pictures.mkdir()
+    (pictures / "wide.png").write_bytes(png((400, 10)))
+    (pictures / "wide.txt").write_text("a")
+    (tmp_path / "none.jsonl").write_text("")
+    check = ["data", "check", "-m", str(GOLDEN)]
+    assert run([*check, str(pictures), "--headers"]) == 1
+    assert f"\n{pictures}/wide.png: 400x10 pixels fit no bucket" in capsys.readouterr().out
+    for more, status, why in (
+        ([str(tmp_path / "none.jsonl")], 1, f"{tmp_path}/none.jsonl: no rows"),
+        ([""], 1, "the place of the data is empty: name a file, a folder or hf://OWNER/NAME"),
+        ([str(pictures), "--video", "rate"], 2, "--video takes KEY=VALUE such as rate=1, got 'rate'"),
+        (
+            [str(pictures), "--video", "rate.x=1"],
+            2,
+            "--video rate.x=1: 'rate' is a value, not a group of keys",
+        ),
+    ):
+        assert run([*check, *more]) == status
+        assert capsys.readouterr().err.splitlines()[-1] == f"nextflow-ar: {why}"
 
 
 def test_numbered_pictures_are_told_as_what_they_are_read(

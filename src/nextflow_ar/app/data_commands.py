@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,10 +61,19 @@ Video = Annotated[
 
 
 def _video(changes: list[str] | None) -> VideoConfig:
-    from nextflow_ar.config import from_dict, override, to_dict
+    """Raises ConfigError, which names the option."""
+    from nextflow_ar.config import ConfigError, from_dict, override, to_dict
     from nextflow_ar.data.video import VideoConfig
 
-    return from_dict(VideoConfig, override(to_dict(VideoConfig()), changes or []), "--video")
+    for change in changes or []:
+        key, equals, _ = change.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--video takes KEY=VALUE such as rate=1, got {change!r}")
+    try:
+        values = override(to_dict(VideoConfig()), changes or [])
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--set", "--video", 1)) from None
+    return from_dict(VideoConfig, values, "--video")
 
 
 @data_app.command()
@@ -116,7 +129,9 @@ def check(
             progress=lambda rows: update(rows, ""),
         )
     typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())
-    if report.problems or not report.rows:
+    if not report.rows:
+        raise SourceError(f"{place}: no rows")
+    if report.problems:
         raise typer.Exit(1)
 
 
@@ -159,6 +174,30 @@ def convert(
         return
     typer.echo("\n".join(map(str, found.files)))
     _tell_left_out(found.rows, found.broken, "")
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM within ends the command with one line and exit status 143, after all that waits for an end of the work."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        typer.echo("nextflow-ar: stopped; the same command goes on", err=True)
+        raise typer.Exit(128 + signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come. No Exception: nothing on the way takes it for a failure of its own."""
 
 
 def _tell_left_out(rows: int, broken: dict[str, str], where: str) -> None:
@@ -208,7 +247,7 @@ def extract(
 ) -> None:
     """Turn a data set into shards of codes, once, for any number of trainings."""
     from nextflow_ar.config import from_dict
-    from nextflow_ar.data.extraction import ExtractionConfig, left_out
+    from nextflow_ar.data.extraction import ExtractionConfig
     from nextflow_ar.data.workers import Extraction
     from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
 
@@ -220,13 +259,34 @@ def extract(
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device, text_tokenizer)
-    found = _extract(job, workers, ray, process, processes, retry=retry)
+    with _ended_by_signal():
+        found = _extract(job, workers, ray, process, processes, retry=retry)
+    _tell_extracted(place, out, found, as_json=as_json, whole=processes == 1)
+
+
+def _tell_extracted(place: str, out: Path, found: dict[str, Any], *, as_json: bool, whole: bool) -> None:
+    """What an extraction did and what is there. ``whole``: no other process has a part in it. Raises SourceError where
+    nothing is there in the end.
+    """
+    from nextflow_ar.data.extraction import left_out, rows_there
+    from nextflow_ar.data.sources import SourceError
+
+    there = rows_there(out)
+    if there is None and whole:
+        raise SourceError(f"{place}: no rows to extract")
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
-        return
-    _tell_left_out(found["rows"], found["broken"], f" to {out}")
-    if earlier := left_out(out).keys() - found["broken"].keys():
-        typer.echo(f"{len(earlier)} left out earlier ({out}/broken_*.json): --retry tries them again")
+    else:
+        before = (there or 0) - found["rows"]
+        _tell_left_out(
+            found["rows"],
+            found["broken"],
+            f" to {out}" + (f" ({before} there already)" if before > 0 else ""),
+        )
+        if earlier := left_out(out).keys() - found["broken"].keys():
+            typer.echo(f"{len(earlier)} left out earlier ({out}/broken_*.json): --retry tries them again")
+    if not there and whole:
+        raise SourceError(f"{place}: no row could be extracted, all were left out")
 
 
 def _check_shares(workers: int, ray: int, process: int, processes: int, *, retry: bool) -> None:
@@ -239,6 +299,32 @@ def _check_shares(workers: int, ray: int, process: int, processes: int, *, retry
         raise ConfigError("--workers, --ray and --processes are three ways to share the work: take one")
     if retry and processes > 1:
         raise ConfigError("--retry is for one call, which may have --workers: leave --processes out")
+
+
+def _check_device(device: str) -> None:
+    """Raises ConfigError for a device that is none, or that is not here."""
+    import torch
+
+    from nextflow_ar.config import ConfigError
+
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = torch.device("meta")
+    if kind.type == "meta":  # on which nothing is computed
+        raise ConfigError(f"--device is cpu, cuda or one of several such as cuda:1, got {device!r}")
+    if kind.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device {device}: there is no CUDA device here")
+        if (kind.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"--device {device}: there are cuda:0 to cuda:{torch.cuda.device_count() - 1} here"
+            )
+        return
+    try:
+        torch.zeros(1, device=device)
+    except Exception:  # every kind of device fails in its own way
+        raise ConfigError(f"--device {device}: there is no such device here; cpu is, or cuda") from None
 
 
 def _tell_clips(source: Source) -> None:
@@ -259,17 +345,13 @@ def _tell_clips(source: Source) -> None:
 def _extract(
     job: Extraction, workers: int, ray: int, process: int, processes: int, *, retry: bool
 ) -> dict[str, Any]:
-    from nextflow_ar.config import ConfigError
-    from nextflow_ar.data.extraction import forget_left_out, lacking
+    from nextflow_ar.data.extraction import apart, forget_left_out, lacking
     from nextflow_ar.data.sources import open_source
     from nextflow_ar.training.runs import progress_bar
 
     _tell_clips(open_source(job.place, job.video))  # one line now instead of one from every worker
-    if job.device.startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(f"--device {job.device}: there is no CUDA device here")
+    _check_device(job.device)
+    apart(job.out, job.place)
     job.counter()
     if retry:
         job = replace(job, again=lacking(job.out))

@@ -105,18 +105,23 @@ def setting_of(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
     return found
 
 
+def _arrow() -> Any:
+    """Pyarrow, with its module for parquet. Raises SourceError where it is not installed."""
+    try:
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SourceError("shards of codes need pyarrow: pip install 'nextflow-ar[train]'") from None
+    return pa
+
+
 def parquet() -> Any:
     """Pyarrow's module of that name. Raises SourceError where it is not installed."""
-    try:
-        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise SourceError("extraction needs pyarrow: pip install 'nextflow-ar[train]'") from None
-    return pq
+    return _arrow().parquet
 
 
 def _schema() -> Any:
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
-
+    pa = _arrow()
     part = pa.struct(
         [
             ("role", pa.string()),
@@ -144,8 +149,7 @@ def encoded(
     or ``final``, ``scales`` and codes: ``target``, ``input`` (None: the same), ``clean`` (None: none beside). With a
     ``counter`` every text gets its number of ``tokens``. ``items``: a digest of what the rows are of.
     """
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
-
+    pa = _arrow()
     metadata = {_TOKENIZER: fingerprint, _READ: str(read)} | ({_ITEMS: items} if items else {})
     if not _astray([part for record in records for part in record["parts"]]):
         metadata[_SCHEDULES] = "canonical"
@@ -163,15 +167,16 @@ def encoded(
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What Arrow says of a file becomes one line."""
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
-
+def readable(path: Path) -> Iterator[None]:
+    """What Arrow says of a shard becomes one line. Raises StorageError; SourceError where Arrow is not installed."""
+    pa = _arrow()
     try:
         yield
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:100]
-        raise StorageError(f"{path}: the shard cannot be read ({reason})") from None
+        raise StorageError(
+            f"{path}: the shard cannot be read ({reason}): remove it and extract again"
+        ) from None
 
 
 class CodeShard:
@@ -179,13 +184,13 @@ class CodeShard:
     say); ``items``: digest of what these are ("": likewise); ``counted``: fingerprint of the text tokenizer whose tokens it
     tells ("": of none).
 
-    Raises StorageError, here and where it is read, for a damaged one; for one that another image tokenizer made, too. One
-    of before shards named their tokenizer is taken for what the manifest says.
+    Raises StorageError, here and where it is read, for a damaged one; for one that another image tokenizer made, too;
+    SourceError without pyarrow. One of before shards named their tokenizer is taken for what the manifest says.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
-        with _readable(path):
+        with readable(path):
             self._metadata = parquet().read_metadata(path)
             schema = self._metadata.schema
             self._outline = [
@@ -211,12 +216,12 @@ class CodeShard:
 
     def table(self) -> Any:
         """All of it, as an Arrow table; columns that it is older than are null."""
-        with _readable(self.path), self._open() as file:
+        with readable(self.path), self._open() as file:
             return file.read().cast(_schema())
 
     def outlines(self) -> Any:
         """``row`` and ``parts`` of its records without their codes, as they are in the file."""
-        with _readable(self.path), self._open() as file:
+        with readable(self.path), self._open() as file:
             return file.read(columns=self._outline)
 
     def astray(self) -> int:
@@ -232,7 +237,7 @@ class CodeShard:
         if all(one is not None and one.has_min_max and one.min >= _ALONE for one in known):
             return 0
         wanted = [name for name in names if {"final", "scales"} & set(name.split("."))]
-        with _readable(self.path), self._open() as file:
+        with readable(self.path), self._open() as file:
             records = file.read(columns=wanted).column("parts").to_pylist()
         return _astray([part for parts in records for part in parts])
 
@@ -243,7 +248,7 @@ class CodeShard:
 
     def group(self, number: int) -> Any:
         """A group of rows, whole."""
-        with _readable(self.path), self._open() as file:
+        with readable(self.path), self._open() as file:
             return file.read_row_group(number).cast(_schema())
 
 

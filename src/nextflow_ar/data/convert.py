@@ -57,7 +57,8 @@ def convert(
     ``most_bytes``: a file is finished when its texts and pictures reach so much; the files are then OUT-000000.tar and so
     on. ``place``: where the source is, as ``open_source`` takes it, so that a stopped conversion goes on with the same one
     only; it does so while the rows that are written are still the source's first ones.
-    Raises SourceError for another suffix, StorageError when the output exists or cannot be written.
+    Raises SourceError for another suffix and where there is no row to write, StorageError when the output exists or cannot
+    be written.
     """
     kind = _WRITERS.get(out.suffix.lower())
     if kind is None:
@@ -67,6 +68,8 @@ def convert(
     written, broken = 0, dict(journal.broken)
     rows = enumerate(source.rows(journal.next_row), start=journal.next_row)
     pending = next(rows, None)
+    if pending is None and not journal.files:
+        raise SourceError(f"{place or out}: no rows to write")
     while pending is not None or not journal.files:
         number = len(journal.files)
         name = out if most_bytes is None else out.with_name(f"{out.stem}-{number:06d}{out.suffix}")
@@ -79,6 +82,10 @@ def convert(
                 progress(written)
                 pending, end = next(rows, None), end + 1
             writer.close()
+            if not written and pending is None and not journal.files:  # nothing is left of the file
+                raise SourceError(
+                    f"{place or out}: no row could be written, {len(broken)} left out: {next(iter(broken.values()))}"
+                )
         journal.done(name, end, broken)
     journal.finish()
     return Converted(journal.files, written, broken)

@@ -28,6 +28,7 @@ from nextflow_ar.data.code_shards import (
     encoded,
     parquet,
     read_manifest,
+    readable,
     setting_of,
 )
 from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart, printable
@@ -84,7 +85,8 @@ class ShardWriter:
     """Writes the shards of one extraction, any of them and in any order. ``place``, ``counter``, ``again``: see
     :func:`extract`.
 
-    Raises StorageError when the folder holds an extraction of another source, setting or tokenizer, or a damaged list.
+    Raises StorageError when the folder is the source's own or holds an extraction of another source, setting or tokenizer,
+    or a damaged list.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class ShardWriter:
         self._ahead: tuple[int, Iterator[Row | RowError]] = (-1, iter(()))  # (row, the source from there on)
         self.fingerprint = tokenizer.fingerprint()
         parquet()
+        apart(out, place)
         manifest = {"tokenizer": self.fingerprint, "codes": tokenizer.config.quantizer.codebook_size}
         manifest |= {"config": asdict(config)}
         if isinstance(source, VideoSource):
@@ -212,6 +215,15 @@ def note_broken(out: Path, who: str, broken: dict[str, str], first: int, rows: i
         write_atomic(known, json.dumps(kept, indent=1, ensure_ascii=False).encode())
 
 
+def rows_there(out: Path) -> int | None:
+    """How many rows the shards of an extraction hold; None where there are no shards. Raises StorageError."""
+    shards = [path for path in out.glob("*.parquet") if path.stem.isdigit()]
+    if not shards:
+        return None
+    fingerprint = read_manifest(out / MANIFEST)["tokenizer"]
+    return sum(CodeShard(path, fingerprint).rows for path in shards)
+
+
 def left_out(out: Path) -> dict[str, str]:
     """All rows that the shards there lack for a fault of the rows, by number, and why. Raises StorageError.
 
@@ -239,11 +251,8 @@ def _missing(shard: CodeShard, first: int, rows: int) -> dict[int, str]:
     held = rows if shard.read is None else shard.read
     if shard.rows >= held:
         return {}
-    try:
-        with parquet().ParquetFile(shard.path, page_checksum_verification=True) as file:
-            there = set(file.read(columns=["row"]).column("row").to_pylist())
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(f"{shard.path}: the shard cannot be read ({str(error)[:100]})") from None
+    with readable(shard.path), parquet().ParquetFile(shard.path, page_checksum_verification=True) as file:
+        there = set(file.read(columns=["row"]).column("row").to_pylist())
     untold = "" if shard.read is None else _UNTOLD
     return dict.fromkeys((row for row in range(first, first + held) if row not in there), untold)
 
@@ -285,6 +294,15 @@ def forget_left_out(out: Path, shards: Collection[int], still: Mapping[str, str]
         }
         if kept != noted:
             write_atomic(path, json.dumps(kept, indent=1, ensure_ascii=False).encode())
+
+
+def apart(out: Path, place: Path | str) -> None:
+    """Raises StorageError when shards in ``out`` would be read as the source at ``place``, or that one as a shard."""
+    if not place or str(place).startswith("hf://"):
+        return
+    source, folder = Path(place).resolve(), out.resolve()
+    if folder == source or (folder == source.parent and source.suffix.lower() == ".parquet"):
+        raise StorageError(f"{out}: the source lies there, and shards would mix with it: name another folder")
 
 
 def same_source(out: Path, place: Path | str) -> None:

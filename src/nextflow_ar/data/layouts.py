@@ -19,6 +19,8 @@ MARK = "<image>"
 """Where a picture stands in the text of a dialogue (LLaVA's convention)."""
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"})
+HUB_NOTES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""Files by which Hugging Face's ``datasets`` describes a data set; they hold no rows."""
 _PICTURES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".tga"}
 )
@@ -267,6 +269,35 @@ def _coco_folder(path: Path, first: list[str]) -> str:
         if first and (path.parent / folder / first[0]).is_file():
             return folder
     return ""
+
+
+def saved_folder(folder: Path) -> str:
+    """Of a folder that ``datasets`` wrote for itself, which is not read, what it is and what to do; "" for any other."""
+    if (folder / "dataset_dict.json").is_file():
+        return (
+            "a DatasetDict of datasets.save_to_disk is not read: "
+            "write one split of it with Dataset.to_parquet and name that file"
+        )
+    if any(folder.glob("*.arrow")):
+        return (
+            "an Arrow folder of datasets.save_to_disk is not read: "
+            "write it with Dataset.to_parquet and name that file"
+        )
+    return ""
+
+
+def deeper(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """The end of a message that a folder holds no rows: where in it some are, as in a clone of a data set's repository."""
+    found = sorted(
+        {
+            path.parent
+            for pattern in ("*/*", "*/*/*")
+            for path in folder.glob(pattern)
+            if path.suffix.lower() in suffixes
+            and not any(p[0] == "." for p in path.relative_to(folder).parts)
+        }
+    )
+    return f": name {' or '.join(map(str, found[:3]))}" if found else ""
 
 
 _LAYOUTS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], dict[str, Any]], set[str]], ...] = (

@@ -77,6 +77,10 @@ class PictureRef:
             return PILImage.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
         except (FileNotFoundError, NotADirectoryError):
             raise PictureError(f"{self.name}: no such file") from None
+        except IsADirectoryError:
+            raise PictureError(f"{self.name}: is a folder, not a picture") from None
+        except PermissionError:
+            raise PictureError(f"{self.name}: may not be read") from None
         except Exception as error:
             reason = " ".join(str(error).split())[:100]
             raise PictureError(f"{self.name}: damaged or no picture ({reason})") from None
@@ -146,7 +150,11 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
                 )
             return reader.sound(form(reader, values), given, left)
     accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
-    raise RowError(f"{where}: no known form among the keys {sorted(present)}; accepted: segments; {accepted}")
+    empty = sorted(_READ & {key for key, value in given.items() if value is None})
+    null = f" ({', '.join(empty)} {'are' if len(empty) > 1 else 'is'} null)" if empty else ""
+    raise RowError(
+        f"{where}: no known form among the keys {sorted(present)}{null}; accepted: segments; {accepted}"
+    )
 
 
 class _Reader:
@@ -191,7 +199,9 @@ class _Reader:
         path = Path(value)
         if self.folder is not None and not path.is_absolute():
             path = self.folder / path
-        return PicturePart(PictureRef(printable(f"{self.where}: {value}"), path=path), role, supervised)
+        name = printable(str(path))  # of a row that is a picture's file, where says it all
+        name = name if name == self.where else printable(f"{self.where}: {value}")
+        return PicturePart(PictureRef(name, path=path), role, supervised)
 
     def sound(self, row: Row, given: Mapping[str, Any], left: Set[str]) -> Row:
         """The row, with the keys that nothing read; it must not be that its picture is among them."""
@@ -324,3 +334,8 @@ _FORMS = (
     (frozenset({"prompt", "response"}), _dialogue),
     (frozenset({"text"}), _plain),
 )
+_READ = frozenset().union(
+    *(needed for needed, _ in _FORMS),
+    {"segments", "conversations", "messages", "captions", "file_name", "file"},
+)
+"""Keys whose null is told where a row has no form."""

@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image as PILImage
 
-from nextflow_ar.data.layouts import VIDEO_SUFFIXES, LayoutError, coco_rows, image_folder
+from nextflow_ar.data.layouts import (
+    HUB_NOTES,
+    VIDEO_SUFFIXES,
+    LayoutError,
+    coco_rows,
+    deeper,
+    image_folder,
+    saved_folder,
+)
 from nextflow_ar.data.parquet_rows import group_rows, told_in
 from nextflow_ar.data.rows import Row, RowError, parse_row
 from nextflow_ar.data.spans import Span, checksum, file_spans, words
-from nextflow_ar.data.tar_members import by_key, content, goes_on, told_by_key
+from nextflow_ar.data.tar_members import by_key, content, damage, goes_on, told_by_key
 
 if TYPE_CHECKING:
     from nextflow_ar.data.video import VideoConfig
@@ -63,6 +71,8 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
         from nextflow_ar.data.hub_rows import HubSource
 
         return HubSource(str(place).removeprefix("hf://"))
+    if not str(place).strip():
+        raise SourceError("the place of the data is empty: name a file, a folder or hf://OWNER/NAME")
     path = Path(place)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
@@ -74,6 +84,8 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
         found = _of_folder(path)
         if found is not None:
             return found
+        if saved := saved_folder(path):
+            raise SourceError(f"{path}: {saved}")
     from nextflow_ar.data.clips import find_clips
     from nextflow_ar.data.video import VideoConfig, VideoSource
 
@@ -90,7 +102,9 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
 def _of_folder(folder: Path) -> Source | None:
     """The files of rows in a folder, where there are any. Raises SourceError where they are of several kinds."""
     files = [
-        p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _TABLES and p.name[0] != "."
+        p
+        for p in sorted(folder.iterdir())
+        if p.is_file() and p.name not in (*_TABLES, *HUB_NOTES) and p.name[0] != "."
     ]
     clips = {p.stem for p in files if p.suffix.lower() in VIDEO_SUFFIXES}
     rows = [
@@ -336,7 +350,9 @@ class FolderSource:
             p for p in folder.rglob("*") if p.suffix.lower() in PILImage.EXTENSION and p.is_file()
         )
         if not self.files:
-            raise SourceError(f"{folder}: neither pictures nor {', '.join(_KINDS)} files in this folder")
+            raise SourceError(
+                f"{folder}: neither pictures nor {', '.join(_KINDS)} files in this folder{deeper(folder, tuple(_KINDS))}"
+            )
         self.seeks = self.table is None
 
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
@@ -421,7 +437,7 @@ class TarSource(_Files):
                         "something that is no file of it follows: a broken header, or tars that were joined"
                     )
         except (tarfile.TarError, EOFError, OSError) as error:
-            yield RowError(f"{path}: the shard is damaged ({error})")
+            yield RowError(f"{path}: the shard is damaged ({damage(path, error)})")
 
 
 def _shard_row(members: dict[str, bytes], where: str, shard: Path) -> Row | RowError:

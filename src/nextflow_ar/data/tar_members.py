@@ -15,6 +15,14 @@ def goes_on(path: Path, end: int) -> bool:
         return any(any(block) for block in iter(lambda: file.read(1 << 20), b""))
 
 
+def damage(path: Path, error: Exception) -> str:
+    """What is wrong with a tar that cannot be read, in one line: tarfile's own has one for every kind of compression."""
+    told = " ".join(str(error).split())
+    if not told.startswith("file could not be opened"):
+        return told
+    return "not a tar file" if path.stat().st_size else "the file is empty"
+
+
 def by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """The files of every key, by suffix, one key after the other."""
     key, found = "", {}

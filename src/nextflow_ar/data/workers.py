@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,22 +84,34 @@ def extract_with_workers(
 ) -> dict[str, Any]:
     """Run an extraction in ``workers`` new processes; returns what :func:`extract` does, of all together.
 
-    ``progress``: is told how many rows are written. Raises StorageError when a worker fails; whole shards stay.
+    ``progress``: is told how many rows are written. Workers end with this process, however it ends. Raises StorageError
+    when a worker fails; whole shards stay.
     """
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
     processes = [
         context.Process(target=_work, args=(job, i, workers, told), daemon=True) for i in range(workers)
     ]
-    for process in processes:
-        process.start()
     try:
+        _start(processes)
         return _gather(processes, told, progress)
     finally:
-        for process in processes:
+        begun = [process for process in processes if process.pid is not None]
+        for process in begun:
             process.terminate()
-        for process in processes:
+        for process in begun:
             process.join()
+        told.close()
+
+
+def _start(processes: list[Any]) -> None:
+    """Ctrl-C reaches every process; the first one ends the others, which do not hear it even while they still import."""
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 def _gather(processes: list[Any], told: Any, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -123,9 +137,8 @@ def _gather(processes: list[Any], told: Any, progress: Callable[[int], None]) ->
 
 
 def _work(job: Extraction, process: int, processes: int, told: Any) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process; the first one ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         found = job.run(process, processes, lambda shard, rows: told.put(("rows", process, rows)))
         told.put(("done", process, found))
@@ -133,3 +146,11 @@ def _work(job: Extraction, process: int, processes: int, told: Any) -> None:
         told.put(("failed", process, " ".join(str(error).split()) or type(error).__name__))
     told.close()
     told.join_thread()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a kill leaves it no time to end the others."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
