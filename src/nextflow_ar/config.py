@@ -308,17 +308,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 class _Once(yaml.SafeLoader):
     """YAML of plain values in which no key stands twice: the second would silently be taken."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Looked at as it is written, before ``<<`` is followed."""
+        node = super().compose_mapping_node(anchor)
+        assert isinstance(node, yaml.MappingNode)
+        seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                line = key.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {name!r} stands twice (line {line})"
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                told = f"the key {key.value!r} stands twice (line {key.start_mark.line + 1})"
+                raise yaml.constructor.ConstructorError(problem=told)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

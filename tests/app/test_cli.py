@@ -278,6 +278,9 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         status, told = mistake(capsys, "train", model, "--set", change)
         assert status == 2 and line in told, told
+    merged = tmp_path / "merged.yaml"
+    merged.write_text("a: &A {x: 5}\nb: {c: &B {<<: *A, x: 1}}\nd: {<<: *B, <<: *A, 1: y, '1': z}\n")
+    assert load_yaml(merged) == {"a": {"x": 5}, "b": {"c": {"x": 1}}, "d": {"x": 5, 1: "y", "1": "z"}}
     twice = tmp_path / "twice.yaml"
     twice.write_text(model.read_text() + "\nsteps: 9\n")
     status, told = mistake(capsys, "train", twice)

@@ -792,6 +792,14 @@ def test_folders_of_hugging_face_say_what_to_do(tmp_path: Path) -> None:
         SourceError, match=r"sets: a DatasetDict of datasets.save_to_disk is not read: write one"
     ):
         open_source(tmp_path / "sets")
+    (tmp_path / "set" / "a.png").write_bytes(png((64, 64)))
+    (tmp_path / "set" / "a.txt").write_text("a square")
+    assert (
+        len(list(open_source(tmp_path / "set").rows())) == 1
+    )  # pictures are read, whatever lies beside them
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "state.json").write_text('[{"text": "a"}]')
+    assert texts(open_source(tmp_path / "rows")) == ["a"]
     clone = tmp_path / "clone"
     (clone / "data").mkdir(parents=True)
     pq.write_table(pa.table({"text": ["a", "b"]}), clone / "data" / "train-00000-of-00001.parquet")

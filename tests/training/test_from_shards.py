@@ -661,6 +661,12 @@ def test_films_and_guidance_that_nothing_teaches_are_told() -> None:
     (line,) = check_manner([bare, bare], drop)
     assert "a video in which" in line and "generation: {video: '{prompt}'}" in line
     assert check_manner([bare, asked], drop) == check_manner([bare], {}) == check_manner([asked], {}) == []
+    chat = Document((Text("a red car"), frame, Text("now a blue one"), frame))
+    given = Image(codes)
+    edited = Document((given, Text("make it red"), frame, frame))
+    assert check_manner([chat, edited], drop) == []  # no films
+    following = [Document((given, given, Text("the next frame"), frame)), Document((given, frame))]
+    assert check_manner(following, {"think_edits": True}) == []  # frames of films, or edits: nobody knows
     (line,) = check_manner([bare], {"think_told": True})
     assert "each of several pictures" in line
 
@@ -685,11 +691,13 @@ def test_a_context_too_short_is_told_before_any_step(make: Make) -> None:
     trainer = make()
     documents = [Document((Text("hello"),)), Document((Text("hello " * 50),))]
     room = Room(trainer.vocab, trainer.layout, 40)
-    (line,) = check_lengths(documents, room)
+    (line,) = check_lengths(documents, [], room)
     assert line.startswith(
         "1 of the first 2 documents are longer than the model's context, 40 tokens (the longest "
     )
-    assert check_lengths(documents[:1], room) == check_lengths([], room) == []
+    assert check_lengths(documents[:1], [], room) == check_lengths([], [], room) == []
+    short = ShardSource("shards", 1, (ShardFolder(Path("a")),), Packing("length", 40))
+    assert check_lengths(documents, [short], room) == []  # no row of it holds the longer one
 
 
 def test_defaults_of_sampling_can_be_set(make: Make) -> None:

@@ -19,7 +19,7 @@ MARK = "<image>"
 """Where a picture stands in the text of a dialogue (LLaVA's convention)."""
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"})
-HUB_NOTES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+HUB_NOTES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 """Files by which Hugging Face's ``datasets`` describes a data set; they hold no rows."""
 _PICTURES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".tga"}

@@ -84,8 +84,6 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
         found = _of_folder(path)
         if found is not None:
             return found
-        if saved := saved_folder(path):
-            raise SourceError(f"{path}: {saved}")
     from nextflow_ar.data.clips import find_clips
     from nextflow_ar.data.video import VideoConfig, VideoSource
 
@@ -101,11 +99,8 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
 
 def _of_folder(folder: Path) -> Source | None:
     """The files of rows in a folder, where there are any. Raises SourceError where they are of several kinds."""
-    files = [
-        p
-        for p in sorted(folder.iterdir())
-        if p.is_file() and p.name not in (*_TABLES, *HUB_NOTES) and p.name[0] != "."
-    ]
+    notes = (*_TABLES, *HUB_NOTES, *(["state.json"] if any(folder.glob("*.arrow")) else []))
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in notes and p.name[0] != "."]
     clips = {p.stem for p in files if p.suffix.lower() in VIDEO_SUFFIXES}
     rows = [
         p for p in files if p.suffix.lower() != ".jsonl" or p.stem not in clips
@@ -350,8 +345,9 @@ class FolderSource:
             p for p in folder.rglob("*") if p.suffix.lower() in PILImage.EXTENSION and p.is_file()
         )
         if not self.files:
+            what = saved_folder(folder) or f"neither pictures nor {', '.join(_KINDS)} files in this folder"
             raise SourceError(
-                f"{folder}: neither pictures nor {', '.join(_KINDS)} files in this folder{deeper(folder, tuple(_KINDS))}"
+                f"{folder}: {what}{'' if saved_folder(folder) else deeper(folder, tuple(_KINDS))}"
             )
         self.seeks = self.table is None
 

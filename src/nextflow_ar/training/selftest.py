@@ -7,6 +7,7 @@ sample from; one that reads codes of another codebook learns noise. Both look li
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -204,20 +205,23 @@ def check_material(
     ``sources``, :func:`check_manner` of the first of every loader, and a warning for every folder of shards that lacks
     some.
     """
-    seen, shards = list(documents), list(loaders)
+    seen, sources, shards = list(documents), list(sources), list(loaders)
     lacking = [line for one in shards for line in one.incomplete()]
     for line in lacking:
         _LOG.warning("self-test: %s", line)
     told = check_data(seen, dialogue=bool(generation.get("dialogue")))
-    told += check_lengths(seen, room)
+    told += check_lengths(seen, sources, room)
     if any(map(draws, seen)):
         told += check_guidance(seen, sources, generation)
     return lacking + told + check_manner((d for one in shards for d in one.peek(LOOK)), generation)
 
 
-def check_lengths(documents: Iterable[Document], room: Room) -> list[str]:
-    """A warning (logged too) where documents are longer than what the model will ever be given."""
-    lengths = [len(build(document, room.vocab, room.layout)) for document in documents]
+def check_lengths(documents: Iterable[Document], sources: Iterable[AnySource], room: Room) -> list[str]:
+    """A warning (logged too) where documents are longer than what the model will ever be given; those that no row of the
+    ``sources`` holds are left out anyway.
+    """
+    held = max(map(_holds, sources), default=math.inf)
+    lengths = [n for one in documents if (n := len(build(one, room.vocab, room.layout))) <= held]
     if max(lengths, default=0) <= room.most:
         return []
     line = (
@@ -226,6 +230,14 @@ def check_lengths(documents: Iterable[Document], room: Room) -> list[str]:
     )
     _LOG.warning("self-test: %s", line)
     return [line]
+
+
+def _holds(source: AnySource) -> float:
+    """Tokens of the longest document that a row of a source takes, as far as its settings tell."""
+    packing = getattr(source, "packing", None)
+    if packing is None:
+        return math.inf
+    return (packing.longest or math.inf) if packing.mode == "compute" else packing.budget
 
 
 def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:
@@ -265,11 +277,12 @@ def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -
         pictures = [i for i, s in enumerate(segments) if isinstance(s, Image)]
         drawn = [i for i in pictures if segments[i].supervised]
         if drawn:
-            key = "think_told" if len(drawn) > 1 else "think_edits" if len(pictures) > 1 else "think"
-            said = [s for s in segments if isinstance(s, Text) and not s.supervised]
-            if drawn[0]:  # without its condition it has no plan either
+            key = _form(segments, len(pictures) - len(drawn), len(drawn))
+            if key and drawn[0]:  # without its condition it has no plan either
                 planned[key].append(any(s.supervised for s in segments[: drawn[0]]))
-            if said and len(drawn) > 1 and len(said) + len(pictures) == len(segments):
+            said = [s for s in segments if isinstance(s, Text)]
+            alone = len(drawn) == len(pictures) == len(segments) - len(said) > 1
+            if alone and said and segments[: len(said)] == said and not any(s.supervised for s in said):
                 films.append(" ".join(s.text.strip() for s in said))
         elif pictures and segments[pictures[0] + 1 :]:
             asked.append(pictures[0] > 0 or not segments[pictures[0] + 1].supervised)
@@ -295,6 +308,18 @@ def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -
     for line in told:
         _LOG.warning("self-test: %s", line)
     return told
+
+
+def _form(segments: list[Text | Image], shown: int, drawn: int) -> str:
+    """The key that says whether a drawing of this kind is planned; "" where that cannot be told: behind several given
+    pictures, or one without a word, there may be the next frame of a film as well as an edit.
+    """
+    if drawn > 1:
+        return "think_told"
+    if not shown:
+        return "think"
+    asked = any(isinstance(s, Text) and not s.supervised for s in segments)
+    return "think_edits" if shown == 1 and asked else ""
 
 
 def check_guidance(
