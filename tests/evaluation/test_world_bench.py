@@ -213,7 +213,7 @@ def test_runs_of_several_lines_are_joined(settings, knowing, tmp_path: Path) -> 
 
 def test_a_run_of_another_model_is_refused(settings, knowing, tmp_path: Path) -> None:
     WorldRun(settings, knowing, tmp_path, about={"model": "a"})
-    with pytest.raises(BenchError, match="another about"):
+    with pytest.raises(BenchError, match="another model"):
         WorldRun(settings, knowing, tmp_path, about={"model": "b"})
 
 

@@ -162,7 +162,10 @@ def test_senseless_values_are_refused(tokenizer_folder: Path, tmp_path: Path) ->
         ({"sources": [source | {"rows": 0}]}, r"r: 'sources\.0': rows is at least 1, got 0"),
         ({"sources": [source, source | {"scales": -2}]}, r"r: 'sources\.1': scales is at least 1, got -2"),
         ({"sources": [source | {"length": "x"}]}, r"r: 'sources\.0\.length': .*\(got 'x'\)"),
-        ({"sources": [source | {"rovs": 3}]}, r"r: unknown key 'sources\.0\.rovs'"),
+        (
+            {"sources": [source | {"rovs": 3}]},
+            r"r: unknown key 'sources\.0\.rovs'; accepted: task, rows, length, data, scales, swap, kind",
+        ),
         (
             {"sources": [source | {"kind": "shard"}]},
             r"r: 'sources\.0\.kind' is one of playground, shards, episodes, got 'shard'",
