@@ -819,6 +819,7 @@ def test_workers_end_with_their_command(rows: Path, tmp_path: Path, number: sign
     process = subprocess.Popen(
         [*command, "--image-tokenizer", place.tokenizer, "--rows", "3", "--workers", "2"],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     try:
         until = time.monotonic() + 600
