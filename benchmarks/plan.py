@@ -47,7 +47,8 @@ def main():
     keep_freed_memory()
     path = Path(__file__).parent.parent / "recipes" / "nano_finish.yaml"
     values = load_yaml(path)
-    values["sources"] = [{"rows": given.rows, "length": given.length}]
+    whole = values["sources"][1] | {"rows": given.rows, "length": given.length}
+    values["sources"] = [whole]
     stage = read_stage(values, str(path))
     stage = dataclasses.replace(stage, averaged=False)
     plan = measured_plan(stage)
