@@ -347,6 +347,42 @@ def test_a_merged_adapter_says_what_the_adapted_model_said(
     torch.testing.assert_close(trainer.model.head(hidden), adapted, atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_tables_that_train_beside_adapters_are_saved_and_merged_with_them(
+    make: Make, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], muon: float
+) -> None:
+    lora = {"trains": "lora", "lora": LORA["lora"] | {"modules_to_save": ["embed_tokens", "head"]}}
+    rates = recipe(place, tmp_path)["optimizer"] | {"muon_lr": muon}
+    trainer = make(**lora, steps=4, optimizer=rates)
+    before, tables = copied(trainer), {"backbone.embed_tokens.weight", "head.weight"}
+    final = trainer.fit()
+    on = {name for name, rows in moved(trainer, before).items() if bool(rows.any())}
+    assert on == tables | {name for name in before if "lora_" in name} and len(on) == 2 * 2 * 7 + 2
+    state = torch.load(trainer.run.path / "checkpoint.pt", weights_only=True)
+    assert set(state["model"]) == on
+    adapter, out = tmp_path / "run" / "adapter", tmp_path / "merged"
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    assert told["modules_to_save"] == ["embed_tokens", "head"]
+    assert run(["export", str(place / "base"), "--adapter", str(adapter), "-o", str(out)]) == 0
+    merged, base = load_bundle(out).model, load_bundle(place / "base").model
+    wanted, start = dict(load_bundle(final).model.named_parameters()), dict(base.named_parameters())
+    for name, p in merged.named_parameters():
+        torch.testing.assert_close(p, wanted[name], atol=1e-3, rtol=2**-7)
+        assert torch.equal(p, start[name]) == (not name.endswith("_proj.weight") and name not in tables)
+    batch, peft = trainer.batch(0), pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(base, str(adapter)).base_model.model
+    with torch.no_grad():  # the folder is in peft's own form
+        ours = merged.logits(merged.hidden(batch))
+        torch.testing.assert_close(theirs.head(theirs.hidden(batch)), ours, atol=0.1, rtol=0.05)
+    weights = read_weights(adapter, "adapter_model.safetensors")
+    weights["base_model.model.head.weight"] = weights["base_model.model.head.weight"][:-1].clone()
+    (adapter / "adapter_model.safetensors").write_bytes(pack_weights(weights))
+    (adapter / "checksums.json").unlink()
+    capsys.readouterr()
+    assert run(["export", str(place / "base"), "--adapter", str(adapter), "-o", str(tmp_path / "no")]) == 1
+    assert "the adapter is of another model: head has another shape here" in capsys.readouterr().err
+
+
 def in_parts(base: Path, folder: Path) -> Path:
     """A copy of a checkpoint folder whose weights are in three files and an index, as large ones are written."""
     shutil.copytree(base, folder)
@@ -528,6 +564,8 @@ def test_adapters_resume_and_hold_little(make: Make) -> None:
     same(whole, second)
     with pytest.raises(ConfigError, match="'head' is no layer that takes adapters; accepted: down_proj"):
         make("c", trains="lora", lora={"targets": ["head"]})
+    with pytest.raises(ConfigError, match=r"modules_to_save.*'embed_tokens' or 'head'"):
+        make("c", trains="lora", lora={"modules_to_save": ["lm_head"]})
 
 
 @pytest.mark.parametrize(

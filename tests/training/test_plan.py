@@ -159,6 +159,14 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
     layers, head = 3 * 2 * (8 * 144 + 42 * 8), 2 * 6 * 4 * 10
     assert useful_flops(few, few.row_counts) == 2 * layers + 2 * head  # neither has a gradient of its weights
     assert memory(tiny("sharding=null"), 1).logits - memory(few, 1).logits == 4 * 4 * 10
+    beside = tiny(
+        "sharding=null", "trains=lora", "lora={rank: 2, alpha: 4, modules_to_save: [embed_tokens, head]}"
+    )
+    assert trained(beside) - beside.adapters == (6 + 10) * 4 and memory(beside, 1).gradients == 4 * trained(
+        beside
+    )
+    assert useful_flops(beside, beside.row_counts) == 2 * layers + 3 * head
+    assert memory(tiny("sharding=null"), 1).logits == memory(beside, 1).logits
     with pytest.raises(ConfigError, match="'lm_head' is no layer that takes adapters; accepted: q_proj"):
         tiny("trains=lora", "lora={targets: [lm_head]}")
 

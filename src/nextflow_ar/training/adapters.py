@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding, Linear
 
 from nextflow_ar.config import ConfigError, ModelConfig, from_dict, to_dict
 from nextflow_ar.model.checkpoint import WEIGHTS_FILE, Bundle
@@ -30,6 +32,7 @@ from nextflow_ar.training.recipe import LoraConfig, ModelRecipe
 from nextflow_ar.training.trainable import begin_with
 
 _LOG = logging.getLogger(__name__)
+_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_FILE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 """The first two are peft's own form; the third names the weights that the adapter was trained on."""
 
@@ -43,10 +46,12 @@ def _peft() -> Any:
 
 
 def add_adapters(model: NextFlowModel, config: LoraConfig, generator: torch.Generator) -> None:
-    """Put adapters that change nothing yet into ``model``, and freeze all else. Raises ConfigError for unknown targets."""
+    """Put adapters that change nothing yet into ``model``, and freeze all else but ``modules_to_save``. Raises ConfigError
+    for unknown targets.
+    """
     peft = _peft()
     modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, module in modules.items() if isinstance(module, Linear)]
     for target in config.targets:
         found = [name for name in modules if name == target or name.endswith(f".{target}")]
         if not found or "head" in found or not set(found) <= set(linear):
@@ -62,26 +67,31 @@ def add_adapters(model: NextFlowModel, config: LoraConfig, generator: torch.Gene
         bias="none",
     )
     peft.inject_adapter_in_model(settings, model)
+    for name in config.modules_to_save:
+        _table(model, name).requires_grad_(True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name:  # peft draws from the global generator
                 parameter.uniform_(-1.0, 1.0, generator=generator).mul_(parameter.shape[1] ** -0.5)
 
 
+def _table(model: NextFlowModel, name: str) -> Embedding | Linear:
+    """What ``modules_to_save`` calls so."""
+    table = model.head if name == "head" else model.backbone.embed_tokens
+    assert isinstance(table, Embedding | Linear)
+    return table
+
+
 def adapter_weights(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a model's parameters those of its adapters, by peft's names."""
-    return {
-        f"base_model.model.{name.replace('.default.', '.')}": value.detach()
-        for name, value in named.items()
-        if "lora_" in name
-    }
+    """Parameters that train beside a frozen model, by peft's names: adapters', and those of ``modules_to_save``."""
+    return {f"{_PREFIX}{name.replace('.default.', '.')}": value.detach() for name, value in named.items()}
 
 
 def save_adapter(
     folder: Path, named: dict[str, Tensor], recipe: ModelRecipe, bound: dict[str, str], whole: Bundle
 ) -> None:
     """Write an adapter's folder, in the form that peft reads too, with what else makes it the model ``whole``: its
-    configuration, sampling defaults and pixel decoder's digest. ``named``: parameters by the adapted model's names.
+    configuration, sampling defaults and pixel decoder's digest. ``named``: trained parameters by the adapted model's names.
     ``bound``: digests, of ``start`` among them (:mod:`bound`). Raises StorageError.
     """
     peft, config = _peft(), recipe.lora
@@ -90,6 +100,7 @@ def save_adapter(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=list(config.targets),
+        modules_to_save=list(config.modules_to_save) or None,
         base_model_name_or_path=str(recipe.start),
         inference_mode=True,
     )
@@ -127,22 +138,36 @@ def weights_print(folder: Path) -> str:
 
 @torch.no_grad()
 def merge_into(model: NextFlowModel, weights: dict[str, Tensor], scaling: float) -> NextFlowModel:
-    """Add adapters' products to the layers that they sit on, in place; ``weights`` by peft's names. Returns the model.
+    """Add adapters' products to the layers that they sit on, and take over tables that trained whole, in place; ``weights``
+    by peft's names. Returns the model.
 
     Raises StorageError when they do not fit.
     """
     layers = dict(model.named_modules())
     for name, down in weights.items():
+        if "lora_" not in name:
+            _take_over(layers, name.removeprefix(_PREFIX), down)
         if not name.endswith(".lora_A.weight"):
             continue
-        place = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        place = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         layer, up = layers.get(place), weights.get(name.replace(".lora_A.", ".lora_B."))
-        if not isinstance(layer, torch.nn.Linear) or up is None:
+        if not isinstance(layer, Linear) or up is None:
             raise StorageError(f"the adapter is of another model: no linear layer {place} here")
         if layer.weight.shape != (up.shape[0], down.shape[1]):
             raise StorageError(f"the adapter is of another model: {place} has another shape here")
         layer.weight += scaling * (up.float() @ down.float()).to(layer.weight.dtype)
     return model
+
+
+def _take_over(layers: Mapping[str, torch.nn.Module], name: str, weight: Tensor) -> None:
+    """Put ``weight`` into the table of this name. Raises StorageError when the model has none, or of another shape."""
+    place = name.removesuffix(".weight")
+    table = layers.get(place)
+    if not isinstance(table, Embedding | Linear):
+        raise StorageError(f"the adapter is of another model: no table {place} here")
+    if table.weight.shape != weight.shape:
+        raise StorageError(f"the adapter is of another model: {place} has another shape here")
+    table.weight.copy_(weight)
 
 
 def averaged(

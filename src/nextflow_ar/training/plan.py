@@ -12,7 +12,14 @@ from nextflow_ar.config import ConfigError
 from nextflow_ar.model.costs import Counts, Parameters, forward_flops, parameters, saved_bytes
 from nextflow_ar.model.loss import HELD_LOGITS
 from nextflow_ar.training.hardware import Gpu, attention_flops, measure_machine, muon_rate, product_flops
-from nextflow_ar.training.plan_stage import Stage, adapter_parameters, read_stage, touched, trained
+from nextflow_ar.training.plan_stage import (
+    Stage,
+    adapter_parameters,
+    head_trains,
+    read_stage,
+    touched,
+    trained,
+)
 from nextflow_ar.training.recipe import LoraConfig
 from nextflow_ar.training.sharded import ShardingConfig
 
@@ -83,7 +90,7 @@ def useful_flops(stage: Stage, counts: Counts) -> float:
     as they are need the gradient of their inputs only.
     """
     layers, head = forward_flops(counts, stage.model)
-    return layers * (3 if stage.trains == "everything" else 2) + head * (2 if stage.trains == "lora" else 3)
+    return layers * (3 if stage.trains == "everything" else 2) + head * (3 if head_trains(stage) else 2)
 
 
 def executed_flops(stage: Stage, counts: Counts) -> float:
@@ -137,7 +144,7 @@ def memory(stage: Stage, gpus: int) -> Memory:
     )
     edges = row.tokens * config.hidden * (2 + 4 + 4)  # embeddings, and the last norm in fp32
     logits = 2.0 * min(HELD_LOGITS, row.predicted * config.vocab)
-    logits += 0 if stage.trains == "lora" else 4 * p.head  # its gradient
+    logits += 4 * p.head * head_trains(stage)  # its gradient
     if not stage.chunked_head:
         logits = row.predicted * config.vocab * (2 + 4 + 4)  # bf16 logits, their fp32 copy, its gradient
     gathered, gradients = 0.0, 4.0 * trains / line
@@ -276,7 +283,7 @@ def _others(stage: Stage, gpus: int) -> list[tuple[str, Stage, int]]:
         tried.append(("ema: 0 (no moving average)", replace(stage, averaged=False), gpus))
     if stage.trains == "everything":
         few = adapter_parameters(stage.model, LoraConfig())
-        lora = replace(stage, trains="lora", adapters=few, sharding=None, averaged=True)
+        lora = replace(stage, trains="lora", adapters=few, whole=(), sharding=None, averaged=True)
         tried.append(("trains: lora, without sharding", lora, gpus))
     return tried
 

@@ -34,8 +34,8 @@ class Stage:
     all GPUs together, whose number :meth:`on` divides by. ``rows``: of all GPUs in a step, by source, of which micro steps
     are made as small as can be.
     ``steps``: of the recipe, where it does not follow from its documents; ``asked``: of the recipe.
-    ``adapters``: parameters of adapters. ``sharding``: null where every GPU holds all of the model. ``accumulate``: the
-    recipe's.
+    ``adapters``: parameters of adapters, ``whole``: the tables that train beside them. ``sharding``: null where every GPU
+    holds all of the model. ``accumulate``: the recipe's.
     """
 
     model: ModelConfig
@@ -49,6 +49,7 @@ class Stage:
     chunked_head: bool
     sharding: ShardingConfig | None = None
     adapters: int = 0
+    whole: tuple[str, ...] = ()
     paper_tokens: float | None = None
     steps: float | None = None
     asked: float | None = None
@@ -122,11 +123,10 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
     sharding = None
     if values.get("sharding") is not None:
         sharding = from_dict(ShardingConfig, values["sharding"], f"{where}: sharding")
-    trains, adapters = str(values.get("trains", "everything")), 0
+    trains, adapters, whole = str(values.get("trains", "everything")), 0, ()
     if trains == "lora":
-        adapters = adapter_parameters(
-            model, from_dict(LoraConfig, values.get("lora") or {}, f"{where}: lora")
-        )
+        lora = from_dict(LoraConfig, values.get("lora") or {}, f"{where}: lora")
+        adapters, whole = adapter_parameters(model, lora), lora.modules_to_save
     accumulate = values.get("accumulate", 1)
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ConfigError(f"{where}: accumulate is at least 1, got {accumulate}")
@@ -146,6 +146,7 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
         chunked_head=plan is None or plan.chunked_head,
         sharding=sharding,
         adapters=adapters,
+        whole=whole,
         accumulate=accumulate,
     )
     if plan is None:
@@ -243,6 +244,11 @@ def _of_sources(stage: Stage, values: Mapping[str, Any], where: str) -> Stage:
     )  # fmt: skip
 
 
+def head_trains(stage: Stage) -> bool:
+    """Whether the head, or rows of it, has a gradient."""
+    return stage.trains != "lora" or "head" in stage.whole
+
+
 def touched(stage: Stage) -> int:
     """Numbers of parameters that have gradients: of a table of which some rows train, all of it."""
     p = parameters(stage.model)
@@ -250,10 +256,10 @@ def touched(stage: Stage) -> int:
 
 
 def trained(stage: Stage) -> int:
-    """Trained parameters: all, the adapters, or in alignment the connector with its embeddings, and in embedding and head
-    the rows of ``<boi>``, ``<eoi>`` and (head) the codes.
+    """Trained parameters: all, the adapters and the tables beside them, or in alignment the connector with its embeddings,
+    and in embedding and head the rows of ``<boi>``, ``<eoi>`` and (head) the codes.
     """
     p, config = parameters(stage.model), stage.model
     if stage.trains == "lora":
-        return stage.adapters
+        return stage.adapters + p.embeddings * ("embed_tokens" in stage.whole) + p.head * head_trains(stage)
     return p.inputs + (2 + 2 + config.codes) * config.hidden if stage.alignment else p.total

@@ -112,7 +112,9 @@ class CorrectionConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of rank ``rank`` on every linear layer whose name ends with one of ``targets``, scaled by alpha / rank."""
+    """Adapters of rank ``rank`` on every linear layer whose name ends with one of ``targets``, scaled by alpha / rank.
+    ``modules_to_save``: tables that train whole beside them, and are saved with them.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     rank: int = 16
@@ -120,6 +122,7 @@ class LoraConfig:
     targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    modules_to_save: tuple[Literal["embed_tokens", "head"], ...] = ()
 
     def __post_init__(self) -> None:
         within("above 0", alpha=self.alpha)
@@ -159,7 +162,7 @@ class ModelRecipe:
 
     ``trains``: "everything"; "alignment": connector and the rows of embedding and head that belong to the vision codes,
     ``<boi>`` and ``<eoi>``; "alignment_two_steps": for ``connector_steps`` steps the connector alone, then the rows alone;
-    "lora": adapters of ``lora``. All else stays bit for bit.
+    "lora": adapters of ``lora``, and its ``modules_to_save``. All else stays bit for bit.
 
     ``accumulate``: parts that a step's rows are computed in, one after the other. ``checkpointing``: activations of the
     layers are computed again in the backward pass. ``peak``: TFLOP/s of one device, or "measured"; null tells no
