@@ -24,7 +24,7 @@ from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.dialogue import turns
-from nextflow_ar.sequence.layout import scale_block
+from nextflow_ar.sequence.layout import IGNORED, scale_block
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START, train_text_tokenizer
 from nextflow_ar.storage import StorageError, pack_weights, read_weights
 from nextflow_ar.training import runs
@@ -246,6 +246,31 @@ def test_flops_of_a_batch_are_those_of_its_samples(make: Make) -> None:
     batch = collate(samples)
     assert batch_flops(batch, TINY_MODEL) == sum(sample_flops(s, TINY_MODEL) for s in samples)
     assert batch_pairs(collate([pack(samples[:1])])) == batch_pairs(collate(samples[:1], 400))
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers", "head"),
+    [
+        ({}, 3, 3),
+        ({"trains": "lora", "lora": {"rank": 2}}, 2, 2),
+        ({"trains": "lora", "lora": {"rank": 2, "modules_to_save": ["embed_tokens", "head"]}}, 2, 3),
+        ({"trains": "alignment"}, 2, 3),
+    ],
+)
+def test_weights_that_stay_cost_no_gradient(
+    make: Make, place: Path, tmp_path: Path, changes: dict[str, Any], layers: int, head: int
+) -> None:
+    """Of shards and of episodes, as ``plan`` counts it."""
+    episodes = {
+        "kind": "episodes", "tasks": {"chat": 1}, "rows": 2, "seed": 9, "canvases": {"64x64": 1.0},
+        "packing": {"mode": "length", "budget": 300, "open_rows": 2},
+    }  # fmt: skip
+    trainer = make(**changes, sources=[*recipe(place, tmp_path)["sources"], episodes])
+    for number in range(2):
+        (part,) = trainer.material(number)
+        predicted = 2 * TINY_MODEL.hidden * TINY_MODEL.vocab * int((part.batch.targets != IGNORED).sum())
+        whole = batch_flops(part.batch, TINY_MODEL)
+        assert part.flops == layers * (whole // 3 - predicted) + head * predicted and predicted > 0
 
 
 def moved(trainer: ModelTrainer, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

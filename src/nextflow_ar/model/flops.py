@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -9,6 +11,18 @@ from torch import Tensor
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.layout import IGNORED, Sample
+
+
+class Passes(NamedTuple):
+    """How often a training does a layer's products and the head's: forward, for the gradient of what comes in, and, where
+    the weights train, for theirs.
+    """
+
+    layers: int = 3
+    head: int = 3
+
+
+ALL_TRAINS = Passes()
 
 
 def visible_pairs(blocks: Int[Tensor, " l"]) -> int:
@@ -38,15 +52,12 @@ def batch_pairs(batch: Batch) -> int:
     return int(((ends - starts) * (ends - begins[starts])).sum())
 
 
-def batch_flops(batch: Batch, config: ModelConfig) -> int:
+def batch_flops(batch: Batch, config: ModelConfig, passes: Passes = ALL_TRAINS) -> int:
     """FLOPs of training on a batch, as :func:`sample_flops` counts them: what padding costs is not in it."""
     predicted = int((batch.targets != IGNORED).sum())
-    once = (
-        int((batch.documents >= 0).sum()) * token_flops(config)
-        + batch_pairs(batch) * pair_flops(config)
-        + predicted * 2 * config.hidden * config.vocab
-    )
-    return 3 * once
+    places = int((batch.documents >= 0).sum())
+    layers = places * token_flops(config) + batch_pairs(batch) * pair_flops(config)
+    return passes.layers * layers + passes.head * predicted * 2 * config.hidden * config.vocab
 
 
 def token_flops(config: ModelConfig) -> int:

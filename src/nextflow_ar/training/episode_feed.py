@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextflow_ar.config import ImageTokenizerConfig, ModelConfig
 from nextflow_ar.data.episodes import EpisodeSource
+from nextflow_ar.model.flops import ALL_TRAINS, Passes
 from nextflow_ar.precision import mixed_precision
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, joined
@@ -243,11 +244,12 @@ class Drafting:
     layout: LayoutOptions
     model: ModelConfig
     place: Place
+    passes: Passes = ALL_TRAINS
 
     def batches(self) -> dict[int, EpisodeBatches]:
         """The sources, ready to be asked."""
         return {
-            number: EpisodeBatches(source, self.tokenizer, self.vocab, self.layout, self.model)
+            number: EpisodeBatches(source, self.tokenizer, self.vocab, self.layout, self.model, self.passes)
             for number, source in self.sources.items()
         }
 

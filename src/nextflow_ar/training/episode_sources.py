@@ -25,7 +25,7 @@ from nextflow_ar.data.playground.episodes import Episode, Shown
 from nextflow_ar.data.playground.planning import TOLD, planned_throughout, with_plan
 from nextflow_ar.data.playground.world import COLOUR_NAMES, MANY, NAMES
 from nextflow_ar.data.tasks import to_document
-from nextflow_ar.model.flops import batch_flops, sample_flops
+from nextflow_ar.model.flops import ALL_TRAINS, Passes, batch_flops, sample_flops
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch, collate, pack
 from nextflow_ar.sequence.layout import LayoutOptions, Sample, build
@@ -108,8 +108,9 @@ class EpisodeBatches:
         vocab: Vocabulary,
         layout: LayoutOptions,
         model: ModelConfig,
+        passes: Passes = ALL_TRAINS,
     ) -> None:
-        self.source, self.layout, self.model = source, layout, model
+        self.source, self.layout, self.model, self.passes = source, layout, model, passes
         # A text tokenizer of its own: it cannot be used by two threads at once, and a sample sheet may need the other.
         self.vocab = replace(vocab, tokenizer=deepcopy(vocab.tokenizer))
         self.classes = word_classes(self.vocab, CLASSES)
@@ -264,7 +265,7 @@ class EpisodeBatches:
             tuple(tuple(found.task for found, _ in row) for row in rows.values()),
             float(batch.weights.sum()),
             int((batch.documents >= 0).sum()),
-            batch_flops(batch, self.model),
+            batch_flops(batch, self.model, self.passes),
             skipped,
         )
 

@@ -108,7 +108,7 @@ class ModelTrainer:
         drafting = Drafting(
             {i: source for i, source in enumerate(recipe.sources) if isinstance(source, EpisodeSource)},
             self.image_tokenizer.config, self.vocab, self.layout, self.config,
-            Place(self.world.rank, self.world.size, recipe.accumulate),
+            Place(self.world.rank, self.world.size, recipe.accumulate), recipe.passes,
         )  # fmt: skip
         self.episodes = EpisodeFeed(
             drafting, self.image_tokenizer, recipe.correction.at, together=self.together,
@@ -290,8 +290,8 @@ class ModelTrainer:
         return alone + (as_parts(self.episodes.together(self.step)) if self.together else [])
 
     def _part(self, batch: Batch, tasks: tuple[tuple[str, ...], ...]) -> Part:
-        seen = int((batch.documents >= 0).sum())
-        return Part(batch, tasks, float(batch.weights.sum()), seen, batch_flops(batch, self.config))
+        seen, flops = int((batch.documents >= 0).sum()), batch_flops(batch, self.config, self.recipe.passes)
+        return Part(batch, tasks, float(batch.weights.sum()), seen, flops)
 
     def advance(self, *, told: bool = True) -> dict[str, float]:
         """One step over all sources; returns losses and accuracies by scale and by task, and the gradient's norm, of all

@@ -15,6 +15,7 @@ from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
 from nextflow_ar.model.checkpoint import checkpoint_folder
+from nextflow_ar.model.flops import Passes
 from nextflow_ar.precision import Precision
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.optim import OptimizerConfig
@@ -240,6 +241,12 @@ class ModelRecipe:
         widths = [2 * p.widths for p in packings if p.mode == "compute"]
         widths += [math.ceil(p.budget / 64) for p in packings if p.mode == "pad"]
         return (8 + sum(widths)) * (1 if self.distillation is None else 2)
+
+    @property
+    def passes(self) -> Passes:
+        """Of a layer's products and of the head's, that the training does: what stays as it is has no gradient."""
+        head = self.lora is None or "head" in self.lora.modules_to_save
+        return Passes(3 if self.trains == "everything" else 2, 3 if head else 2)
 
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, for a senseless value, and where parts do not go together."""
