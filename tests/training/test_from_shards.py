@@ -15,16 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from nextflow_ar.app.cli import run
 from nextflow_ar.config import ConfigError, from_dict, to_dict
 from nextflow_ar.data.loader import Packing, ShardFolder, ShardSource
+from nextflow_ar.data.transforms import draws
 from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bundle
-from nextflow_ar.model.flops import batch_flops, batch_pairs, sample_flops
+from nextflow_ar.model.costs import Counts
+from nextflow_ar.model.flops import batch_flops, batch_pairs, passed_flops, sample_flops
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import collate, pack
 from nextflow_ar.sequence.dialogue import turns
-from nextflow_ar.sequence.layout import IGNORED, scale_block
+from nextflow_ar.sequence.layout import IGNORED, build, scale_block
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START, train_text_tokenizer
 from nextflow_ar.storage import StorageError, pack_weights, read_weights
 from nextflow_ar.training import runs
@@ -32,6 +36,8 @@ from nextflow_ar.training.adapters import weights_print
 from nextflow_ar.training.meters import Speedometer, measured_peak
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.parallel import World
+from nextflow_ar.training.plan import useful_flops
+from nextflow_ar.training.plan_stage import read_stage
 from nextflow_ar.training.selftest import (
     Room,
     SelfTestError,
@@ -248,29 +254,65 @@ def test_flops_of_a_batch_are_those_of_its_samples(make: Make) -> None:
     assert batch_pairs(collate([pack(samples[:1])])) == batch_pairs(collate(samples[:1], 400))
 
 
+TABLES = {"modules_to_save": ["embed_tokens", "head"]}
+
+
+def counted(compute: Callable[[], Tensor]) -> int:
+    """FLOPs by torch's counter, backward, too, where something trains; the loss's own gradients are added in place."""
+
+    def added(*shapes: Any, **_: Any) -> int:
+        return addmm_flop(*shapes[:3])
+
+    with (
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        found = compute()
+        if found.requires_grad:
+            found.backward()
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize(
-    ("changes", "layers", "head"),
+    "changes",
     [
-        ({}, 3, 3),
-        ({"trains": "lora", "lora": {"rank": 2}}, 2, 2),
-        ({"trains": "lora", "lora": {"rank": 2, "modules_to_save": ["embed_tokens", "head"]}}, 2, 3),
-        ({"trains": "alignment"}, 2, 3),
+        {},
+        {"trains": "alignment"},
+        {"trains": "lora", "lora": {"rank": 16}},
+        {"trains": "lora", "lora": {"rank": 16} | TABLES},
     ],
 )
-def test_weights_that_stay_cost_no_gradient(
-    make: Make, place: Path, tmp_path: Path, changes: dict[str, Any], layers: int, head: int
+def test_flops_of_what_stays_and_of_adapters_are_those_of_torchs_counter(
+    make: Make, place: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Of shards and of episodes, as ``plan`` counts it."""
+    """Of shards and of episodes, forward and backward; and ``plan`` counts them so."""
     episodes = {
         "kind": "episodes", "tasks": {"chat": 1}, "rows": 2, "seed": 9, "canvases": {"64x64": 1.0},
         "packing": {"mode": "length", "budget": 300, "open_rows": 2},
     }  # fmt: skip
-    trainer = make(**changes, sources=[*recipe(place, tmp_path)["sources"], episodes])
+    values = recipe(
+        place, tmp_path / "run", **changes, sources=[*recipe(place, tmp_path)["sources"], episodes]
+    )
+    trainer = make(**changes, sources=values["sources"])
+    stage = read_stage(values, "here")
     for number in range(2):
         (part,) = trainer.material(number)
-        predicted = 2 * TINY_MODEL.hidden * TINY_MODEL.vocab * int((part.batch.targets != IGNORED).sum())
-        whole = batch_flops(part.batch, TINY_MODEL)
-        assert part.flops == layers * (whole // 3 - predicted) + head * predicted and predicted > 0
+        real, pairs = int((part.batch.documents >= 0).sum()), batch_pairs(part.batch)
+        predicted = int((part.batch.targets != IGNORED).sum())
+        assert part.flops == passed_flops(real, pairs, predicted, TINY_MODEL, trainer.passes)
+        assert part.flops == useful_flops(stage, Counts(real, pairs, predicted))
+    document = next(one for one in trainer.documents_ahead() if draws(one))
+    sample = build(document, trainer.vocab, trainer.layout)
+    batch, length = collate([sample]), len(sample)
+    inputs = counted(lambda: trainer.model.embed(batch).sum())  # no part of what is told
+    found = counted(lambda: trainer.model.losses(batch).total) - inputs
+    predicted = int((sample.targets != IGNORED).sum())
+    wanted = passed_flops(
+        length, length**2, predicted, TINY_MODEL, trainer.passes
+    )  # the mask is multiplied, too
+    if changes.get("lora") == {"rank": 16}:  # nothing before q, k and v of the first layer trains
+        wanted -= 3 * 2 * length * TINY_MODEL.hidden * (TINY_MODEL.hidden + 16)
+    assert found == pytest.approx(wanted, rel=0.003)
 
 
 def moved(trainer: ModelTrainer, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -376,7 +418,7 @@ def test_a_merged_adapter_says_what_the_adapted_model_said(
 def test_tables_that_train_beside_adapters_are_saved_and_merged_with_them(
     make: Make, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], muon: float
 ) -> None:
-    lora = {"trains": "lora", "lora": LORA["lora"] | {"modules_to_save": ["embed_tokens", "head"]}}
+    lora = {"trains": "lora", "lora": LORA["lora"] | TABLES}
     rates = recipe(place, tmp_path)["optimizer"] | {"muon_lr": muon}
     trainer = make(**lora, steps=4, optimizer=rates)
     before, tables = copied(trainer), {"backbone.embed_tokens.weight", "head.weight"}
@@ -574,19 +616,30 @@ def test_a_write_that_fails_is_told_as_it_was() -> None:
     assert torch.equal(torch.load(file)["a"], torch.arange(5000))
 
 
-def test_adapters_resume_and_hold_little(make: Make) -> None:
-    whole, first = make("a", **LORA), make("b", **LORA)
+@pytest.mark.parametrize("tables", [{}, TABLES, {"modules_to_save": ["head"]}])
+def test_adapters_resume_and_hold_little(make: Make, tables: dict[str, Any]) -> None:
+    lora = {"trains": "lora", "lora": LORA["lora"] | tables, "ema": 0.9}
+    whole, first = make("a", **lora), make("b", **lora)
     for _ in range(4):
         whole.advance()
     for _ in range(2):
         first.advance()
     first.save()
     state = torch.load(first.run.path / "checkpoint.pt", weights_only=True)
-    assert all("lora_" in name for name in state["model"])
-    second = make("b", **LORA)
+    held = {name for name in state["model"] if "lora_" not in name}
+    assert held == {
+        n for n in ("backbone.embed_tokens.weight", "head.weight") if n.split(".")[-2] in str(tables)
+    }
+    second = make("b", **lora)
     for _ in range(2):
         second.advance()
     same(whole, second)
+    averaged = dict(second.bundle().model.named_parameters())
+    for name, p in whole.bundle().model.named_parameters():
+        assert torch.equal(p, averaged[name])
+    for name in held:
+        assert torch.equal(averaged[name], second.averages[name])
+        assert not torch.equal(averaged[name], dict(second.model.named_parameters())[name])
     with pytest.raises(ConfigError, match="'head' is no layer that takes adapters; accepted: down_proj"):
         make("c", trains="lora", lora={"targets": ["head"]})
     with pytest.raises(ConfigError, match=r"modules_to_save.*'embed_tokens' or 'head'"):

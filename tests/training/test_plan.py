@@ -59,7 +59,8 @@ def test_flops_by_hand() -> None:
     again = tiny("sharding.recompute=true")
     assert executed_flops(again, again.row_counts) == 4 * layers + 3 * head
     frozen = tiny("trains=alignment")
-    assert useful_flops(frozen, frozen.row_counts) == 2 * layers + 3 * head
+    attention = 3 * 2 * 42 * 8  # has no weights that could stay
+    assert useful_flops(frozen, frozen.row_counts) == 2 * layers + attention + 3 * head
 
 
 def test_memory_by_hand() -> None:
@@ -157,7 +158,11 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
     assert memory(few, 1).gradients == 4 * few.adapters and memory(few, 1).average == 4 * few.adapters
     assert memory(few, 1).weights == 4 * (total + few.adapters)
     layers, head = 3 * 2 * (8 * 144 + 42 * 8), 2 * 6 * 4 * 10
-    assert useful_flops(few, few.row_counts) == 2 * layers + 2 * head  # neither has a gradient of its weights
+    own, attention = 2 * 8 * few.adapters, 3 * 2 * 42 * 8
+    # no gradient of what stays; attention's two factors have theirs, and so have the adapters
+    assert useful_flops(few, few.row_counts) == 2 * layers + attention + 2 * head + 3 * own
+    again = replace(few, checkpointing=True)
+    assert executed_flops(again, few.row_counts) - useful_flops(again, few.row_counts) == layers + own
     assert memory(tiny("sharding=null"), 1).logits - memory(few, 1).logits == 4 * 4 * 10
     beside = tiny(
         "sharding=null", "trains=lora", "lora={rank: 2, alpha: 4, modules_to_save: [embed_tokens, head]}"
@@ -165,7 +170,8 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
     assert trained(beside) - beside.adapters == (6 + 10) * 4 and memory(beside, 1).gradients == 4 * trained(
         beside
     )
-    assert useful_flops(beside, beside.row_counts) == 2 * layers + 3 * head
+    own = 2 * 8 * beside.adapters
+    assert useful_flops(beside, beside.row_counts) == 2 * layers + attention + 3 * head + 3 * own
     assert memory(tiny("sharding=null"), 1).logits == memory(beside, 1).logits
     with pytest.raises(ConfigError, match="'lm_head' is no layer that takes adapters; accepted: q_proj"):
         tiny("trains=lora", "lora={targets: [lm_head]}")

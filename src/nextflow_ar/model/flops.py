@@ -14,12 +14,14 @@ from nextflow_ar.sequence.layout import IGNORED, Sample
 
 
 class Passes(NamedTuple):
-    """How often a training does a layer's products and the head's: forward, for the gradient of what comes in, and, where
-    the weights train, for theirs.
+    """How often a training does the products of the layers' and of the head's weights: forward, for the gradient of what
+    comes in, and, where they train, for their own. ``adapters``: numbers of adapters beside the layers' weights, which
+    train. Attention has no weights: both of what it multiplies have gradients, always.
     """
 
     layers: int = 3
     head: int = 3
+    adapters: int = 0
 
 
 ALL_TRAINS = Passes()
@@ -53,11 +55,19 @@ def batch_pairs(batch: Batch) -> int:
 
 
 def batch_flops(batch: Batch, config: ModelConfig, passes: Passes = ALL_TRAINS) -> int:
-    """FLOPs of training on a batch, as :func:`sample_flops` counts them: what padding costs is not in it."""
-    predicted = int((batch.targets != IGNORED).sum())
-    places = int((batch.documents >= 0).sum())
-    layers = places * token_flops(config) + batch_pairs(batch) * pair_flops(config)
-    return passes.layers * layers + passes.head * predicted * 2 * config.hidden * config.vocab
+    """FLOPs of training on a batch: what padding costs is not in it. Where all trains, what :func:`sample_flops` counts."""
+    places, predicted = int((batch.documents >= 0).sum()), int((batch.targets != IGNORED).sum())
+    return int(passed_flops(places, batch_pairs(batch), predicted, config, passes))
+
+
+def passed_flops(
+    places: float, pairs: float, predicted: float, config: ModelConfig, passes: Passes = ALL_TRAINS
+) -> float:
+    """FLOPs of training, forward and backward, on so many places, visible (query, key) pairs and predictions."""
+    layers = places * (passes.layers * token_flops(config) + 3 * 2 * passes.adapters)
+    return (
+        layers + 3 * pairs * pair_flops(config) + passes.head * predicted * 2 * config.hidden * config.vocab
+    )
 
 
 def token_flops(config: ModelConfig) -> int:

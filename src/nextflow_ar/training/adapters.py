@@ -191,7 +191,7 @@ def averaged(
     found = found.to(device).eval().requires_grad_(False)
     if config is None:
         return found
-    told = {name: value.to(device) for name, value in adapter_weights(averages).items()}
+    told = {k: v.to(device) for k, v in adapter_weights(averages).items() if "lora_" in k}  # tables are there
     return merge_into(found, told, config.alpha / config.rank)
 
 

@@ -51,7 +51,7 @@ from nextflow_ar.training.sharded import move_averages, start_averages, trained
 from nextflow_ar.training.sharded_optim import ShardedOptimizer
 from nextflow_ar.training.sharded_stage import Shards, State
 from nextflow_ar.training.taught import Taught
-from nextflow_ar.training.trainable import Trainable, agreed, begin_with, choose
+from nextflow_ar.training.trainable import Trainable, agreed, begin_with, choose, passes
 from nextflow_ar.types import Document
 
 Preview = Callable[[Bundle, int], list[np.ndarray]]
@@ -105,16 +105,17 @@ class ModelTrainer:
         together = recipe.together if recipe.together is not None else cuda
         # Shards are gathered in every pass: all processes need as many, and what has one width differs between them.
         self.together = together and recipe.accumulate == 1 and not self.spread
+        self.parameters = trained(self.model)
+        self.passes = passes(recipe, self.parameters)
         drafting = Drafting(
             {i: source for i, source in enumerate(recipe.sources) if isinstance(source, EpisodeSource)},
             self.image_tokenizer.config, self.vocab, self.layout, self.config,
-            Place(self.world.rank, self.world.size, recipe.accumulate), recipe.passes,
+            Place(self.world.rank, self.world.size, recipe.accumulate), self.passes,
         )  # fmt: skip
         self.episodes = EpisodeFeed(
             drafting, self.image_tokenizer, recipe.correction.at, together=self.together,
             prefetch=recipe.prefetch and not self.together, workers=recipe.workers, steps=self.pace.steps,
         )  # fmt: skip
-        self.parameters = trained(self.model)
         averaged = recipe.ema > 0 or recipe.lora is not None  # else they would be the weights once more
         self.averages = start_averages(self.parameters) if averaged else {}
         self.optimizer = self._optimizer()
@@ -290,7 +291,7 @@ class ModelTrainer:
         return alone + (as_parts(self.episodes.together(self.step)) if self.together else [])
 
     def _part(self, batch: Batch, tasks: tuple[tuple[str, ...], ...]) -> Part:
-        seen, flops = int((batch.documents >= 0).sum()), batch_flops(batch, self.config, self.recipe.passes)
+        seen, flops = int((batch.documents >= 0).sum()), batch_flops(batch, self.config, self.passes)
         return Part(batch, tasks, float(batch.weights.sum()), seen, flops)
 
     def advance(self, *, told: bool = True) -> dict[str, float]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from nextflow_ar.config import ConfigError
 from nextflow_ar.model.costs import Counts, Parameters, forward_flops, parameters, saved_bytes
+from nextflow_ar.model.flops import Passes, passed_flops
 from nextflow_ar.model.loss import HELD_LOGITS
 from nextflow_ar.training.hardware import Gpu, attention_flops, measure_machine, muon_rate, product_flops
 from nextflow_ar.training.plan_stage import (
@@ -86,17 +87,18 @@ class Times:
 
 
 def useful_flops(stage: Stage, counts: Counts) -> float:
-    """FLOPs of a training over ``counts``: forward, and twice that backward; layers, and a head beside adapters, that stay
-    as they are need the gradient of their inputs only.
+    """FLOPs of a training over ``counts``: forward, and twice that backward; weights of layers, and of a head beside
+    adapters, that stay as they are need the gradient of their inputs only. Adapters' own are in it.
     """
-    layers, head = forward_flops(counts, stage.model)
-    return layers * (3 if stage.trains == "everything" else 2) + head * (3 if head_trains(stage) else 2)
+    passes = Passes(3 if stage.trains == "everything" else 2, 3 if head_trains(stage) else 2, stage.adapters)
+    return passed_flops(counts.tokens, counts.pairs, counts.predicted, stage.model, passes)
 
 
 def executed_flops(stage: Stage, counts: Counts) -> float:
     """Useful FLOPs, and the second forward of checkpointed layers."""
     layers, _ = forward_flops(counts, stage.model)
-    return useful_flops(stage, counts) + (layers if stage.checkpointing else 0)
+    again = layers + counts.tokens * 2 * stage.adapters
+    return useful_flops(stage, counts) + (again if stage.checkpointing else 0)
 
 
 def muon_flops(stage: Stage) -> float:

@@ -15,7 +15,6 @@ from nextflow_ar.data.loader import ShardSource
 from nextflow_ar.data.playground.mixture import MixtureConfig
 from nextflow_ar.data.tasks import TaskName
 from nextflow_ar.model.checkpoint import checkpoint_folder
-from nextflow_ar.model.flops import Passes
 from nextflow_ar.precision import Precision
 from nextflow_ar.tokenizer.quantizer import SelfCorrection
 from nextflow_ar.training.optim import OptimizerConfig
@@ -242,12 +241,6 @@ class ModelRecipe:
         widths += [math.ceil(p.budget / 64) for p in packings if p.mode == "pad"]
         return (8 + sum(widths)) * (1 if self.distillation is None else 2)
 
-    @property
-    def passes(self) -> Passes:
-        """Of a layer's products and of the head's, that the training does: what stays as it is has no gradient."""
-        head = self.lora is None or "head" in self.lora.modules_to_save
-        return Passes(3 if self.trains == "everything" else 2, 3 if head else 2)
-
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, for a senseless value, and where parts do not go together."""
         within("at least 1", steps=self.steps, text_entries=self.text_entries, accumulate=self.accumulate)
@@ -265,7 +258,9 @@ class ModelRecipe:
                 f"text_entries {self.text_entries} do not fit into the model's text_vocab {self.model.text_vocab}"
             )
         if (self.trains == "lora") != (self.lora is not None):
-            raise ConfigError("trains: lora goes with the key lora (rank, alpha, targets), and only with it")
+            raise ConfigError(
+                "trains: lora goes with the key lora (rank, alpha, targets, modules_to_save), only with it"
+            )
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):
             raise ConfigError(
                 "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"

@@ -1,14 +1,16 @@
-"""What a stage trains: whole parameters, rows of two tables, or adapters. All else is frozen."""
+"""What a stage trains: whole parameters, rows of two tables, or adapters and tables beside them. All else is frozen."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError, ModelConfig, to_dict
+from nextflow_ar.model.flops import Passes
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.training.recipe import ModelRecipe
@@ -38,6 +40,13 @@ class Trainable:
             return set()
         first = step < self.connector_steps
         return {name for name in names if (name in self.connector) != first}
+
+
+def passes(recipe: ModelRecipe, parameters: Mapping[str, Tensor]) -> Passes:
+    """What of a step's products the training does. ``parameters``: those that train."""
+    adapters = sum(p.numel() for name, p in parameters.items() if "lora_" in name)
+    head = any(name == _HEAD for name in parameters)
+    return Passes(3 if recipe.trains == "everything" else 2, 3 if head else 2, adapters)
 
 
 def agreed(recipe: ModelRecipe, stored: ModelConfig, *, tell: bool = True) -> ModelConfig:
@@ -81,7 +90,7 @@ def choose(model: NextFlowModel, vocab: Vocabulary, recipe: ModelRecipe) -> Trai
 
     Alignment (paper section 3): the connector, with the scale and scale-length embeddings beside it; the embeddings of the
     vision codes; ``<boi>`` and ``<eoi>`` in the text embeddings; and the head's rows for all of these. Adapters are
-    there already when this is called: they alone have gradients then.
+    there already when this is called: they and ``modules_to_save`` alone have gradients then.
     """
     if recipe.trains in ("everything", "lora"):
         return Trainable({}, frozenset(), 0)
