@@ -650,6 +650,7 @@ def test_adapters_resume_and_hold_little(make: Make, tables: dict[str, Any]) -> 
     ("changes", "message"),
     [
         ({"trains": "lora"}, "trains: lora goes with the key lora"),
+        ({"optimizer": OPTIMIZER | {"adapter_lr": 1e-3}}, "optimizer.adapter_lr goes with trains: lora"),
         ({"trains": "alignment", "start": None}, "need a checkpoint folder to start from"),
         ({"trains": "alignment_two_steps"}, "connector_steps, above 0 and below steps"),
         (

@@ -67,6 +67,38 @@ def test_what_muon_takes(muon_lr: float) -> None:
     assert len(optimizer.optimizers) == (2 if muon_lr else 1)
 
 
+@pytest.mark.parametrize("muon_lr", [1e-2, 0.0])
+def test_adapters_with_a_rate_of_their_own(muon_lr: float) -> None:
+    config = OptimizerConfig(
+        lr=1e-3, muon_lr=muon_lr, weight_decay=0.0, beta1=0.9, beta2=0.98, warmup=1, schedule="constant", decay=0.0,
+        final=1.0, clip=1e9, adapter_lr=8e-3,
+    )  # fmt: skip
+    rates = {"q.lora_A.weight": 8e-3, "q.lora_B.weight": 8e-3, "head.weight": 1e-3, "norm.weight": 1e-3}
+    named = {name: nn.Parameter(torch.ones(4, 4)) for name in rates} | {
+        "norm.weight": nn.Parameter(torch.ones(4))
+    }
+    optimizer = StageOptimizer(named.items(), config)
+    assert len(optimizer.optimizers) == 1  # nothing is left for Muon
+    for factor in (1.0, 0.5):
+        before = {name: p.detach().clone() for name, p in named.items()}
+        for p in named.values():
+            p.grad = torch.ones_like(p)
+        optimizer.step(factor)
+        for name, p in named.items():  # AdamW's step under a steady gradient is its rate
+            torch.testing.assert_close(
+                before[name] - p, torch.full_like(p, factor * rates[name]), rtol=1e-3, atol=0
+            )
+    with pytest.raises(ConfigError, match="nothing here has any"):
+        StageOptimizer([("head.weight", named["head.weight"])], config)
+    again = StageOptimizer(named.items(), replace(config, adapter_lr=4e-3))
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state_dict()["optimizers"][0]["state"].keys() == set(range(4))
+    with pytest.raises(ConfigError, match="adapter_lr not from or to null"):
+        StageOptimizer(named.items(), replace(config, adapter_lr=None)).load_state_dict(
+            optimizer.state_dict()
+        )
+
+
 def test_a_resumed_run_keeps_its_own_rates() -> None:
     """A state brings moments, not the configuration of the run that wrote it; Muon's parameters have to be the same."""
     model, again = nn.Linear(4, 4), nn.Linear(4, 4)

@@ -24,9 +24,11 @@ _NOT_HIDDEN = ("embed", "head", "lm_head", "copy_gate")
 @dataclass(frozen=True)
 class OptimizerConfig:
     """``lr``: of AdamW (embeddings, heads, norms, biases). ``muon_lr``: of the hidden matrices and of adapters, in AdamW's
-    units (the update is scaled to AdamW's root mean square); 0 gives those to AdamW as well. ``schedule``: "cosine" over
-    the whole run, or "constant" with a linear fall over the last ``decay`` share of the steps (from the end of the warmup
-    on, where that is later); both end at ``final`` times the peak.
+    units (the update is scaled to AdamW's root mean square); 0 gives those to AdamW as well. ``adapter_lr``: of adapters,
+    by AdamW whatever ``muon_lr`` is, where tables beside them want another rate (null: as hidden matrices).
+
+    ``schedule``: "cosine" over the whole run, or "constant" with a linear fall over the last ``decay`` share of the steps
+    (from the end of the warmup on, where that is later); both end at ``final`` times the peak.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -40,11 +42,13 @@ class OptimizerConfig:
     decay: float
     final: float
     clip: float
+    adapter_lr: float | None = None
 
     def __post_init__(self) -> None:
         within(
             "at least 0", lr=self.lr, muon_lr=self.muon_lr, weight_decay=self.weight_decay, warmup=self.warmup
         )
+        within("above 0", adapter_lr=self.adapter_lr)
         within("at least 0 and below 1", beta1=self.beta1, beta2=self.beta2)
         within("from 0 to 1", decay=self.decay, final=self.final)
         within("above 0", clip=self.clip)
@@ -134,16 +138,21 @@ class StageOptimizer:
                 whole, parameter = parameter, nn.Parameter(parameter.detach()[index].clone())
                 self._rows.append((whole, index, parameter))
             self._named[name] = parameter
-        decayed, plain, hidden = ([self._named[name] for name in names] for names in self._dealt())
-        self.parameters = hidden + decayed + plain
+        dealt = ([self._named[name] for name in names] for names in self._dealt())
+        decayed, plain, hidden, adapters = dealt
+        self.parameters = hidden + decayed + plain + adapters
         groups = [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        if config.adapter_lr is not None and not adapters:
+            raise ConfigError("optimizer.adapter_lr is for adapters (trains: lora), and nothing here has any")
+        if adapters:
+            groups.append({"params": adapters, "weight_decay": config.weight_decay})
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
         ]
-        self.peaks = [config.lr]
+        self.peaks = [[config.lr, config.lr, config.adapter_lr or config.lr]]
         # Muon takes matrices: a convolution's kernel is shown to it as (out, in * h * w), sharing memory.
         self._matrices = [(p, nn.Parameter(p.detach().view(p.shape[0], -1))) for p in hidden]
         if hidden:
@@ -159,28 +168,31 @@ class StageOptimizer:
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
-            self.peaks.append(config.muon_lr)
+            self.peaks.append([config.muon_lr])
 
     @property
     def names(self) -> list[str]:
         """Names of all that trains."""
         return list(self._named)
 
-    def _dealt(self, *, apart: bool = True) -> tuple[list[str], list[str], list[str]]:
-        """Names of AdamW's parameters with decay, of those without, and of Muon's. ``apart``: a codebook is of the second
-        kind; earlier versions took it for any other matrix.
+    def _dealt(self, *, apart: bool = True) -> tuple[list[str], list[str], list[str], list[str]]:
+        """Names of AdamW's parameters with decay, of those without, of Muon's, and of adapters with a rate of their own.
+        ``apart``: a codebook is of the second kind; earlier versions took it for any other matrix.
         """
         decayed: list[str] = []
         plain: list[str] = []
         hidden: list[str] = []
+        adapters: list[str] = []
         for name, parameter in self._named.items():
-            if parameter.ndim < 2 or (apart and _CODEBOOK in name):
+            if self.config.adapter_lr is not None and "lora_" in name:
+                adapters.append(name)
+            elif parameter.ndim < 2 or (apart and _CODEBOOK in name):
                 plain.append(name)
             elif self.config.muon_lr == 0 or any(word in name for word in _NOT_HIDDEN):
                 decayed.append(name)
             else:
                 hidden.append(name)
-        return decayed, plain, hidden
+        return decayed, plain, hidden, adapters
 
     def step(self, factor: float, idle: Container[str] = ()) -> Tensor:
         """Clip, update with every rate times ``factor``, clear gradients; returns the gradient norm before clipping, a
@@ -200,8 +212,8 @@ class StageOptimizer:
         for parameter, matrix in self._matrices:
             matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
             parameter.grad = None
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-            for group in optimizer.param_groups:
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=False):
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -224,7 +236,8 @@ class StageOptimizer:
                 optimizer.load_state_dict(values)
         except ValueError:
             raise ConfigError(
-                "the optimiser's state is of other parameters: muon_lr may change in a run, but not from or to 0"
+                "the optimiser's state is of other parameters: muon_lr may change in a run, but not from or to 0, "
+                "adapter_lr not from or to null"
             ) from None
         for optimizer, groups in zip(self.optimizers, ours, strict=True):
             for group, before in zip(optimizer.param_groups, groups, strict=True):
@@ -236,7 +249,7 @@ class StageOptimizer:
         """
         before, now = self._dealt(apart=False), self._dealt()
         sizes = [len(group["params"]) for state in states for group in state["param_groups"]]
-        expected = [len(names) for names in (before if before[2] else before[:2])]
+        expected = [len(names) for names in before[: 3 if before[2] else 2]]
         if before == now or sizes != expected:
             return states
         found = []

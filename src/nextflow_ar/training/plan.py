@@ -116,7 +116,8 @@ def muon_flops(stage: Stage) -> float:
 def _muon(stage: Stage) -> int:
     """Parameters that Muon trains."""
     layers = parameters(stage.model).layers
-    muon = {"everything": layers, "lora": stage.adapters, "alignment": 0}[stage.trains]
+    own = stage.adapters if stage.optimizer.adapter_lr is None else 0
+    muon = {"everything": layers, "lora": own, "alignment": 0}[stage.trains]
     return muon if stage.optimizer.muon_lr else 0
 
 

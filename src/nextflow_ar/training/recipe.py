@@ -261,6 +261,8 @@ class ModelRecipe:
             raise ConfigError(
                 "trains: lora goes with the key lora (rank, alpha, targets, modules_to_save), only with it"
             )
+        if self.optimizer.adapter_lr is not None and self.lora is None:
+            raise ConfigError("optimizer.adapter_lr goes with trains: lora")
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):
             raise ConfigError(
                 "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"
