@@ -173,6 +173,9 @@ def test_what_the_trainer_holds_follows_from_the_recipe() -> None:
     own = 2 * 8 * beside.adapters
     assert useful_flops(beside, beside.row_counts) == 2 * layers + attention + 3 * head + 3 * own
     assert memory(tiny("sharding=null"), 1).logits == memory(beside, 1).logits
+    lora = ("sharding=null", "trains=lora", "lora={rank: 2, alpha: 4}", "optimizer.muon_lr=1.0")
+    assert moments(tiny(*lora)) == trained(tiny(*lora)) > 0  # Muon has one, AdamW two
+    assert moments(tiny(*lora, "optimizer.adapter_lr=1.0")) == 2 * trained(tiny(*lora))
     with pytest.raises(ConfigError, match="'lm_head' is no layer that takes adapters; accepted: q_proj"):
         tiny("trains=lora", "lora={targets: [lm_head]}")
 
