@@ -45,8 +45,7 @@ class Trainable:
 def passes(recipe: ModelRecipe, parameters: Mapping[str, Tensor]) -> Passes:
     """What of a step's products the training does. ``parameters``: those that train."""
     adapters = sum(p.numel() for name, p in parameters.items() if "lora_" in name)
-    head = any(name == _HEAD for name in parameters)
-    return Passes(3 if recipe.trains == "everything" else 2, 3 if head else 2, adapters)
+    return Passes(3 if recipe.trains == "everything" else 2, 3 if _HEAD in parameters else 2, adapters)
 
 
 def agreed(recipe: ModelRecipe, stored: ModelConfig, *, tell: bool = True) -> ModelConfig:
