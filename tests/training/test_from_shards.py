@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,7 @@ def test_flops_of_what_stays_and_of_adapters_are_those_of_torchs_counter(
         predicted = int((part.batch.targets != IGNORED).sum())
         assert part.flops == passed_flops(real, pairs, predicted, TINY_MODEL, trainer.passes)
         assert part.flops == useful_flops(stage, Counts(real, pairs, predicted))
-    document = next(one for one in trainer.documents_ahead() if draws(one))
+    document = next(one for some in trainer.documents_ahead() for one in some if draws(one))
     sample = build(document, trainer.vocab, trainer.layout)
     batch, length = collate([sample]), len(sample)
     inputs = counted(lambda: trainer.model.embed(batch).sum())  # no part of what is told
@@ -787,17 +788,18 @@ def test_films_and_guidance_that_nothing_teaches_are_told() -> None:
     (line,) = check_manner([bare], {"think_told": True})
     assert "each of several pictures" in line
 
-    def source(dropped: float) -> list[ShardSource]:
+    def source(dropped: float, *documents: Document) -> tuple[ShardSource, tuple[Document, ...]]:
         folders = tuple(ShardFolder(Path(name), condition_dropout=dropped) for name in "ab")
-        return [ShardSource("shards", 1, folders, Packing("length", 64))]
+        return ShardSource("shards", 1, folders, Packing("length", 64)), documents
 
-    (line,) = check_guidance([bare], source(0.0), {"guidance": [1.0, 2.0]})
+    (line,) = check_guidance([source(0.0, bare)], {"guidance": [1.0, 2.0]})
     assert "guidance [1.0, 2.0]" in line and "condition_dropout" in line
-    assert check_guidance([bare], source(0.1), {"guidance": 2.0}) == []
-    assert check_guidance([bare, Document((frame,))], source(0.0), {"guidance": 2.0}) == []
-    assert (
-        check_guidance([bare], source(0.0), {"guidance": [1.0, 1.0]}) == check_guidance([bare], [], {}) == []
-    )
+    assert check_guidance([source(0.1, bare)], {"guidance": 2.0}) == []
+    assert check_guidance([source(0.0, bare), source(0.0, Document((frame,)))], {"guidance": 2.0}) == []
+    assert check_guidance([source(0.0, bare)], {"guidance": [1.0, 1.0]}) == []
+    assert check_guidance([source(0.0, bare)], {}) == []
+    told = Document((given, Text("a red car", supervised=True)))  # what only reads drops nothing
+    assert check_guidance([source(0.0, bare), source(0.1, told)], {"guidance": [1.0, 2.0]}) == [line]
 
 
 def test_a_context_too_short_is_told_before_any_step(make: Make) -> None:
@@ -866,9 +868,9 @@ def test_shards_in_dialogue_make_a_model_of_dialogue(
     half = [marked[0], values["folders"][1]]
     mixed_run = make("half", sources=[values | {"folders": half}], start=None, model=to_dict(TINY_MODEL))
     assert "dialogue" not in mixed_run.generation
-    told = check_data(mixed_run.documents_ahead())
+    told = check_data(chain(*mixed_run.documents_ahead()))
     assert any("have chat marks, which this model is not asked with" in line for line in told)
-    assert not any("chat marks" in line for line in check_data(make("plain").documents_ahead()))
+    assert not any("chat marks" in line for line in check_data(chain(*make("plain").documents_ahead())))
     hidden = sorted(Path(marked[0]["folder"]).glob("*.parquet"))[0]
     whole = hidden.read_bytes()
     hidden.unlink()

@@ -376,6 +376,8 @@ def test_broken_pictures_are_counted_and_listed(how: dict[str, Any], tmp_path: P
     assert lines[0]["broken"] == 2
     told = json.loads((tmp_path / "run" / "broken.json").read_text())
     assert sorted(told) == [str(folder / "bad.png"), str(folder / "cut.png")]
+    again = trainer(tmp_path / "run", "pixel", PIXEL, data={"p": photos}, pixels=8000, steps=7, **how)
+    assert again.step == 6 and again.broken == told  # a run that goes on forgets none
     with pytest.raises(ConfigError, match="6 usable pictures are too few for batches of 10"):
         trainer(tmp_path / "run2", "pixel", PIXEL, data={"p": photos})
 

@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,35 +99,49 @@ def check(
     video: Video = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Read every row of a data set and say which are broken, how and where. Exit status 1 if any is."""
+    """Read every row of a data set, or of the codes that extract made, and say which are broken, how and where.
+
+    Exit status 1 if any is.
+    """
+    from nextflow_ar.config import ConfigError
     from nextflow_ar.data.check import check_rows
+    from nextflow_ar.data.check_codes import check_codes
+    from nextflow_ar.data.code_shards import is_extraction
+    from nextflow_ar.data.extraction import rows_there
     from nextflow_ar.data.sources import SourceError, open_source
     from nextflow_ar.generation.pipeline import resolve_model
     from nextflow_ar.model.checkpoint import load_architecture
     from nextflow_ar.sequence.vocab import Vocabulary
-    from nextflow_ar.tokenizer.image_tokenizer import tokenizer_config
+    from nextflow_ar.storage import StorageError
+    from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer, tokenizer_config
     from nextflow_ar.training.runs import progress_bar
 
-    source = open_source(place, _video(video))
-    _tell_clips(source)
+    codes = is_extraction(Path(place))
+    if codes and (scales is not None or headers or video):
+        raise ConfigError(f"{place} holds codes: --scales, --headers and --video are for pictures")
+    source = None if codes else open_source(place, _video(video))
+    if source is not None:
+        _tell_clips(source)
+    total = 0
+    with suppress(SourceError, StorageError):  # a stream; a damaged shard, which the report names
+        total = (rows_there(Path(place)) or 0) if source is None else source.count()
     folder = resolve_model(model)
     config, tokenizer = load_architecture(folder)
     vocab = Vocabulary(tokenizer, config.text_vocab, config.codes)
-    try:
-        total = source.count()
-    except SourceError:  # a stream
-        total = 0
     with progress_bar("check", total) as update:
-        report = check_rows(
-            source,
-            num_scales=scales or tokenizer_config(folder).num_scales,
-            most_tokens=most or config.max_positions,
-            count_text=lambda text: len(vocab.encode(text)),
-            deep=not headers,
-            dialogue=dialogue,
-            context_images=config.context_images,
-            progress=lambda rows: update(rows, ""),
-        )
+        same: dict[str, Any] = {
+            "most_tokens": most or config.max_positions,
+            "count_text": lambda text: len(vocab.encode(text)),
+            "dialogue": dialogue,
+            "context_images": config.context_images,
+            "progress": lambda rows: update(rows, ""),
+        }
+        if source is None:
+            own = ImageTokenizer.from_pretrained(folder / "image_tokenizer").fingerprint()
+            report = check_codes(Path(place), fingerprint=own, max_scales=config.max_scales, **same)
+        else:
+            level = scales or tokenizer_config(folder).num_scales
+            report = check_rows(source, num_scales=level, deep=not headers, **same)
     typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())
     if not report.rows:
         raise SourceError(f"{place}: no rows")

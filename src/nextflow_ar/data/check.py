@@ -18,7 +18,7 @@ class CheckReport:
     """``rows`` read; ``problems``: one line each, with file and place; ``left_out``: likewise, rows that a filter drops on
     purpose; ``kinds``: how many rows draw, read, or only write;
     ``ignored``: keys that nothing reads, by rows; ``ratios``: pictures by nearest final grid;
-    ``tokens``: least, mean and most per good row.
+    ``tokens``: least, mean and most per good row; ``warnings``: of all of it, no row's fault.
     """
 
     rows: int = 0
@@ -28,6 +28,7 @@ class CheckReport:
     ignored: Counter[str] = field(default_factory=Counter)
     ratios: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> tuple[int, float, int]:
@@ -35,6 +36,16 @@ class CheckReport:
         if not self.lengths:
             return 0, 0.0, 0
         return min(self.lengths), sum(self.lengths) / len(self.lengths), max(self.lengths)
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """``warnings``, and one for each way that nothing teaches."""
+        told = list(self.warnings)
+        if self.kinds and not self.kinds["drawing"]:
+            told.append("nothing in it teaches drawing")
+        if self.kinds and self.ratios and not self.kinds["reading"]:
+            told.append("nothing in it teaches reading pictures")
+        return told
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -46,6 +57,7 @@ class CheckReport:
             "ignored": dict(self.ignored.most_common()),
             "ratios": dict(self.ratios.most_common()),
             "tokens": dict(zip(("least", "mean", "most"), self.tokens, strict=True)),
+            "warnings": self.all_warnings,
         }
 
     def table(self) -> str:
@@ -65,10 +77,7 @@ class CheckReport:
             lines.append(f"keys that nothing reads (rows): {some}{', ...' * (len(self.ignored) > 8)}")
         if self.left_out:
             lines.append(f"{len(self.left_out)} left out on purpose, such as: {self.left_out[0]}")
-        if self.kinds and not self.kinds["drawing"]:
-            lines.append("warning: nothing in it teaches drawing")
-        if self.kinds and self.ratios and not self.kinds["reading"]:
-            lines.append("warning: nothing in it teaches reading pictures")
+        lines += [f"warning: {line}" for line in self.all_warnings]
         return "\n".join([*lines, *self.problems])
 
 

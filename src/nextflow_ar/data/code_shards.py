@@ -43,7 +43,8 @@ _SCHEDULES = b"nextflow_ar.schedules"
 """Another: "canonical" where all of its pictures lie on the schedules of their canvases."""
 _ALONE = 12
 """From so many scales on, no two aspect ratios share a canvas."""
-_CODES = ("target", "input", "clean")
+CODES = ("target", "input", "clean")
+"""Columns of a picture's codes; all but the first may be null."""
 _TOGETHER = 32
 """Rows whose codes are read together."""
 
@@ -97,6 +98,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
+def is_extraction(folder: Path) -> bool:
+    """Whether codes lie there instead of rows: whether it has an extraction's manifest."""
+    try:
+        return folder.is_dir() and bool(read_manifest(folder / MANIFEST))
+    except (OSError, StorageError):
+        return False
+
+
+def lacks(folder: Path, files: Iterable[Path]) -> str:
+    """A line where shards are not there although later ones are, of an extraction that was stopped, or lost; else ""."""
+    there = {int(path.stem) for path in files if path.stem.isdigit()}
+    lost = sorted(set(range(max(there, default=0))) - there)
+    some = ", ".join(f"{number:06d}" for number in lost[:3]) + ", ..." * (len(lost) > 3)
+    return f"{folder} lacks {len(lost)} shards ({some}): extract again writes them" if lost else ""
+
+
 def setting_of(manifest: dict[str, Any], path: Path) -> ExtractionConfig:
     """The setting of a manifest, with the fields that came later. Before ``given``, given pictures were corrected, too."""
     found = from_dict(ExtractionConfig, manifest["config"], str(path))
@@ -130,7 +147,7 @@ def _schema() -> Any:
             ("tokens", pa.int32()),
             ("final", pa.list_(pa.int32())),
             ("scales", pa.int32()),
-            *((name, pa.list_(pa.int32())) for name in _CODES),
+            *((name, pa.list_(pa.int32())) for name in CODES),
         ]
     )
     return pa.schema([("row", pa.int64()), ("where", pa.string()), ("parts", pa.list_(part))])
@@ -196,7 +213,7 @@ class CodeShard:
             self._outline = [
                 name
                 for i in range(len(schema))
-                if not {*_CODES, "where"} & set((name := schema.column(i).path).split("."))
+                if not {*CODES, "where"} & set((name := schema.column(i).path).split("."))
             ]
             told = self._metadata.metadata or {}
         if told.get(_TOKENIZER, fingerprint.encode()) != fingerprint.encode():
@@ -272,11 +289,6 @@ class CodeShards:
         self.files = sorted(folder.glob("*.parquet"))
         if not self.files:
             raise StorageError(f"{folder}: the extraction holds no shard yet")
-
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are not there although later ones are: of an extraction that was stopped, or lost."""
-        there = {int(path.stem) for path in self.files if path.stem.isdigit()}
-        return sorted(set(range(max(there, default=0))) - there)
 
     def shard(self, number: int) -> CodeShard:
         """The shard that is file ``number`` of :attr:`files`. Raises StorageError as CodeShard does."""

@@ -23,7 +23,7 @@ import torch
 from pydantic import ConfigDict
 
 from nextflow_ar.config import ModelConfig, within
-from nextflow_ar.data.code_shards import CodeShards, as_document
+from nextflow_ar.data.code_shards import CodeShards, as_document, lacks
 from nextflow_ar.data.packing import Packer
 from nextflow_ar.data.shard_order import Place, ShardOrder
 from nextflow_ar.data.token_counts import TokenCounter
@@ -397,9 +397,8 @@ class ShardLoader:
         """
         told = []
         for order in self._stream.orders:
-            if lost := order.shards.missing():
-                some = ", ".join(f"{number:06d}" for number in lost[:3]) + ", ..." * (len(lost) > 3)
-                told.append(f"{order.folder} lacks {len(lost)} shards ({some}): extract again writes them")
+            if lost := lacks(order.folder, order.shards.files):
+                told.append(lost)
         if len(self.fits) > 1:
             padded = [o.folder for o in self._stream.orders if o.shards.config.fit == "pad"]
             told.append(

@@ -81,6 +81,7 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
         return kind([path])
     if path.is_dir():
         _no_csv(path)
+        _no_codes(path)
         found = _of_folder(path)
         if found is not None:
             return found
@@ -114,6 +115,18 @@ def _of_folder(folder: Path) -> Source | None:
     if kinds:
         return _KINDS[kinds[0]](found[kinds[0]])
     return JsonSource(found[".json"]) if found[".json"] and _only_rows(folder) else None
+
+
+def _no_codes(folder: Path) -> None:
+    """Raises SourceError for what :func:`~nextflow_ar.data.extraction.extract` wrote."""
+    if not (folder / "manifest.json").is_file():
+        return
+    from nextflow_ar.data.code_shards import is_extraction
+
+    if is_extraction(folder):
+        raise SourceError(
+            f"{folder}: codes of an extraction, no rows: train from them (kind: shards), or nextflow-ar data check them"
+        )
 
 
 def _no_csv(folder: Path) -> None:

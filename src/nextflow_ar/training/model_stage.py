@@ -408,11 +408,11 @@ class ModelTrainer:
         save_bundle(folder, bundle.model, self.image_tokenizer, self.text_tokenizer, bundle.generation, card)
         return folder
 
-    def documents_ahead(self) -> Iterator[Document]:
-        """The first documents of every source from here on; nothing moves."""
+    def documents_ahead(self) -> Iterator[list[Document]]:
+        """Of every source the first documents from here on; nothing moves."""
         for number in range(len(self.recipe.sources)):
             source = self.loaders.get(number) or self.episodes.sources.get(number)
-            yield from (source or self.scenes[number]).peek(selftest.LOOK)
+            yield list((source or self.scenes[number]).peek(selftest.LOOK))
 
     def self_test(self) -> None:
         """What is checked before the first step, by the first process. Raises SelfTestError, one line, on every one; logs

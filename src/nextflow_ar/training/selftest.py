@@ -195,24 +195,25 @@ def _stepwise(
 
 
 def check_material(
-    documents: Iterable[Document],
+    documents: Iterable[Iterable[Document]],
     sources: Iterable[AnySource],
     loaders: Iterable[ShardLoader],
     generation: Mapping[str, Any],
     room: Room,
 ) -> list[str]:
-    """:func:`check_data`, :func:`check_lengths` and :func:`check_guidance` of ``documents``, those of all
+    """:func:`check_data`, :func:`check_lengths` and :func:`check_guidance` of ``documents``, those of every one of the
     ``sources``, :func:`check_manner` of the first of every loader, and a warning for every folder of shards that lacks
     some.
     """
-    seen, sources, shards = list(documents), list(sources), list(loaders)
+    of_each, sources, shards = [list(some) for some in documents], list(sources), list(loaders)
+    seen = [one for some in of_each for one in some]
     lacking = [line for one in shards for line in one.incomplete()]
     for line in lacking:
         _LOG.warning("self-test: %s", line)
     told = check_data(seen, dialogue=bool(generation.get("dialogue")))
     told += check_lengths(seen, sources, room)
     if any(map(draws, seen)):
-        told += check_guidance(seen, sources, generation)
+        told += check_guidance(zip(sources, of_each, strict=True), generation)
     return lacking + told + check_manner((d for one in shards for d in one.peek(LOOK)), generation)
 
 
@@ -323,23 +324,23 @@ def _form(segments: list[Text | Image], shown: int, drawn: int) -> str:
 
 
 def check_guidance(
-    documents: Iterable[Document], sources: Iterable[AnySource], generation: Mapping[str, Any]
+    material: Iterable[tuple[AnySource, Iterable[Document]]], generation: Mapping[str, Any]
 ) -> list[str]:
-    """A warning (logged too) where pictures will be drawn with guidance, and nothing in the training ever leaves their
-    condition out: guidance contrasts with pictures that are drawn of nothing.
+    """A warning (logged too) where pictures will be drawn with guidance, and no source that draws ever leaves their
+    condition out: guidance contrasts with pictures that are drawn of nothing. ``material``: sources and what they give.
     """
     strength = generation.get("guidance", 1.0)
     if all(one == 1 for one in (strength if isinstance(strength, list | tuple) else [strength])):
         return []
-    of_nothing = [
-        isinstance(first, Image) and first.supervised for first, *_ in filter(None, map(_contents, documents))
-    ]
-    settings = [one for s in sources for one in (s.folders if isinstance(s, ShardSource) else [s])]
-    if any(of_nothing) or any(getattr(one, "condition_dropout", 0.0) for one in settings):
-        return []
+    for source, documents in material:
+        drawn = [contents for one in documents if draws(one) and (contents := _contents(one))]
+        settings = source.folders if isinstance(source, ShardSource) else (source,)
+        dropped = any(getattr(one, "condition_dropout", 0.0) for one in settings)
+        if any(isinstance(first, Image) and first.supervised for first, *_ in drawn) or (drawn and dropped):
+            return []
     line = (
-        f"pictures are drawn with guidance {strength}, no source leaves a condition out: set condition_dropout, or "
-        "generation: {guidance: 1.0}"
+        f"pictures are drawn with guidance {strength}, no source that draws leaves a condition out: set condition_dropout, "
+        "or generation: {guidance: 1.0}"
     )
     _LOG.warning("self-test: %s", line)
     return [line]

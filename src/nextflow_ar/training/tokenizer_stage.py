@@ -160,6 +160,7 @@ class TokenizerTrainer:
             self.discriminator.load_state_dict(state["discriminator"])
             self.critic.load_state_dict(state["critic"])
         self.step, size = state["step"], self.world.size
+        self.broken = dict(state.get("broken", {}))  # older checkpoints: only what is found from here on
         # As many processes may not have made the steps before: none of their batches comes again, none is left out.
         self._first = state.get("batches", self.step * size) - self.step * size
         # One state per process; a single one where one process ran, and of older checkpoints. A process that has none
@@ -190,6 +191,7 @@ class TokenizerTrainer:
             "step": self.step,
             "batches": self._first + self.step * self.world.size,
             "bound": self.bound,
+            "broken": self.broken,
         }
         if self.world.size > 1:
             state["generators"] = generators
