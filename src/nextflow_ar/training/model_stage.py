@@ -34,6 +34,7 @@ from nextflow_ar.training.episode_sources import Place
 from nextflow_ar.training.material import CORPUS, Part, as_parts, own_tokenizer, taught_defaults
 from nextflow_ar.training.memory import keep_freed_memory
 from nextflow_ar.training.meters import Board, LossMeter, Speedometer, peak_of
+from nextflow_ar.training.new_words import new_rows
 from nextflow_ar.training.optim import StageOptimizer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.recipe import (
@@ -118,6 +119,8 @@ class ModelTrainer:
         )  # fmt: skip
         averaged = recipe.ema > 0 or recipe.lora is not None  # else they would be the weights once more
         self.averages = start_averages(self.parameters) if averaged else {}
+        replayed = (*self.scenes.values(), *self.episodes.sources.values())
+        self.trainable.rows.update(new_rows(recipe, self.image_tokenizer, self.vocab, replayed))
         self.optimizer = self._optimizer()
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0

@@ -113,7 +113,8 @@ class CorrectionConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     """Adapters of rank ``rank`` on every linear layer whose name ends with one of ``targets``, scaled by alpha / rank.
-    ``modules_to_save``: tables that train whole beside them, and are saved with them.
+    ``modules_to_save``: tables that train beside them, and are saved with them. ``rows``: "all" of these, or "new", those of
+    tokens that the shards' texts have more often than what is replayed (and of all codes): the others stay bit for bit.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -123,9 +124,12 @@ class LoraConfig:
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     modules_to_save: tuple[Literal["embed_tokens", "head"], ...] = ()
+    rows: Literal["all", "new"] = "all"
 
     def __post_init__(self) -> None:
         within("above 0", alpha=self.alpha)
+        if self.rows == "new" and not self.modules_to_save:
+            raise ValueError("rows: new is of modules_to_save, which is empty")
         if self.rank < 1 or not self.targets:
             raise ValueError("lora needs a rank of at least 1 and at least one target")
 
@@ -261,6 +265,9 @@ class ModelRecipe:
             raise ConfigError(
                 "trains: lora goes with the key lora (rank, alpha, targets, modules_to_save), only with it"
             )
+        shards = any(isinstance(source, ShardSource) for source in self.sources)
+        if self.lora is not None and self.lora.rows == "new" and not shards:
+            raise ConfigError("lora.rows: new are those of words in shards, and no source has any")
         if self.optimizer.adapter_lr is not None and self.lora is None:
             raise ConfigError("optimizer.adapter_lr goes with trains: lora")
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):
