@@ -25,6 +25,10 @@ from nextflow_ar.types import Document, Text
 _LOG = logging.getLogger(__name__)
 LOOK = 512
 """Documents of every replayed source that are looked at."""
+TIMES = 4
+"""How much larger a share of new texts than of replayed ones makes a token a new word's. (The emoji's: colours and
+"background", which are no news, up to 2, pieces of names mostly from 5 on.)
+"""
 _MOST = 100_000
 """Documents of every folder of shards, at most."""
 
@@ -40,8 +44,8 @@ def new_rows(
     replayed: Iterable[_Replayed],
 ) -> dict[str, Tensor]:
     """Name of every table of ``lora.modules_to_save`` -> the rows of it that train, where ``lora.rows`` is "new": tokens
-    that are a larger share of the texts in the recipe's shards than of ``replayed`` ones, and all codes of the head. Empty
-    otherwise. The same at every start of a run. Raises ConfigError where the shards have no such token, StorageError.
+    that are :data:`TIMES` as large a share of the texts in the recipe's shards as of ``replayed`` ones, and all codes of the
+    head. Empty otherwise. The same at every start of a run. Raises ConfigError where the shards have no such token, StorageError.
     """
     if recipe.lora is None or recipe.lora.rows != "new":
         return {}
@@ -64,10 +68,10 @@ def new_rows(
     words = more_often(new, known)
     if not words:
         raise ConfigError(
-            "lora.rows: new: no token is more frequent in the shards' texts than in what is replayed: set rows: all"
+            "lora.rows: new: the shards' texts have no words but those of what is replayed: set rows: all"
         )
     _LOG.info(
-        "%d of %d text rows train, of words that the shards have more often", len(words), vocab.text_size
+        "%d of %d text rows train, of words that what is replayed hardly has", len(words), vocab.text_size
     )
     text, codes = torch.tensor(words), torch.arange(vocab.text_size, vocab.text_size + vocab.codes)
     tables = {"embed_tokens": ("backbone.embed_tokens.weight", text)}
@@ -76,5 +80,5 @@ def new_rows(
 
 
 def more_often(new: Counter[int], known: Counter[int]) -> list[int]:
-    """Keys that are a larger share of ``new`` than of ``known``, in order."""
-    return sorted(k for k, n in new.items() if n * known.total() > known[k] * new.total() or not known)
+    """Keys that are at least :data:`TIMES` as large a share of ``new`` as of ``known``, in order."""
+    return sorted(k for k, n in new.items() if n * known.total() >= TIMES * known[k] * new.total())
