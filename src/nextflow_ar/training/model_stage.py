@@ -119,8 +119,8 @@ class ModelTrainer:
         )  # fmt: skip
         averaged = recipe.ema > 0 or recipe.lora is not None  # else they would be the weights once more
         self.averages = start_averages(self.parameters) if averaged else {}
-        replayed = (*self.scenes.values(), *self.episodes.sources.values())
-        self.trainable.rows.update(new_rows(recipe, self.image_tokenizer, self.vocab, replayed))
+        replays = (*self.scenes.values(), *self.episodes.sources.values())
+        self.trainable.rows.update(new_rows(recipe, self.image_tokenizer, self.vocab, replays))
         self.optimizer = self._optimizer()
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
@@ -215,8 +215,7 @@ class ModelTrainer:
             self.averages = {k: v.to(self.device) for k, v in state["averages"].items()}
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
-        self.step = state["step"]
-        self.documents, self.tokens = state.get("seen", (0, 0))
+        self.step, (self.documents, self.tokens) = state["step"], state.get("seen", (0, 0))
         self.episodes.skipped = state.get("skipped", 0)
         for number, loader in self.loaders.items():
             loader.restore(state["loaders"][str(number)])

@@ -113,8 +113,8 @@ class CorrectionConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     """Adapters of rank ``rank`` on every linear layer whose name ends with one of ``targets``, scaled by alpha / rank.
-    ``modules_to_save``: tables that train beside them, and are saved with them. ``rows``: "all" of these, or "new": of tokens
-    that the shards' texts have much more often than what is replayed, and of codes; the others stay bit for bit.
+    ``modules_to_save``: tables that train beside them, and are saved with them. ``rows``: "all" of these, or "new", those
+    of codes and of tokens that shards' texts have much more often than what is replayed: the others stay bit for bit.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
