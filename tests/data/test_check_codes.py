@@ -45,7 +45,7 @@ def codes(tmp_path: Path) -> Path:
 
 
 def check(folder: Path, tokenizer: ImageTokenizer | None = None, **changes: Any) -> CheckReport:
-    settings = {"max_scales": 5, "most_tokens": 200, "count_text": len} | changes
+    settings = {"codes": 64, "max_scales": 5, "most_tokens": 200, "count_text": len} | changes
     return check_codes(folder, fingerprint=(tokenizer or tiny_image_tokenizer()).fingerprint(), **settings)
 
 
@@ -107,15 +107,83 @@ def test_codes_that_cannot_be_are_told(codes: Path) -> None:
         picture["clean"][0] = -1
         other["scales"] = 30
 
+    def spoil_more(records: list[dict[str, Any]]) -> None:
+        small = ScaleSchedule.square(3).num_tokens
+        records[0]["parts"][1] |= {"scales": 3, "target": [0] * small, "input": None, "clean": None}
+        records[1]["parts"][1]["final"] = [64]
+
+    whole = first.read_bytes()
     size = json.loads((codes / "manifest.json").read_text())["codes"]
     places = len(pq.read_table(first).to_pylist()[0]["parts"][1]["target"])
     rewrite(first, spoil)
+    end = "remove the shard and extract again"
     assert check(codes).problems == [
-        f"{first}: row 0: code 10000 as target is not among the codebook's {size}",
-        f"{first}: row 0: {places - 1} codes as input, its grids take {places}",
-        f"{first}: row 0: code -1 as clean is not among the codebook's {size}",
-        f"{first}: row 1: the number of scales is 1 to 18, got 30",
+        f"{first}: row 0: code 10000 as target is not among the codebook's {size}: {end}",
+        f"{first}: row 0: {places - 1} codes as input, its grids take {places}: {end}",
+        f"{first}: row 0: code -1 as clean is not among the codebook's {size}: {end}",
+        f"{first}: row 1: it is no record (the number of scales is 1 to 18, got 30): {end}",
     ]
+    first.write_bytes(whole)
+    rewrite(first, spoil_more)
+    few, no_record = check(codes).problems
+    assert few == f"{first}: row 0: 3 scales, its extraction has 5: {end}"
+    assert no_record.startswith(f"{first}: row 1: it is no record (") and no_record.endswith(end)
+    manifest = json.loads((codes / "manifest.json").read_text())
+    (codes / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "codes"}))
+    first.write_bytes(whole)
+    (codes / "000001.parquet").unlink()
+    (codes / "000002.parquet").unlink()
+    pictures = [record["parts"][1] for record in pq.read_table(first).to_pylist()]
+    most = max(max(max(p["target"]), max(p["input"]), max(p["clean"])) for p in pictures)
+    assert check(codes, codes=most + 1).problems == []
+    assert any(f"code {most} as " in line for line in check(codes, codes=most).problems)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("row",), None),
+        (("parts",), None),
+        (("parts", 1, "scales"), None),
+        (("parts", 1, "final"), None),
+        (("parts", 1, "final"), [64, 64, 64]),
+        (("parts", 1, "target"), None),
+        (("parts", 1, "target", 2), None),
+        (("parts", 1, "final", 0), None),
+        (("parts", 1), None),
+    ],
+)
+def test_what_is_no_record_is_one_line(codes: Path, place: tuple[Any, ...], value: Any) -> None:
+    first = codes / "000000.parquet"
+
+    def spoil(records: list[dict[str, Any]]) -> None:
+        inside: Any = records[0]
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = value
+
+    rewrite(first, spoil)
+    found = check(codes)
+    (line,) = found.problems
+    assert line.startswith(f"{first}: row ") and line.endswith(": remove the shard and extract again")
+    assert found.rows == 4
+
+
+def test_damage_anywhere_is_told_and_hides_no_other_shard(codes: Path) -> None:
+    """Of the words about a shard behind its pages, which have no checksum, and of a shard without any."""
+    first = codes / "000000.parquet"
+    whole = first.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for place in range(footer, len(whole), 11):
+        for bit in (1, 128):
+            first.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            assert check(codes).rows >= 2
+    first.write_bytes(whole)
+    pq.write_table(pq.read_table(first), first, compression="none")
+    whole = first.read_bytes()
+    for place in range(4, len(whole) - 8, 29):
+        first.write_bytes(whole[:place] + bytes([whole[place] ^ 128]) + whole[place + 1 :])
+        assert check(codes).rows >= 2
 
 
 def test_pictures_on_a_schedule_of_before_are_told(codes: Path) -> None:
@@ -142,11 +210,16 @@ def test_rows_of_no_use_or_of_another_shard_are_told(codes: Path) -> None:
         records[0]["row"] = 7
         records[1]["parts"][1]["supervised"] = False
 
+    end = "remove the shard and extract again"
+    whole = first.read_bytes()
     rewrite(first, spoil)
     assert check(codes).problems == [
-        f"{first}: row 7 is none of this shard's: remove it and extract again",
-        f"{first}: row 1: nothing in it is supervised",
+        f"{first}: row 7: it is none of this shard's: {end}",
+        f"{first}: row 1: nothing in it is supervised: {end}",
     ]
+    first.write_bytes(whole)
+    rewrite(first, lambda records: records[1].update(row=0))
+    assert check(codes).problems == [f"{first}: row 0: it is there twice: {end}"]
 
 
 def test_what_the_model_cannot_take_is_told(codes: Path) -> None:
@@ -170,10 +243,29 @@ def test_as_a_command(codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(told["problems"]) == 3 and len(told["warnings"]) == 4
     assert run(["data", "check", str(codes), "--headers"]) == 2
     assert "--scales, --headers and --video are for pictures" in capsys.readouterr().err
+    for path in codes.glob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert run(["data", "check", str(codes)]) == 1
+    told = capsys.readouterr()
+    assert "no rows" not in told.err and told.out.startswith("0 rows, 3 problems\n")
+
+
+def test_codes_without_their_manifest_are_codes_all_the_same(
+    codes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (codes / "manifest.json").write_text("{")
+    assert run(["data", "check", str(codes)]) == 1
+    assert "manifest.json: not valid JSON" in capsys.readouterr().err
+    (codes / "manifest.json").unlink()
+    assert run(["data", "check", str(codes)]) == 1
+    assert f"{codes}: no extraction here (it lacks manifest.json)" in capsys.readouterr().err
+    for place in (codes, codes / "000001.parquet"):
+        with pytest.raises(SourceError, match=r"codes of an extraction, no rows: train from their folder"):
+            open_source(place)
 
 
 def test_codes_are_no_rows(codes: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"codes: codes of an extraction, no rows: train from them"):
+    with pytest.raises(SourceError, match=r"codes: codes of an extraction, no rows: train from their folder"):
         open_source(codes)
     other = tmp_path / "other"
     other.mkdir()

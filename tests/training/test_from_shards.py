@@ -771,6 +771,19 @@ def test_ways_of_asking_that_shards_do_not_teach_are_told(dialogue: bool) -> Non
     assert "before it draws" in about_plans  # the sentences of a story are no plan of a single picture
 
 
+def test_what_is_ahead_is_known_by_folder(make: Make) -> None:
+    loader = make().loaders[0]
+    (a, of_a), (b, of_b) = loader.peek_folders(40)
+    assert (a.folder.parent.name, b.folder.parent.name) == ("a", "b") and b.condition_dropout == 0.2
+    assert len(of_a) + len(of_b) == 40 and len(of_b) > len(of_a) > 3  # of twice the weight
+    one, two = iter(of_a), iter(of_b)
+    following = [next(one), next(two)]
+    for document in map(str, loader.peek(40)):  # the same documents, each folder's in order
+        which = [str(each) == document for each in following].index(True)
+        following[which] = next((one, two)[which], None)
+    assert following == [None, None]
+
+
 def test_films_and_guidance_that_nothing_teaches_are_told() -> None:
     codes = Codes.plain(ScaleSchedule.square(2), torch.zeros(5, dtype=torch.long))
     frame, drop = Image(codes, True), {"video": "a video in which {prompt}, {frames} frames"}
@@ -788,9 +801,8 @@ def test_films_and_guidance_that_nothing_teaches_are_told() -> None:
     (line,) = check_manner([bare], {"think_told": True})
     assert "each of several pictures" in line
 
-    def source(dropped: float, *documents: Document) -> tuple[ShardSource, tuple[Document, ...]]:
-        folders = tuple(ShardFolder(Path(name), condition_dropout=dropped) for name in "ab")
-        return ShardSource("shards", 1, folders, Packing("length", 64)), documents
+    def source(dropped: float, *documents: Document) -> tuple[ShardFolder, tuple[Document, ...]]:
+        return ShardFolder(Path("a"), condition_dropout=dropped), documents
 
     (line,) = check_guidance([source(0.0, bare)], {"guidance": [1.0, 2.0]})
     assert "guidance [1.0, 2.0]" in line and "condition_dropout" in line

@@ -138,12 +138,14 @@ def check(
         }
         if source is None:
             own = ImageTokenizer.from_pretrained(folder / "image_tokenizer").fingerprint()
-            report = check_codes(Path(place), fingerprint=own, max_scales=config.max_scales, **same)
+            report = check_codes(
+                Path(place), fingerprint=own, codes=config.codes, max_scales=config.max_scales, **same
+            )
         else:
             level = scales or tokenizer_config(folder).num_scales
             report = check_rows(source, num_scales=level, deep=not headers, **same)
     typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())
-    if not report.rows:
+    if not report.rows and not report.problems:
         raise SourceError(f"{place}: no rows")
     if report.problems:
         raise typer.Exit(1)

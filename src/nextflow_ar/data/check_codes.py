@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def check_codes(
     folder: Path,
     *,
     fingerprint: str,
+    codes: int,
     max_scales: int,
     most_tokens: int,
     count_text: Callable[[str], int],
@@ -37,9 +39,9 @@ def check_codes(
 ) -> CheckReport:
     """Read all shards of an extraction, against the checksums of their pages.
 
-    ``fingerprint``: of the model's image tokenizer (a warning where another made the codes), ``max_scales``: that the model
-    has embeddings for. The others: as in :func:`~nextflow_ar.data.check.check_rows`. Raises StorageError where the folder
-    holds no extraction.
+    ``fingerprint``: of the model's image tokenizer (a warning where another made the codes), which has so many ``codes``;
+    ``max_scales``: that the model has embeddings for. The others: as in :func:`~nextflow_ar.data.check.check_rows`. Raises
+    StorageError where the folder holds no extraction.
     """
     manifest = read_manifest(folder / MANIFEST)
     config = setting_of(manifest, folder / MANIFEST)
@@ -53,21 +55,29 @@ def check_codes(
             f"{folder}: its pictures have {config.num_scales} scales, the model has embeddings for {max_scales}: extract "
             f"with --scales {max_scales}"
         )
+    codes = manifest.get("codes", codes)  # those of before do not tell
     files = sorted(folder.glob("*.parquet"))
     if lost := lacks(folder, files):
         report.problems.append(lost)
     for path in files:
         try:
             shard = CodeShard(path, manifest["tokenizer"])
-            records = shard.table().to_pylist()
+            records = shard.records()
         except StorageError as error:
             report.problems.append(str(error))
             continue
-        astray = 0
-        for record in records:
+        astray, span = 0, _span(path, shard, config)
+        for number, record in enumerate(records):
             report.rows += 1
             progress(report.rows)
-            told = list(_faults(record, path, shard.read, config, manifest.get("codes")))
+            wrong = list(_faults(record, config.num_scales, codes))
+            if not wrong and not (span[0] <= record["row"] < span[1]):
+                wrong.append("it is none of this shard's")
+            if not wrong and number and records[number - 1]["row"] == record["row"]:
+                wrong.append("it is there twice")
+            told = [
+                f"{path}: row {record.get('row')}: {one}: remove the shard and extract again" for one in wrong
+            ]
             if not told:
                 told = _measure(record, path, most_tokens, count_text, dialogue, context_images, report)
                 astray += sum(not schedule.canonical for schedule in _schedules(record))
@@ -80,32 +90,42 @@ def check_codes(
     return report
 
 
-def _faults(
-    record: dict[str, Any], path: Path, read: int | None, config: ExtractionConfig, codes: int | None
-) -> Iterator[str]:
-    """What of a record cannot be trained: a place that is not its shard's, codes that are none, or too few or many."""
-    where, first = f"{path}: row {record['row']}", int(path.stem) * config.rows if path.stem.isdigit() else 0
-    if not first <= record["row"] < first + (config.rows if read is None else read):
-        yield f"{where} is none of this shard's: remove it and extract again"
-    if not any(part["supervised"] for part in record["parts"]):
-        yield f"{where}: nothing in it is supervised"
-    for part in record["parts"]:
-        if part["text"] is not None:
+def _span(path: Path, shard: CodeShard, config: ExtractionConfig) -> tuple[int, int]:
+    """First of the rows that a shard is of, and the one behind its last."""
+    if not path.stem.isdigit():
+        return 0, sys.maxsize
+    first = int(path.stem) * config.rows
+    return first, first + (config.rows if shard.read is None else shard.read)
+
+
+def _faults(record: dict[str, Any], scales: int, codes: int) -> Iterator[str]:
+    """What of a record cannot be trained: codes that are none, or too few or many, and what is no record at all."""
+    try:
+        if not any(part["supervised"] for part in record["parts"]):
+            yield "nothing in it is supervised"
+        for part in record["parts"]:
+            if part["text"] is None:
+                yield from _of_picture(part, scales, codes)
+        if record["row"] is None:
+            yield "it has no number"
+    except (TypeError, ValueError, IndexError) as error:
+        yield f"it is no record ({error})"
+
+
+def _of_picture(part: dict[str, Any], scales: int, codes: int) -> Iterator[str]:
+    height, width = part["final"]
+    schedule = ScaleSchedule.from_final((height, width), part["scales"])
+    if len(schedule) != scales:
+        yield f"{len(schedule)} scales, its extraction has {scales}"
+    for key in CODES:
+        if part[key] is None and key != "target":
             continue
-        try:
-            schedule = ScaleSchedule.from_final(tuple(part["final"]), part["scales"])
-        except ValueError as error:
-            yield f"{where}: {error}"
-            continue
-        for key in CODES:
-            if part[key] is None and key != "target":
-                continue
-            found = part[key] or []
-            if len(found) != schedule.num_tokens:
-                yield f"{where}: {len(found)} codes as {key}, its grids take {schedule.num_tokens}"
-            elif min(found) < 0 or (codes is not None and max(found) >= codes):
-                wrong = min(found) if min(found) < 0 else max(found)
-                yield f"{where}: code {wrong} as {key} is not among the codebook's {codes or ''}".rstrip()
+        found = part[key] or []
+        if len(found) != schedule.num_tokens:
+            yield f"{len(found)} codes as {key}, its grids take {schedule.num_tokens}"
+        elif min(found) < 0 or max(found) >= codes:
+            wrong = min(found) if min(found) < 0 else max(found)
+            yield f"code {wrong} as {key} is not among the codebook's {codes}"
 
 
 def _schedules(record: dict[str, Any]) -> list[ScaleSchedule]:

@@ -91,6 +91,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """What an extraction says of itself. Raises StorageError."""
     try:
         found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StorageError(f"{path.parent}: no extraction here (it lacks {path.name})") from None
     except ValueError as error:
         raise StorageError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict) or not {"tokenizer", "config"} <= found.keys():
@@ -99,10 +101,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def is_extraction(folder: Path) -> bool:
-    """Whether codes lie there instead of rows: whether it has an extraction's manifest."""
+    """Whether codes lie there instead of rows: whether it has an extraction's manifest, or its first shard is one."""
     try:
-        return folder.is_dir() and bool(read_manifest(folder / MANIFEST))
-    except (OSError, StorageError):
+        if folder.is_dir() and read_manifest(folder / MANIFEST):
+            return True
+    except (OSError, StorageError):  # damaged, or lost
+        pass
+    return folder.is_dir() and any(map(is_shard, sorted(folder.glob("*.parquet"))[:1]))
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a parquet file is a shard of codes, by its metadata."""
+    try:
+        pa = _arrow()
+    except SourceError:
+        return False
+    try:
+        return _TOKENIZER in (parquet().read_metadata(path).metadata or {})
+    except (OSError, ValueError, pa.ArrowException):
         return False
 
 
@@ -216,14 +232,14 @@ class CodeShard:
                 if not {*CODES, "where"} & set((name := schema.column(i).path).split("."))
             ]
             told = self._metadata.metadata or {}
+            self.read = int(told[_READ]) if _READ in told else None
+            self.items = told.get(_ITEMS, b"").decode()
+            self.counted = told.get(_COUNTED, b"").decode()
         if told.get(_TOKENIZER, fingerprint.encode()) != fingerprint.encode():
             raise StorageError(
                 f"{path}: the shard was made by another image tokenizer than its folder's: remove it and extract again"
             )
         self.rows: int = self._metadata.num_rows
-        self.read = int(told[_READ]) if _READ in told else None
-        self.items = told.get(_ITEMS, b"").decode()
-        self.counted = told.get(_COUNTED, b"").decode()
         self._canonical = told.get(_SCHEDULES) == b"canonical"
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._ends = list(accumulate(sizes))
@@ -235,6 +251,11 @@ class CodeShard:
         """All of it, as an Arrow table; columns that it is older than are null."""
         with readable(self.path), self._open() as file:
             return file.read().cast(_schema())
+
+    def records(self) -> list[dict[str, Any]]:
+        """All of them (see :func:`encoded`), whole."""
+        with readable(self.path):
+            return self.table().to_pylist()
 
     def outlines(self) -> Any:
         """``row`` and ``parts`` of its records without their codes, as they are in the file."""
@@ -277,8 +298,6 @@ class CodeShards:
 
     def __init__(self, folder: Path, tokenizer: ImageTokenizer) -> None:
         path = folder / MANIFEST
-        if not path.is_file():
-            raise StorageError(f"{folder}: no extraction here (it lacks {MANIFEST})")
         manifest = read_manifest(path)
         self.fingerprint = tokenizer.fingerprint()
         if manifest["tokenizer"] != self.fingerprint:
@@ -297,7 +316,7 @@ class CodeShards:
     def records(self) -> Iterator[dict[str, Any]]:
         """All of them (see :func:`encoded`), whole, shard by shard."""
         for number in range(len(self.files)):
-            yield from self.shard(number).table().to_pylist()
+            yield from self.shard(number).records()
 
     def texts(self, count: int) -> list[str]:
         """Texts of the first ``count`` documents, to train a text tokenizer on."""
@@ -315,7 +334,7 @@ class CodeShards:
         for number, path in enumerate(self.files):
             if (int(path.stem) + 1) * self.config.rows <= start:
                 continue
-            for record in self.shard(number).table().to_pylist():
+            for record in self.shard(number).records():
                 if record["row"] >= start:
                     yield record["row"], as_document(record["parts"], dialogue=dialogue)
 

@@ -332,8 +332,10 @@ class _Stream:
                     self.orders[place.folder].leave(place)
         return out
 
-    def ahead(self, state: dict[str, Any], count: int) -> list[Document]:
-        """The first ``count`` documents behind ``state``, as they would be laid out; the stream stays where it is."""
+    def ahead(self, state: dict[str, Any], count: int) -> list[tuple[int, Document]]:
+        """The first ``count`` documents behind ``state``, as they would be laid out, each with its folder's number; the
+        stream stays where it is.
+        """
         drawn, positions = self.drawn, [order.position for order in self.orders]
         self.drawn = state["drawn"]
         for order, there in zip(self.orders, state["folders"], strict=True):
@@ -343,7 +345,8 @@ class _Stream:
         for order, position in zip(self.orders, positions, strict=True):
             order.position = position
         return [
-            self._document(number, place, self.orders[place.folder].parts(place)) for number, place in places
+            (place.folder, self._document(number, place, self.orders[place.folder].parts(place)))
+            for number, place in places
         ]
 
     def state(self) -> dict[str, Any]:
@@ -450,7 +453,13 @@ class ShardLoader:
     def peek(self, count: int) -> Iterator[Document]:
         """The first ``count`` documents from here on, as they would be laid out; the loader stays where it is."""
         self._wait()
-        return iter(self._stream.ahead(self._state, count))
+        return (document for _, document in self._stream.ahead(self._state, count))
+
+    def peek_folders(self, count: int) -> list[tuple[ShardFolder, list[Document]]]:
+        """The same by folder."""
+        self._wait()
+        ahead, folders = self._stream.ahead(self._state, count), self._stream.source.folders
+        return [(one, [d for k, d in ahead if k == i]) for i, one in enumerate(folders)]
 
     def state(self) -> dict[str, Any]:
         """Plain values: how far every folder is, and which documents wait in open rows, behind the rows given out."""

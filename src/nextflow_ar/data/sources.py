@@ -76,12 +76,12 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
     path = Path(place)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
+    _no_codes(path)
     kind = _KINDS.get(path.suffix.lower()) if path.is_file() else None
     if kind is not None:
         return kind([path])
     if path.is_dir():
         _no_csv(path)
-        _no_codes(path)
         found = _of_folder(path)
         if found is not None:
             return found
@@ -117,15 +117,16 @@ def _of_folder(folder: Path) -> Source | None:
     return JsonSource(found[".json"]) if found[".json"] and _only_rows(folder) else None
 
 
-def _no_codes(folder: Path) -> None:
-    """Raises SourceError for what :func:`~nextflow_ar.data.extraction.extract` wrote."""
-    if not (folder / "manifest.json").is_file():
+def _no_codes(path: Path) -> None:
+    """Raises SourceError for a folder of shards that :func:`~nextflow_ar.data.extraction.extract` wrote, or one of them."""
+    tables = path.suffix.lower() == ".parquet" if path.is_file() else any(path.glob("*.parquet"))
+    if not tables and not (path / "manifest.json").is_file():
         return
-    from nextflow_ar.data.code_shards import is_extraction
+    from nextflow_ar.data.code_shards import is_extraction, is_shard
 
-    if is_extraction(folder):
+    if is_extraction(path) or (path.is_file() and is_shard(path)):
         raise SourceError(
-            f"{folder}: codes of an extraction, no rows: train from them (kind: shards), or nextflow-ar data check them"
+            f"{path}: codes of an extraction, no rows: train from their folder (kind: shards), or nextflow-ar data check it"
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nextflow_ar.types import Document, Image, Text
+from nextflow_ar.types import Document, Image, Mark, Text
 
 Part = dict[str, Any]
 
@@ -64,6 +64,17 @@ def drop_condition(parts: list[Part]) -> list[Part]:
     """
     drawn = next((i for i, part in enumerate(parts) if _is_picture(part) and part["supervised"]), 0)
     return parts[drawn:]
+
+
+def contents(document: Document) -> list[Text | Image]:
+    """What is said and shown, without chat marks and the roles and line ends that stand beside them."""
+    found: list[Text | Image] = []
+    before: Mark | Text | Image | None = None
+    for segment in document.segments:
+        if not isinstance(segment, Mark) and not isinstance(before, Mark):
+            found.append(segment)
+        before = segment
+    return found
 
 
 def draws(document: Document) -> bool:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from nextflow_ar.model.checkpoint import checkpoint_folder
 from nextflow_ar.sequence.vocab import PreTrainedTokenizerFast
@@ -19,15 +20,19 @@ from nextflow_ar.training.adapters import weights_print
 from nextflow_ar.training.recipe import ModelRecipe
 
 START, TEACHER, IMAGES, TEXT = "start", "distillation.teacher", "image_tokenizer", "text tokenizer"
+ROWS = "choice of new words"
 SEMANTIC = "teacher"
 """Of an image tokenizer's run: the frozen semantic encoder."""
 
 
 def bindings(
-    recipe: ModelRecipe, text_tokenizer: PreTrainedTokenizerFast, image_tokenizer: ImageTokenizer
+    recipe: ModelRecipe,
+    text_tokenizer: PreTrainedTokenizerFast,
+    image_tokenizer: ImageTokenizer,
+    rows: Mapping[str, Tensor],
 ) -> dict[str, str]:
     """Digests by what they are of: both tokenizers; the weights of ``start`` where a checkpoint does not hold them, of
-    adapters, or they teach; those of another teacher. Raises StorageError.
+    adapters, or they teach; those of another teacher; the ``rows`` of tables that train. Raises StorageError.
     """
     words = json.dumps(sorted(text_tokenizer.get_vocab().items()))
     found = {IMAGES: image_tokenizer.fingerprint(), TEXT: hashlib.sha256(words.encode()).hexdigest()}
@@ -36,6 +41,9 @@ def bindings(
         found[START] = weights_print(checkpoint_folder(recipe.start))
     if teacher is not None and teacher != recipe.start:
         found[TEACHER] = weights_print(checkpoint_folder(teacher))
+    if rows:
+        chosen = json.dumps({name: index.tolist() for name, index in sorted(rows.items())})
+        found[ROWS] = hashlib.sha256(chosen.encode()).hexdigest()
     return found
 
 

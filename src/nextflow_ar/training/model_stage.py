@@ -125,7 +125,7 @@ class ModelTrainer:
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
         self.looks_late = cuda and self.world.size == 1  # waits for no step before the next one is under way
-        self.bound = bindings(recipe, self.text_tokenizer, self.image_tokenizer)
+        self.bound = bindings(recipe, self.text_tokenizer, self.image_tokenizer, self.trainable.rows)
         self._resume()
         if self.world.rank == 0:
             self.run.rewind(self.step)

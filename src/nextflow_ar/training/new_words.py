@@ -17,6 +17,7 @@ from torch import Tensor
 from nextflow_ar.config import ConfigError
 from nextflow_ar.data.code_shards import CodeShards
 from nextflow_ar.data.loader import ShardSource
+from nextflow_ar.data.transforms import contents
 from nextflow_ar.sequence.vocab import Vocabulary
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
 from nextflow_ar.training.recipe import ModelRecipe
@@ -25,12 +26,12 @@ from nextflow_ar.types import Document, Text
 _LOG = logging.getLogger(__name__)
 LOOK = 512
 """Documents of every replayed source that are looked at."""
-TIMES = 4
+TIMES = 3
 """How much larger a share of new texts than of replayed ones makes a token a new word's. (The emoji's: colours and
-"background", which are no news, up to 2, pieces of names mostly from 5 on.)
+"background", which are no news, up to 1.5, pieces of names mostly from 4 on.)
 """
 _MOST = 100_000
-"""Documents of every folder of shards, at most."""
+"""Documents of every folder of shards, at most: its first ones. Folders count by what they hold, whatever their weight."""
 
 
 class _Replayed(Protocol):
@@ -63,7 +64,7 @@ def new_rows(
         token
         for source in replayed
         for document in source.peek(LOOK)
-        for segment in document.segments
+        for segment in contents(document)
         if isinstance(segment, Text)
         for token in vocab.encode(segment.text)
     )

@@ -128,8 +128,6 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         within("above 0", alpha=self.alpha)
-        if self.rows == "new" and not self.modules_to_save:
-            raise ValueError("rows: new is of modules_to_save, which is empty")
         if self.rank < 1 or not self.targets:
             raise ValueError("lora needs a rank of at least 1 and at least one target")
 
@@ -266,8 +264,10 @@ class ModelRecipe:
                 "trains: lora goes with the key lora (rank, alpha, targets, modules_to_save), only with it"
             )
         shards = any(isinstance(source, ShardSource) for source in self.sources)
-        if self.lora is not None and self.lora.rows == "new" and not shards:
-            raise ConfigError("lora.rows: new are those of words in shards, and no source has any")
+        if self.lora is not None and self.lora.modules_to_save and self.lora.rows == "new" and not shards:
+            raise ConfigError(
+                "lora.rows: new are those of words in shards, and no source has any: set rows: all"
+            )
         if self.optimizer.adapter_lr is not None and self.lora is None:
             raise ConfigError("optimizer.adapter_lr goes with trains: lora")
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):

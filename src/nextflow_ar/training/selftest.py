@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nextflow_ar.config import ConfigError
-from nextflow_ar.data.loader import ShardSource
+from nextflow_ar.data.loader import ShardFolder, ShardSource
 from nextflow_ar.data.textures import dead_leaves
-from nextflow_ar.data.transforms import draws, reads
+from nextflow_ar.data.transforms import contents, draws, reads
 from nextflow_ar.model.backbone import new_cache
 from nextflow_ar.model.nextflow import NextFlowModel
 from nextflow_ar.scales import ScaleSchedule
@@ -213,7 +213,10 @@ def check_material(
     told = check_data(seen, dialogue=bool(generation.get("dialogue")))
     told += check_lengths(seen, sources, room)
     if any(map(draws, seen)):
-        told += check_guidance(zip(sources, of_each, strict=True), generation)
+        plain = ((s, of) for s, of in zip(sources, of_each, strict=True) if not isinstance(s, ShardSource))
+        told += check_guidance(
+            [*plain, *(pair for one in shards for pair in one.peek_folders(LOOK))], generation
+        )
     return lacking + told + check_manner((d for one in shards for d in one.peek(LOOK)), generation)
 
 
@@ -274,7 +277,7 @@ def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -
     planned: dict[str, list[bool]] = {key: [] for key in _PLANS}
     asked: list[bool] = []
     films: list[str] = []
-    for segments in map(_contents, documents):
+    for segments in map(contents, documents):
         pictures = [i for i, s in enumerate(segments) if isinstance(s, Image)]
         drawn = [i for i in pictures if segments[i].supervised]
         if drawn:
@@ -324,18 +327,18 @@ def _form(segments: list[Text | Image], shown: int, drawn: int) -> str:
 
 
 def check_guidance(
-    material: Iterable[tuple[AnySource, Iterable[Document]]], generation: Mapping[str, Any]
+    material: Iterable[tuple[AnySource | ShardFolder, Iterable[Document]]], generation: Mapping[str, Any]
 ) -> list[str]:
     """A warning (logged too) where pictures will be drawn with guidance, and no source that draws ever leaves their
-    condition out: guidance contrasts with pictures that are drawn of nothing. ``material``: sources and what they give.
+    condition out: guidance contrasts with pictures that are drawn of nothing. ``material``: sources, of shards
+    folders, and what they give.
     """
     strength = generation.get("guidance", 1.0)
     if all(one == 1 for one in (strength if isinstance(strength, list | tuple) else [strength])):
         return []
     for source, documents in material:
-        drawn = [contents for one in documents if draws(one) and (contents := _contents(one))]
-        settings = source.folders if isinstance(source, ShardSource) else (source,)
-        dropped = any(getattr(one, "condition_dropout", 0.0) for one in settings)
+        drawn = [said for one in documents if draws(one) and (said := contents(one))]
+        dropped = getattr(source, "condition_dropout", 0.0) > 0
         if any(isinstance(first, Image) and first.supervised for first, *_ in drawn) or (drawn and dropped):
             return []
     line = (
@@ -344,17 +347,6 @@ def check_guidance(
     )
     _LOG.warning("self-test: %s", line)
     return [line]
-
-
-def _contents(document: Document) -> list[Text | Image]:
-    """What is said and shown, without chat marks and the roles and line ends that stand beside them."""
-    found: list[Text | Image] = []
-    before: Mark | Text | Image | None = None
-    for segment in document.segments:
-        if not isinstance(segment, Mark) and not isinstance(before, Mark):
-            found.append(segment)
-        before = segment
-    return found
 
 
 def self_test(
