@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from nextflow_ar.data.check import CheckReport
     from nextflow_ar.data.sources import Source
     from nextflow_ar.data.video import VideoConfig
     from nextflow_ar.data.workers import Extraction
@@ -104,11 +105,29 @@ def check(
     Exit status 1 if any is.
     """
     from nextflow_ar.config import ConfigError
+    from nextflow_ar.data.code_shards import is_extraction
+    from nextflow_ar.data.sources import SourceError, open_source
+
+    codes = is_extraction(Path(place))
+    if codes and (scales is not None or headers or video):
+        raise ConfigError(f"{place} holds codes: --scales, --headers and --video are for pictures")
+    source = Path(place) if codes else open_source(place, _video(video))
+    report = _checked(source, model, scales, most, headers=headers, dialogue=dialogue)
+    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())
+    if not report.rows and not report.problems:
+        raise SourceError(f"{place}: no rows")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _checked(
+    source: Source | Path, model: str, scales: int | None, most: int | None, *, headers: bool, dialogue: bool
+) -> CheckReport:
+    """What is wrong with a source's rows, or with the codes in a folder."""
     from nextflow_ar.data.check import check_rows
     from nextflow_ar.data.check_codes import check_codes
-    from nextflow_ar.data.code_shards import is_extraction
     from nextflow_ar.data.extraction import rows_there
-    from nextflow_ar.data.sources import SourceError, open_source
+    from nextflow_ar.data.sources import SourceError
     from nextflow_ar.generation.pipeline import resolve_model
     from nextflow_ar.model.checkpoint import load_architecture
     from nextflow_ar.sequence.vocab import Vocabulary
@@ -116,15 +135,11 @@ def check(
     from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer, tokenizer_config
     from nextflow_ar.training.runs import progress_bar
 
-    codes = is_extraction(Path(place))
-    if codes and (scales is not None or headers or video):
-        raise ConfigError(f"{place} holds codes: --scales, --headers and --video are for pictures")
-    source = None if codes else open_source(place, _video(video))
-    if source is not None:
-        _tell_clips(source)
     total = 0
     with suppress(SourceError, StorageError):  # a stream; a damaged shard, which the report names
-        total = (rows_there(Path(place)) or 0) if source is None else source.count()
+        total = (rows_there(source) or 0) if isinstance(source, Path) else source.count()
+    if not isinstance(source, Path):
+        _tell_clips(source)
     folder = resolve_model(model)
     config, tokenizer = load_architecture(folder)
     vocab = Vocabulary(tokenizer, config.text_vocab, config.codes)
@@ -136,19 +151,12 @@ def check(
             "context_images": config.context_images,
             "progress": lambda rows: update(rows, ""),
         }
-        if source is None:
+        if isinstance(source, Path):
             own = ImageTokenizer.from_pretrained(folder / "image_tokenizer").fingerprint()
-            report = check_codes(
-                Path(place), fingerprint=own, codes=config.codes, max_scales=config.max_scales, **same
-            )
-        else:
-            level = scales or tokenizer_config(folder).num_scales
-            report = check_rows(source, num_scales=level, deep=not headers, **same)
-    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())
-    if not report.rows and not report.problems:
-        raise SourceError(f"{place}: no rows")
-    if report.problems:
-        raise typer.Exit(1)
+            known = {"fingerprint": own, "codes": config.codes, "max_scales": config.max_scales}
+            return check_codes(source, **known, **same)
+        level = scales or tokenizer_config(folder).num_scales
+        return check_rows(source, num_scales=level, deep=not headers, **same)
 
 
 @data_app.command()

@@ -66,22 +66,14 @@ def check_codes(
         except StorageError as error:
             report.problems.append(str(error))
             continue
-        astray, span = 0, _span(path, shard, config)
-        for number, record in enumerate(records):
+        astray = 0
+        for record, wrong in zip(records, _wrong(shard, records, config, codes), strict=True):
             report.rows += 1
             progress(report.rows)
-            wrong = list(_faults(record, config.num_scales, codes))
-            if not wrong and not (span[0] <= record["row"] < span[1]):
-                wrong.append("it is none of this shard's")
-            if not wrong and number and records[number - 1]["row"] == record["row"]:
-                wrong.append("it is there twice")
-            told = [
-                f"{path}: row {record.get('row')}: {one}: remove the shard and extract again" for one in wrong
-            ]
-            if not told:
-                told = _measure(record, path, most_tokens, count_text, dialogue, context_images, report)
+            if not wrong:
+                wrong = _measure(record, path, most_tokens, count_text, dialogue, context_images, report)
                 astray += sum(not schedule.canonical for schedule in _schedules(record))
-            report.problems += told
+            report.problems += wrong
         if astray:
             report.warnings.append(
                 f"{path}: {astray} pictures on schedules that inference has not: extract again makes it anew"
@@ -90,11 +82,27 @@ def check_codes(
     return report
 
 
-def _span(path: Path, shard: CodeShard, config: ExtractionConfig) -> tuple[int, int]:
+def _wrong(
+    shard: CodeShard, records: list[dict[str, Any]], config: ExtractionConfig, codes: int
+) -> Iterator[list[str]]:
+    """Of every record of a shard, a line for each thing that is wrong with it."""
+    first, stop = _span(shard, config)
+    before = None
+    for record in records:
+        found, row = list(_faults(record, config.num_scales, codes)), record.get("row")
+        if not found and not first <= record["row"] < stop:
+            found = ["it is none of this shard's"]
+        if not found and row == before:
+            found = ["it is there twice"]
+        before = row
+        yield [f"{shard.path}: row {row}: {one}: remove the shard and extract again" for one in found]
+
+
+def _span(shard: CodeShard, config: ExtractionConfig) -> tuple[int, int]:
     """First of the rows that a shard is of, and the one behind its last."""
-    if not path.stem.isdigit():
+    if not shard.path.stem.isdigit():
         return 0, sys.maxsize
-    first = int(path.stem) * config.rows
+    first = int(shard.path.stem) * config.rows
     return first, first + (config.rows if shard.read is None else shard.read)
 
 

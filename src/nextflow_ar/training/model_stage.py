@@ -119,8 +119,6 @@ class ModelTrainer:
         )  # fmt: skip
         averaged = recipe.ema > 0 or recipe.lora is not None  # else they would be the weights once more
         self.averages = start_averages(self.parameters) if averaged else {}
-        replays = (*self.scenes.values(), *self.episodes.sources.values())
-        self.trainable.rows.update(new_rows(recipe, self.image_tokenizer, self.vocab, replays))
         self.optimizer = self._optimizer()
         self.speed = Speedometer(None, self.world.size)
         self.step = self.documents = self.tokens = 0
@@ -187,6 +185,8 @@ class ModelTrainer:
 
     def _optimizer(self) -> StageOptimizer | ShardedOptimizer:
         rates, rows = self.recipe.optimizer, self.trainable.rows
+        replays = (*self.scenes.values(), *self.episodes.sources.values())
+        rows.update(new_rows(self.recipe, self.image_tokenizer, self.vocab, replays))
         if self.shards is None:
             return StageOptimizer(self.parameters.items(), rates, rows)
         return self.shards.optimizer(self.parameters, rates, rows)

@@ -243,6 +243,20 @@ class ModelRecipe:
         widths += [math.ceil(p.budget / 64) for p in packings if p.mode == "pad"]
         return (8 + sum(widths)) * (1 if self.distillation is None else 2)
 
+    def _check_lora(self) -> None:
+        """Raises ConfigError where adapters and the keys about them do not go together."""
+        if (self.trains == "lora") != (self.lora is not None):
+            raise ConfigError(
+                "trains: lora goes with the key lora (rank, alpha, targets, modules_to_save), only with it"
+            )
+        shards = any(isinstance(source, ShardSource) for source in self.sources)
+        if self.lora is not None and self.lora.modules_to_save and self.lora.rows == "new" and not shards:
+            raise ConfigError(
+                "lora.rows: new are those of words in shards, and no source has any: set rows: all"
+            )
+        if self.optimizer.adapter_lr is not None and self.lora is None:
+            raise ConfigError("optimizer.adapter_lr goes with trains: lora")
+
     def check(self, processes: int = 1) -> None:
         """Raises ConfigError, one line, for a senseless value, and where parts do not go together."""
         within("at least 1", steps=self.steps, text_entries=self.text_entries, accumulate=self.accumulate)
@@ -259,17 +273,7 @@ class ModelRecipe:
             raise ConfigError(
                 f"text_entries {self.text_entries} do not fit into the model's text_vocab {self.model.text_vocab}"
             )
-        if (self.trains == "lora") != (self.lora is not None):
-            raise ConfigError(
-                "trains: lora goes with the key lora (rank, alpha, targets, modules_to_save), only with it"
-            )
-        shards = any(isinstance(source, ShardSource) for source in self.sources)
-        if self.lora is not None and self.lora.modules_to_save and self.lora.rows == "new" and not shards:
-            raise ConfigError(
-                "lora.rows: new are those of words in shards, and no source has any: set rows: all"
-            )
-        if self.optimizer.adapter_lr is not None and self.lora is None:
-            raise ConfigError("optimizer.adapter_lr goes with trains: lora")
+        self._check_lora()
         if (self.trains == "alignment_two_steps") != (0 < self.connector_steps < self.steps):
             raise ConfigError(
                 "connector_steps, above 0 and below steps, goes with trains: alignment_two_steps"
