@@ -49,7 +49,7 @@ def main():
     values = load_yaml(path)
     whole = values["sources"][1] | {"rows": given.rows, "length": given.length}
     values["sources"] = [whole]
-    stage = read_stage(values, str(path))
+    stage = read_stage(values, str(path), cuda=torch.cuda.is_available())
     stage = dataclasses.replace(stage, averaged=False)
     plan = measured_plan(stage)
     model = NextFlowModel(stage.model)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,14 +28,14 @@ from nextflow_ar.model.checkpoint import load_bundle, load_generation, save_bund
 from nextflow_ar.model.costs import Counts
 from nextflow_ar.model.flops import batch_flops, batch_pairs, passed_flops, sample_flops
 from nextflow_ar.scales import ScaleSchedule
-from nextflow_ar.sequence.batch import collate, pack
+from nextflow_ar.sequence.batch import Batch, collate, pack
 from nextflow_ar.sequence.dialogue import turns
 from nextflow_ar.sequence.layout import IGNORED, build, scale_block
 from nextflow_ar.sequence.vocab import TURN_END, TURN_START, train_text_tokenizer
 from nextflow_ar.storage import StorageError, pack_weights, read_weights
 from nextflow_ar.training import runs
 from nextflow_ar.training.adapters import weights_print
-from nextflow_ar.training.meters import Speedometer, measured_peak
+from nextflow_ar.training.meters import Speedometer, measured_peak, peak_of
 from nextflow_ar.training.model_stage import ModelRecipe, ModelTrainer
 from nextflow_ar.training.parallel import World
 from nextflow_ar.training.plan import useful_flops
@@ -47,6 +48,7 @@ from nextflow_ar.training.selftest import (
     check_guidance,
     check_lengths,
     check_manner,
+    check_size,
     self_test,
 )
 from nextflow_ar.types import Codes, Document, Image, Mark, Text
@@ -821,7 +823,7 @@ def test_a_context_too_short_is_told_before_any_step(make: Make) -> None:
         make(start=None, model=to_dict(replace(TINY_MODEL, max_positions=16))).self_test()
     trainer = make()
     documents = [Document((Text("hello"),)), Document((Text("hello " * 50),))]
-    room = Room(trainer.vocab, trainer.layout, 40)
+    room = Room(trainer.vocab, trainer.layout, 40, trainer.image_tokenizer.config)
     (line,) = check_lengths(documents, [], room)
     assert line.startswith(
         "1 of the first 2 documents are longer than the model's context, 40 tokens (the longest "
@@ -829,6 +831,76 @@ def test_a_context_too_short_is_told_before_any_step(make: Make) -> None:
     assert check_lengths(documents[:1], [], room) == check_lengths([], [], room) == []
     short = ShardSource("shards", 1, (ShardFolder(Path("a")),), Packing("length", 40))
     assert check_lengths(documents, [short], room) == []  # no row of it holds the longer one
+
+
+def test_a_size_that_no_picture_has_is_told_before_any_step(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        make().self_test()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"self-test: the model draws 40x40 where no size is asked, none of the first \d+ drawings has it "
+        r"\(mostly 32x32, 48x24\): set generation: \{size: 32x32\}",
+        line,
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make("set", generation={"size": "48x24"}).self_test()
+    assert not caplog.records
+    trainer = make("look")
+    written = [Document((Text("hello", supervised=True),))]  # draws nothing
+    assert check_size(written, {}, trainer.image_tokenizer.config) == []
+
+
+def test_turns_without_marks_are_told() -> None:
+    turns = [
+        Text("what is 2?"),
+        Text("a number", supervised=True),
+        Text("and 3?"),
+        Text("so, too", supervised=True),
+    ]
+    (*_, line) = check_data([Document(tuple(turns)), Document(tuple(turns[:2]))])
+    assert line == (
+        "1 of the first 2 documents go on asking behind an answer, without a mark between the turns: set the folder's "
+        "dialogue: true"
+    )
+    marked = [Document((Mark(TURN_START), *turns, Mark(TURN_END)))]
+    for told in (
+        check_data(marked),
+        check_data([Document(tuple(turns[:2]))]),
+        check_data(marked, dialogue=True),
+    ):
+        assert not any("go on asking" in one for one in told)
+
+
+def test_what_a_step_never_used_moves_on_one_process_as_on_several(make: Make, place: Path) -> None:
+    """Rows of text alone leave the connector without a gradient: its moments and decay move it still."""
+    trainer = make(**EXACT, optimizer=OPTIMIZER | {"muon_lr": 0.0, "weight_decay": 0.5, "warmup": 0})
+    name = next(n for n, p in trainer.parameters.items() if n.startswith("scale_inputs") and p.dim() == 2)
+    trainer.advance()
+    before = trainer.parameters[name].detach().clone()
+    (part,) = trainer._parts()
+    text = replace(part, batch=one_text(trainer))
+    trainer._parts = lambda: [text]  # type: ignore[method-assign]
+    trainer.advance()
+    assert not torch.equal(trainer.parameters[name], before)
+    grads = trainer.parameters[name].grad
+    assert grads is None or not grads.any()
+
+
+def one_text(trainer: ModelTrainer) -> Batch:
+    """A batch of a document without a picture."""
+    return collate([build(Document((Text("hello", supervised=True),)), trainer.vocab, trainer.layout)])
+
+
+def test_the_peak_is_measured_in_what_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: asked.append(a.dtype))
+    for products, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        asked.clear()
+        assert peak_of("measured", torch.device("cpu"), products) and set(asked) == {dtype}
+    assert peak_of(3.0, torch.device("cpu")) == 3.0 and peak_of(None, torch.device("cpu")) is None
 
 
 def test_defaults_of_sampling_can_be_set(make: Make) -> None:
@@ -839,7 +911,7 @@ def test_defaults_of_sampling_can_be_set(make: Make) -> None:
 def test_a_mismatch_stops_the_run_before_any_step(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make()
+    trainer = make(generation={"size": "32x32"})
     with caplog.at_level(logging.WARNING):
         trainer.self_test()
     assert not caplog.records  # this mixture teaches both

@@ -43,6 +43,21 @@ def test_a_word_is_new_where_its_share_is_much_larger() -> None:
     assert more_often(Counter({2: 1, 1: 1}), Counter()) == [1, 2]
 
 
+def test_without_tables_nothing_is_counted(
+    make: Make,  # noqa: F811
+    sources: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the shards' texts were read")
+
+    monkeypatch.setattr(new_words.CodeShards, "texts", never)
+    trainer = make(
+        "a", trains="lora", lora={"rank": 2, "modules_to_save": [], "rows": "new"}, sources=sources
+    )
+    assert trainer.trainable.rows == {}
+
+
 def test_rows_of_other_words_stay_bit_for_bit(
     make: Make,  # noqa: F811
     place: Path,  # noqa: F811

@@ -28,7 +28,7 @@ from nextflow_ar.training.plan_stage import Stage, documents_of, read_stage, tra
 from nextflow_ar.training.recipe import ModelRecipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
-MACHINE = Gpu("toy", 1e12, 2.0**30, 1e9, 1e9, 1e8, 2, "made up")
+MACHINE = Gpu("toy", 1e12, 1e11, 2.0**30, 1e9, 1e9, 1e8, 2, "made up")
 TINY = {
     "kind": "model", "ema": 0.9, "trains": "everything",
     "optimizer": {"lr": 1.0, "muon_lr": 0.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9, "warmup": 1,
@@ -224,6 +224,53 @@ def test_a_recipe_without_a_plan_is_its_rows() -> None:
             read_stage(values | {"steps": steps}, "rows")
 
 
+def test_sources_of_one_width_are_one_step_where_they_are_computed_together() -> None:
+    packing = {"mode": "length", "budget": 30, "open_rows": 4}
+    sources = [
+        {"rows": 8, "length": 30},
+        {"kind": "episodes", "rows": 4, "packing": packing},
+        {"kind": "episodes", "rows": 2, "packing": packing},
+        {"kind": "episodes", "rows": 2, "packing": packing | {"budget": 20}},
+    ]
+    values = {k: v for k, v in TINY.items() if k not in ("plan", "sharding")} | {
+        "sources": sources,
+        "steps": 5,
+    }
+    stage = read_stage(values, "rows")
+    assert stage.micro_steps == 3 and stage.largest == Counts(240, 7200, 240)
+    sources[0]["rows"] = 2
+    stage = read_stage(values, "rows")
+    assert stage.largest == Counts(180, 5400, 180)  # two sources of episodes
+    for change in ({"together": False}, {"sharding": TINY["sharding"]}, {"accumulate": 2}):
+        assert read_stage(values | change, "rows").largest != stage.largest
+    apart = read_stage(values, "rows", cuda=False)
+    assert apart.micro_steps == 4 and apart.largest == Counts(120, 3600, 120) and apart.apart is None
+    assert read_stage(values | {"together": True}, "rows", cuda=False).largest == stage.largest
+    helps = {knob.name: knob for knob in make_plan(stage, replace(MACHINE, memory=1e3), 1, 0.5).knobs}
+    assert helps["together: false"].memory == memory(apart.on(1), 1).total
+    assert helps["half the rows, accumulate twice"].memory < helps["together: false"].memory
+    odd = make_plan(stage, replace(MACHINE, memory=1e3), 2, 0.5)  # one row of a source at a time
+    assert "half the rows, accumulate twice" not in {knob.name for knob in odd.knobs}
+
+
+def test_products_in_fp32_take_longer_and_keep_more(capsys: pytest.CaptureFixture[str]) -> None:
+    for change in ("sharding.params=float32", "sharding=null"):
+        half = tiny(change.replace("float32", "bfloat16"))
+        full = tiny(change, "precision=float32") if "null" in change else tiny(change)
+        assert times(full, MACHINE, 1, 0.5).products == pytest.approx(
+            10 * times(half, MACHINE, 1, 0.5).products
+        )
+        # norms in and out, queries and the like, the feed-forward part: all 4 bytes; 12 of 4 at the edges
+        assert memory(full, 1).activations == 8 * (3 * (2 * 8 * 4 + 4 * (2 * 4 + 4) + 4 * 4 * 8) + 48)
+        assert memory(full, 1).logits - 4 * 40 == 2 * (memory(half, 1).logits - 4 * 40)
+        plan = make_plan(full, MACHINE, 1, 0.5)
+        assert (plan.gpu.flops, plan.gpu.products) == (1e11, "fp32")
+    assert memory(tiny("sharding=null", "precision=float32"), 1).gathered == 0  # no copies in bf16
+    recipe = str(RECIPES / "7b_pretrain_256.yaml")
+    assert run(["plan", recipe, "--gpus", "64", "--set", "sharding.params=float32"]) == 0
+    assert "64 x h100, 67 TFLOP/s fp32" in capsys.readouterr().out
+
+
 def test_what_helps_where_it_does_not_fit() -> None:
     stage = tiny()
     small = replace(MACHINE, memory=5000.0)
@@ -237,6 +284,14 @@ def test_what_helps_where_it_does_not_fit() -> None:
     assert helps["8 GPUs"].memory == memory(stage, 8).total
     assert helps["ema: 0 (no moving average)"].memory == memory(tiny("ema=0"), 4).total
     assert helps["half the rows, accumulate twice"].slower >= 1
+    rows = {k: v for k, v in TINY["plan"].items() if k != "micro_steps"}  # type: ignore[attr-defined]
+    dealt = read_stage(TINY | {"plan": rows, "sources": [{"rows": 16}]}, "rows")
+    helps = {knob.name: knob for knob in make_plan(dealt, small, 4, 0.5).knobs}
+    # a GPU has one row at a time already; on twice as many it has half as many of them
+    assert "half the rows, accumulate twice" not in helps and "rows half as long, twice as many" in helps
+    ratio = make_plan(dealt, small, 8, 0.5).times.step / make_plan(dealt, small, 4, 0.5).times.step
+    assert helps["8 GPUs"].slower == pytest.approx(ratio) and ratio < 0.6
+    assert "32 GPUs" not in {knob.name for knob in make_plan(dealt, small, 16, 0.5).knobs}
     assert all(knob.memory < now for knob in found.knobs)
     alone = make_plan(tiny("sharding=null"), small, 4, 0.5)
     assert "sharding (docs/parallel.md)" in {knob.name for knob in alone.knobs}

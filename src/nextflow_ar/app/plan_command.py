@@ -31,6 +31,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Tokens, FLOPs, memory per GPU and days of a training stage before it runs, and what helps where it does not fit."""
+    import torch
+
     from nextflow_ar.config import ConfigError, from_dict, load_yaml, override
     from nextflow_ar.training.hardware import GPUS
     from nextflow_ar.training.plan import make_plan, measured_plan, read_stage
@@ -44,7 +46,7 @@ def plan(
     values = override(load_yaml(recipe), changes or [])
     if values.get("kind") == "model":  # read_stage looks at single keys: a misspelt one would change nothing
         from_dict(ModelRecipe, values, str(recipe))
-    stage = read_stage(values, str(recipe))
+    stage = read_stage(values, str(recipe), cuda=not here or torch.cuda.is_available())
     found = measured_plan(stage) if here else make_plan(stage, GPUS[gpu], gpus, efficiency)
     typer.echo(json.dumps(as_dict(found)) if as_json else table(found))
 
@@ -78,7 +80,7 @@ def table(plan: Plan) -> str:
         f"parameters   {p.total:,} ({size}); trained {plan.trained:,}",
         f"tokens       {plan.tokens:.4g}{paper} in {plan.steps:,.0f} steps",
         f"FLOPs        {plan.flops:.4g}, {plan.flops / plan.tokens:.3g} a token",
-        f"machine      {plan.gpus} x {plan.gpu.name}, {peak / 1e12:.4g} TFLOP/s bf16, products at "
+        f"machine      {plan.gpus} x {plan.gpu.name}, {peak / 1e12:.4g} TFLOP/s {plan.gpu.products}, products at "
         f"{plan.efficiency:.2f} of it ({plan.gpu.source})",
         "memory       " + ", ".join(f"{k} {v / _GIB:.2f}" for k, v in asdict(m).items()),
         f"             in all {m.total / _GIB:.1f} of {plan.gpu.memory / _GIB:.0f} GiB: "

@@ -171,12 +171,13 @@ def parameters(config: ModelConfig) -> Parameters:
     )
 
 
-def saved_bytes(config: ModelConfig) -> int:
-    """Bytes that one layer keeps of one place for its backward, in bf16 with a fused attention.
+def saved_bytes(config: ModelConfig, size: int = 2) -> int:
+    """Bytes that one layer keeps of one place for its backward, with a fused attention; ``size``: of a number in what
+    products are computed in, bf16 by default.
 
     Both norms' inputs in fp32 and outputs, queries, keys, values and the attention's result, and of the feed-forward part
     gate, up, silu(gate) and their product.
     """
     keys = 2 * config.kv_heads * (config.hidden // config.heads)
-    norms = 2 * (4 + 2) * config.hidden
-    return norms + 2 * (2 * config.hidden + keys) + 2 * 4 * config.intermediate
+    norms = 2 * (4 + size) * config.hidden
+    return norms + size * (2 * config.hidden + keys) + size * 4 * config.intermediate

@@ -5,31 +5,38 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nextflow_ar.config import ModelConfig
 from nextflow_ar.model.attention import attend, mask_of_rows
-from nextflow_ar.precision import best_dtype
+from nextflow_ar.precision import Precision, chosen_dtype, precision_name
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``flops``: dense bf16 products per second. ``memory``: bytes that a program can use. ``bandwidth``: of its memory,
+    """``flops``: dense products per second in bf16 (or what ``products`` says), ``single``: in fp32 (without TF32, as torch
+    has it by default). ``memory``: bytes that a program can use. ``bandwidth``: of its memory,
     bytes per second. ``link``: to the others of its node, one way. ``network``: to other nodes, per GPU, one way.
     ``node``: GPUs of a node. ``source``: where the figures are from.
     """
 
     name: str
     flops: float
+    single: float
     memory: float
     bandwidth: float
     link: float
     network: float
     node: int
     source: str
+    products: str = "bf16"
+
+    def of(self, size: int) -> Gpu:
+        """The same for products of numbers of ``size`` bytes."""
+        return self if size == 2 else replace(self, flops=self.single, products="fp32")
 
 
 _GIB = 2.0**30
@@ -37,16 +44,21 @@ _GIB = 2.0**30
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 312e12, 79 * _GIB, 2.039e12, 300e9, 25e9, 8,
-            "A100 80GB SXM data sheet: 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100: 200 Gb/s per GPU"),
-        Gpu("h100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9, 8,
-            "H100 SXM data sheet: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100: 400 Gb/s per GPU"),
-        Gpu("h200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9, 8,
-            "H200 SXM data sheet: 1,979 TFLOPS sparse, 141 GB, 4.8 TB/s, NVLink 900 GB/s both ways; 400 Gb/s per GPU"),
-        Gpu("b200", 2250e12, 178 * _GIB, 8.0e12, 900e9, 50e9, 8,
-            "DGX B200 data sheet: 36 PFLOPS sparse bf16 and 1,440 GB by 8, 8 TB/s, NVLink 1.8 TB/s both ways; 400 Gb/s"),
-        Gpu("l40s", 362e12, 44 * _GIB, 0.864e12, 32e9, 25e9, 8,
-            "L40S data sheet: 733 TFLOPS sparse, 48 GB, 864 GB/s, PCIe 4 x16; network 200 Gb/s per GPU assumed"),
+        Gpu("a100", 312e12, 19.5e12, 79 * _GIB, 2.039e12, 300e9, 25e9, 8,
+            "A100 80GB SXM data sheet: 312 TFLOPS, fp32 19.5, 2,039 GB/s, "
+            "NVLink 600 GB/s both ways; DGX A100: 200 Gb/s per GPU"),
+        Gpu("h100", 989e12, 67e12, 79 * _GIB, 3.35e12, 450e9, 50e9, 8,
+            "H100 SXM data sheet: 1,979 TFLOPS sparse, fp32 67, 3.35 TB/s, "
+            "NVLink 900 GB/s both ways; DGX H100: 400 Gb/s per GPU"),
+        Gpu("h200", 989e12, 67e12, 139 * _GIB, 4.8e12, 450e9, 50e9, 8,
+            "H200 SXM data sheet: 1,979 TFLOPS sparse, fp32 67, 141 GB, 4.8 TB/s, "
+            "NVLink 900 GB/s both ways; 400 Gb/s per GPU"),
+        Gpu("b200", 2250e12, 75e12, 178 * _GIB, 8.0e12, 900e9, 50e9, 8,
+            "DGX B200 data sheet: 36 PFLOPS sparse bf16, fp32 75 a GPU (HGX) and 1,440 GB by 8, "
+            "8 TB/s, NVLink 1.8 TB/s both ways; 400 Gb/s"),
+        Gpu("l40s", 362e12, 91.6e12, 44 * _GIB, 0.864e12, 32e9, 25e9, 8,
+            "L40S data sheet: 733 TFLOPS sparse, fp32 91.6, 48 GB, 864 GB/s, "
+            "PCIe 4 x16; network 200 Gb/s per GPU assumed"),
     )
 }  # fmt: skip
 """Dense figures: half of what the data sheets give with sparsity."""
@@ -73,20 +85,19 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _normal(*shape: int) -> Tensor:
+def _normal(*shape: int, products: Precision = "auto") -> Tensor:
     device = _device()
-    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device).to(
-        best_dtype(device)
-    )
+    drawn = torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device)
+    return drawn.to(chosen_dtype(device, products))
 
 
-def measure_machine(size: int = 2048) -> Gpu:
-    """The machine at hand as a row of the table: products of ``size`` squared in the precision that it trains in, and
+def measure_machine(size: int = 2048, products: Precision = "auto") -> Gpu:
+    """The machine at hand as a row of the table: products of ``size`` squared in the precision that is trained in, and
     elementwise work as a layer has it (the gated product of the feed-forward part), bytes read and written per second.
     """
-    a, b = _normal(size, size), _normal(size, size)
+    a, b = (_normal(size, size, products=products) for _ in range(2))
     flops = 2 * size**3 / seconds_of(lambda: a @ b)
-    x, y = _normal(4096, 704), _normal(4096, 704)
+    x, y = (_normal(4096, 704, products=products) for _ in range(2))
     out = torch.empty_like(x)
     # silu reads and writes once, the product reads two and writes one
     bandwidth = 5 * x.nbytes / seconds_of(lambda: torch.mul(torch.nn.functional.silu(x), y, out=out), 10)
@@ -94,15 +105,17 @@ def measure_machine(size: int = 2048) -> Gpu:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return Gpu("this", flops, memory, bandwidth, bandwidth, bandwidth, 1, "measured on this machine")
+    name, source = precision_name(_device(), products), "measured on this machine"
+    return Gpu("this", flops, flops, memory, bandwidth, bandwidth, bandwidth, 1, source, name)
 
 
-def product_flops(config: ModelConfig, tokens: int) -> float:
+def product_flops(config: ModelConfig, tokens: int, products: Precision = "auto") -> float:
     """Products per second in a layer of this shape over ``tokens`` places, forward and backward, measured."""
     hidden, wide = config.hidden, config.intermediate
     work, seconds = 0.0, 0.0
     for many, rows, columns in ((2, hidden, hidden), (3, hidden, wide)):
-        x, weight, slope = _normal(tokens, rows), _normal(columns, rows), _normal(tokens, columns)
+        shapes = (tokens, rows), (columns, rows), (tokens, columns)
+        x, weight, slope = (_normal(*shape, products=products) for shape in shapes)
 
         def passes(x: Tensor = x, weight: Tensor = weight, slope: Tensor = slope) -> None:
             _ = x @ weight.T, slope @ weight, slope.T @ x
@@ -129,12 +142,13 @@ def muon_rate(config: ModelConfig) -> float:
     return work / seconds
 
 
-def attention_flops(config: ModelConfig, rows: int, length: int) -> float:
+def attention_flops(config: ModelConfig, rows: int, length: int, products: Precision = "auto") -> float:
     """Products per second of masked attention as training runs it, forward and backward, over whole (length, length)
     squares, measured.
     """
     head = config.hidden // config.heads
-    q, k, v = (_normal(rows, config.heads, length, head).requires_grad_() for _ in range(3))
+    shape = rows, config.heads, length, head
+    q, k, v = (_normal(*shape, products=products).requires_grad_() for _ in range(3))
     causal = torch.ones(rows, 1, length, length, dtype=torch.bool, device=q.device).tril()
     mask = mask_of_rows(causal, q, torch.zeros(rows, length, dtype=torch.long))
     layer = torch.nn.Identity()

@@ -17,7 +17,7 @@ from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.vocab import train_text_tokenizer
 from nextflow_ar.storage import write_folder
-from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer, canvas_schedule
 from nextflow_ar.training.episode_sources import Draft
 from nextflow_ar.training.recipe import ModelRecipe
 
@@ -59,8 +59,7 @@ def taught_defaults(
     found = dict(generation)
     if "canvases" not in recipe.generation:
         known = found.get("canvases", [])
-        square = ScaleSchedule.square(tokenizer.num_scales).image_size(tokenizer.downsample)
-        default = canvas_size(found["size"]) if found.get("size") else square
+        default = default_canvas(found, tokenizer).image_size(tokenizer.downsample)
         new = _taught_canvases(recipe, loaders, default) - set(known)
         if new:
             found["canvases"] = [*known, *sorted(new, key=lambda name: (*_area(name), name))]
@@ -68,6 +67,13 @@ def taught_defaults(
     if len(ways) == 1 and "fit" not in recipe.generation and ways != {found.get("fit", "crop")}:
         (found["fit"],) = ways
     return found
+
+
+def default_canvas(generation: Mapping[str, Any], tokenizer: ImageTokenizerConfig) -> ScaleSchedule:
+    """Schedule of what a model with these sampling defaults draws where nobody says a size."""
+    if not generation.get("size"):
+        return ScaleSchedule.square(tokenizer.num_scales)
+    return canvas_schedule(tokenizer, *canvas_size(generation["size"]))
 
 
 def _taught_canvases(

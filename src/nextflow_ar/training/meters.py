@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextflow_ar.config import ConfigError
 from nextflow_ar.model.nextflow import LossReport
-from nextflow_ar.precision import best_dtype
+from nextflow_ar.precision import Precision, best_dtype, chosen_dtype
 from nextflow_ar.sequence.batch import Batch
 from nextflow_ar.sequence.layout import IGNORED
 
@@ -122,10 +122,12 @@ class Speedometer:
         return out
 
 
-def measured_peak(device: torch.device, seconds: float = 0.5) -> float:
-    """TFLOP/s of products on this device, as it trains, the best of repeated runs for about ``seconds``."""
+def measured_peak(device: torch.device, seconds: float = 0.5, dtype: torch.dtype | None = None) -> float:
+    """TFLOP/s of products on this device in ``dtype`` (None: :func:`best_dtype`), the best of repeated runs for about
+    ``seconds``.
+    """
     side = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(side, side, dtype=best_dtype(device), device=device)
+    a = torch.ones(side, side, dtype=dtype or best_dtype(device), device=device)
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds:
         begun = time.perf_counter()
@@ -136,9 +138,11 @@ def measured_peak(device: torch.device, seconds: float = 0.5) -> float:
     return 2 * side**3 / best / 1e12
 
 
-def peak_of(asked: float | Literal["measured"] | None, device: torch.device) -> float | None:
-    """The recipe's ``peak`` in TFLOP/s."""
-    return measured_peak(device) if asked == "measured" else asked
+def peak_of(
+    asked: float | Literal["measured"] | None, device: torch.device, products: Precision = "auto"
+) -> float | None:
+    """The recipe's ``peak`` in TFLOP/s; what is measured is what ``products`` are computed in."""
+    return measured_peak(device, dtype=chosen_dtype(device, products)) if asked == "measured" else asked
 
 
 class Board:

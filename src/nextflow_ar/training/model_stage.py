@@ -426,7 +426,8 @@ class ModelTrainer:
                 selftest.self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
             except selftest.SelfTestError as error:
                 trouble = str(error)
-            room = selftest.Room(self.vocab, self.layout, self.config.max_positions)
+            most, pictures = self.config.max_positions, self.image_tokenizer.config
+            room = selftest.Room(self.vocab, self.layout, most, pictures)
             ahead, loaders = self.documents_ahead(), self.loaders.values()
             selftest.check_material(ahead, self.recipe.sources, loaders, self.generation, room)
         if trouble := self.world.gather(trouble)[0]:
@@ -446,7 +447,7 @@ class ModelTrainer:
             self.self_test()
             if first:
                 recipe.optimizer.warn(self.pace.steps)
-        self.speed = Speedometer(peak_of(recipe.peak, self.device), self.world.size)
+        self.speed = Speedometer(peak_of(recipe.peak, self.device, recipe.products), self.world.size)
         board = Board(recipe.out, self.step + 1) if recipe.tensorboard and first else None
         save, sheet = Every(recipe.save_seconds), Every(recipe.sheet_seconds)
         name = f"transformer ({precision_name(self.device, recipe.products)})"

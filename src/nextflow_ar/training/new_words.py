@@ -46,11 +46,11 @@ def new_rows(
 ) -> dict[str, Tensor]:
     """Name of every table of ``lora.modules_to_save`` -> the rows of it that train, where ``lora.rows`` is "new": tokens
     that are :data:`TIMES` as large a share of the texts in the recipe's shards as of ``replayed`` ones, and all codes in
-    the head. Empty otherwise. The same at every start of a run.
+    the head. Empty otherwise, and where no table trains. The same at every start of a run.
 
     Raises ConfigError where the shards have no such token, StorageError where they cannot be read.
     """
-    if recipe.lora is None or recipe.lora.rows != "new":
+    if recipe.lora is None or recipe.lora.rows != "new" or not recipe.lora.modules_to_save:
         return {}
     folders = {
         f.folder for source in recipe.sources if isinstance(source, ShardSource) for f in source.folders

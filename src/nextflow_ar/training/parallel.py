@@ -76,13 +76,15 @@ class World:
         return found
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Mean gradient over all processes; one message for all of them. A missing gradient counts as zero."""
-        if self.size == 1:
-            return
+        """Mean gradient over all processes; one message for all of them. A missing gradient becomes zero, of one process
+        alone, too: another one's rows may have had one, and moments and decay move what has a gradient.
+        """
         known = [p for p in parameters if p.requires_grad]
         for p in known:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        if self.size == 1:
+            return
         flat = torch.cat([p.grad.flatten() for p in known if p.grad is not None])
         dist.all_reduce(flat)
         flat /= self.size

@@ -6,12 +6,14 @@ the optimiser at the memory's bandwidth, and the traffic of fully sharded parame
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from nextflow_ar.config import ConfigError
 from nextflow_ar.model.costs import Counts, Parameters, forward_flops, parameters, saved_bytes
 from nextflow_ar.model.flops import Passes, passed_flops
 from nextflow_ar.model.loss import HELD_LOGITS
+from nextflow_ar.precision import Precision
 from nextflow_ar.training.hardware import Gpu, attention_flops, measure_machine, muon_rate, product_flops
 from nextflow_ar.training.plan_stage import (
     Stage,
@@ -139,19 +141,20 @@ def memory(stage: Stage, gpus: int) -> Memory:
     p, config, trains = parameters(stage.model), stage.model, touched(stage)
     row = stage.largest or stage.row_counts
     outside, line = p.total - p.layers, _line(stage, gpus)
-    layer = row.tokens * saved_bytes(config)
+    bytes_ = stage.number_bytes
+    layer = row.tokens * saved_bytes(config, bytes_)
     kept = (
-        2 * row.tokens * config.hidden * config.layers + layer
+        bytes_ * row.tokens * config.hidden * config.layers + layer
         if stage.checkpointing
         else config.layers * layer
     )
-    edges = row.tokens * config.hidden * (2 + 4 + 4)  # embeddings, and the last norm in fp32
-    logits = 2.0 * min(HELD_LOGITS, row.predicted * config.vocab)
+    edges = row.tokens * config.hidden * (bytes_ + 4 + 4)  # embeddings, and the last norm in fp32
+    logits = float(bytes_) * min(HELD_LOGITS, row.predicted * config.vocab)
     logits += 4 * p.head * head_trains(stage)  # its gradient
     if not stage.chunked_head:
-        logits = row.predicted * config.vocab * (2 + 4 + 4)  # bf16 logits, their fp32 copy, its gradient
+        logits = row.predicted * config.vocab * (bytes_ + 4 + 4)  # logits, their fp32 copy, its gradient
     gathered, gradients = 0.0, 4.0 * trains / line
-    if stage.sharding is None and not stage.checkpointing:
+    if stage.sharding is None and not stage.checkpointing and bytes_ == 2:
         gathered = 2.0 * p.layers
     if gpus > 1 and stage.sharding is None:
         gradients *= 2
@@ -219,14 +222,16 @@ def times(
     attention and of Muon's products, where those were measured apart.
     """
     row, micro, config = stage.row_counts, stage.micro_steps, stage.model
-    rate = gpu.flops * efficiency
+    rate = gpu.of(stage.number_bytes).flops * efficiency
     work = executed_flops(stage, row)
     apart = 0.0
     if attention is not None:
         pairs = executed_flops(stage, Counts(0, row.pairs, 0))
         work, apart = work - pairs, pairs / attention
     passes = TRAFFIC + (2 if stage.checkpointing else 0)
-    elementwise = passes * saved_bytes(config) * row.tokens * config.layers / gpu.bandwidth
+    elementwise = (
+        passes * saved_bytes(config, stage.number_bytes) * row.tokens * config.layers / gpu.bandwidth
+    )
     elementwise += SOFTMAX * row.predicted * config.vocab / gpu.bandwidth
     state = 2 * 4 * moments(stage) + UPDATE * trained(stage)
     state += MUON * _muon(stage)
@@ -258,10 +263,28 @@ def _rows_halved(stage: Stage) -> Stage:
     )
 
 
-def _others(stage: Stage, gpus: int) -> list[tuple[str, Stage, int]]:
-    """What may be changed: the change, by the recipe's keys, the stage with it, the number of GPUs."""
-    half, sharding = _rows_halved(stage), stage.sharding
-    tried = [("half the rows, accumulate twice", half, gpus), (f"{2 * gpus} GPUs", stage, 2 * gpus)]
+def _less_at_once(asked: Stage, gpus: int) -> tuple[Stage | None, str]:
+    """The stage with half as much at once, and how to say so in the recipe; None where it cannot be done."""
+    if asked.rows is not None:  # a GPU computes one row at a time already
+        return _rows_halved(asked.on(gpus)), "rows half as long, twice as many"
+    if asked.shared is not None and asked.shared // gpus % 2:
+        return None, ""
+    return _rows_halved((asked.apart or asked).on(gpus)), "half the rows, accumulate twice"
+
+
+def _others(asked: Stage, gpus: int) -> list[tuple[str, Stage, int]]:
+    """What may be changed of the stage that was ``asked`` for: the change, by the recipe's keys, the stage with it on one
+    of the GPUs, their number.
+    """
+    stage, tried = asked.on(gpus), list[tuple[str, Stage, int]]()
+    half, name = _less_at_once(asked, gpus)
+    sharding = stage.sharding
+    if half is not None:
+        tried.append((name, half, gpus))
+    if asked.apart is not None:
+        tried.append(("together: false", asked.apart.on(gpus), gpus))
+    with suppress(ConfigError):  # where the rows do not divide among so many
+        tried.append((f"{2 * gpus} GPUs", asked.on(2 * gpus), 2 * gpus))
     if sharding is None and gpus > 1 and stage.trains != "lora":
         tried.append(("sharding (docs/parallel.md)", replace(stage, sharding=SHARDED), gpus))
     if sharding is not None:
@@ -269,7 +292,8 @@ def _others(stage: Stage, gpus: int) -> list[tuple[str, Stage, int]]:
             each = replace(sharding, reduce_each=True)
             if stage.micro_steps > 1:
                 tried.append(("sharding.reduce_each: true", replace(stage, sharding=each), gpus))
-            tried.append(("half the rows, twice, with reduce_each", replace(half, sharding=each), gpus))
+            if half is not None:
+                tried.append((f"{name}, with reduce_each", replace(half, sharding=each), gpus))
         if not sharding.reshard:
             tried.append(
                 ("sharding.reshard: true", replace(stage, sharding=replace(sharding, reshard=True)), gpus)
@@ -291,12 +315,15 @@ def _others(stage: Stage, gpus: int) -> list[tuple[str, Stage, int]]:
     return tried
 
 
-def knobs(stage: Stage, gpu: Gpu, gpus: int, efficiency: float) -> list[Knob]:
-    """What each change alone that saves memory would do to it and to the time of an update, those that save most first."""
+def knobs(asked: Stage, gpu: Gpu, gpus: int, efficiency: float) -> list[Knob]:
+    """What each change alone that saves memory would do to it and to the time of an update, those that save most first.
+    ``asked``: before :meth:`Stage.on`.
+    """
+    stage = asked.on(gpus)
     now, held = times(stage, gpu, gpus, efficiency).step, memory(stage, gpus).total
     found = [
         Knob(name, memory(s, n).total, times(s, gpu, n, efficiency).step / now)
-        for name, s, n in _others(stage, gpus)
+        for name, s, n in _others(asked, gpus)
     ]
     return sorted((knob for knob in found if knob.memory < held), key=lambda knob: knob.memory)
 
@@ -356,7 +383,7 @@ def make_plan(
     steps = stage.steps or stage.counts.tokens / (stage.row_counts.tokens * stage.micro_steps * gpus)
     other = stage.asked is not None and abs(stage.asked - steps) > max(1, 0.01 * steps)
     return Plan(
-        gpu=gpu,
+        gpu=gpu.of(stage.number_bytes),
         gpus=gpus,
         efficiency=efficiency,
         parameters=parameters(stage.model),
@@ -366,7 +393,7 @@ def make_plan(
         steps=steps,
         memory=memory(stage, gpus),
         times=times(stage, gpu, gpus, efficiency, attention, muon),
-        knobs=knobs(stage, gpu, gpus, efficiency),
+        knobs=knobs(asked, gpu, gpus, efficiency),
         paper_tokens=stage.paper_tokens,
         accumulate=accumulate,
         asked=stage.asked if other else None,
@@ -377,12 +404,15 @@ def measured_plan(stage: Stage) -> Plan:
     """The plan on this machine alone: its peak, its bandwidth, and the rates that products, attention and Muon's
     iterations of the recipe's own shapes reach, all measured now (seconds).
     """
-    stage = stage.on(1)
-    machine, tokens = measure_machine(), int((stage.largest or stage.row_counts).tokens)
-    reached = product_flops(stage.model, min(tokens, 4096))
-    length = max(1, min(1024, round(stage.row_counts.pairs / tokens)))
-    attention = attention_flops(stage.model, max(1, min(16, 4096 // length)), length)
-    muon = muon_rate(stage.model)
+    machine = measure_machine(products=stage.products)
+    products: Precision = "float32" if machine.products == "fp32" else "bfloat16"  # what "auto" is here
+    stage = replace(stage, products=products, apart=stage.apart and replace(stage.apart, products=products))
+    one = stage.on(1)
+    tokens = int((one.largest or one.row_counts).tokens)
+    reached = product_flops(one.model, min(tokens, 4096), products)
+    length = max(1, min(1024, round(one.row_counts.pairs / tokens)))
+    attention = attention_flops(one.model, max(1, min(16, 4096 // length)), length, products)
+    muon = muon_rate(one.model)
     return make_plan(stage, machine, 1, min(1.0, reached / machine.flops), attention, muon)
 
 

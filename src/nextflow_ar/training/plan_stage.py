@@ -20,6 +20,7 @@ from nextflow_ar.model.costs import (
     count,
     parameters,
 )
+from nextflow_ar.precision import Precision
 from nextflow_ar.scales import ScaleSchedule
 from nextflow_ar.training.optim import OptimizerConfig
 from nextflow_ar.training.plan_config import DocumentPlan, PlanConfig
@@ -34,8 +35,9 @@ class Stage:
     all GPUs together, whose number :meth:`on` divides by. ``rows``: of all GPUs in a step, by source, of which micro steps
     are made as small as can be.
     ``steps``: of the recipe, where it does not follow from its documents; ``asked``: of the recipe.
-    ``adapters``: parameters of adapters, ``whole``: the tables that train beside them. ``sharding``: null where every GPU
-    holds all of the model. ``accumulate``: the recipe's.
+    ``apart``: the stage of sources that are not computed together, where they are (``together``). ``products``: what
+    products are asked in. ``adapters``: parameters of adapters, ``whole``: the tables that train beside them.
+    ``sharding``: null where every GPU holds all of the model. ``accumulate``: the recipe's.
     """
 
     model: ModelConfig
@@ -57,6 +59,13 @@ class Stage:
     shared: int | None = None
     rows: tuple[int, ...] | None = None
     accumulate: int = 1
+    products: Precision = "auto"
+    apart: Stage | None = None
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number in what products are computed in, on a GPU."""
+        return 4 if self.products == "float32" else 2
 
     @property
     def alignment(self) -> bool:
@@ -108,10 +117,10 @@ def stage_counts(plan: PlanConfig, context_images: str = "scales") -> Counts:
     return total
 
 
-def read_stage(values: Mapping[str, Any], where: str) -> Stage:
+def read_stage(values: Mapping[str, Any], where: str, *, cuda: bool = True) -> Stage:
     """Stage of a recipe's values. With a group ``plan``, of the documents that it names; without, of the rows of its
-    sources, each taken for one document. Raises ConfigError for a recipe of something else, and for what the trainer
-    refuses in a recipe that has all of its keys.
+    sources, each taken for one document. ``cuda``: on GPUs, where ``together`` is true by default. Raises
+    ConfigError for a recipe of something else, and for what the trainer refuses in a recipe that has all of its keys.
     """
     if values.get("kind") != "model":
         raise ConfigError(f"{where}: plan is for recipes of kind model, got {values.get('kind')!r}")
@@ -148,9 +157,11 @@ def read_stage(values: Mapping[str, Any], where: str) -> Stage:
         adapters=adapters,
         whole=whole,
         accumulate=accumulate,
+        products=values.get("precision", "auto") if sharding is None else sharding.params,
     )
     if plan is None:
-        return _of_sources(stage, values, where)
+        together = cuda if values.get("together") is None else values["together"]
+        return _of_sources(stage, values, where, bool(together) and sharding is None and accumulate == 1)
     counts = stage_counts(plan, model.context_images)
     return replace(
         stage, counts=counts, row_counts=counts.times(plan.row / counts.tokens), paper_tokens=plan.paper_tokens,
@@ -220,8 +231,10 @@ def _length(source: Mapping[str, Any]) -> int:
     return int(packing["budget"])
 
 
-def _of_sources(stage: Stage, values: Mapping[str, Any], where: str) -> Stage:
-    """The stage, its counts those of the sources' rows: every source is a micro step, or ``accumulate`` of them."""
+def _of_sources(stage: Stage, values: Mapping[str, Any], where: str, together: bool) -> Stage:
+    """The stage, its counts those of the sources' rows: every source is a micro step, or ``accumulate`` of them;
+    ``together``: sources of episodes of one width are one.
+    """
     sources, steps, parts = values.get("sources"), values.get("steps"), values.get("accumulate", 1)
     try:
         rows = [(int(source["rows"]), _length(source)) for source in sources or ()]
@@ -235,11 +248,19 @@ def _of_sources(stage: Stage, values: Mapping[str, Any], where: str) -> Stage:
         )
     each = [Counts(n * length, n * length**2, n * length) for n, length in rows]
     whole = sum(each, Counts(0, 0, 0))
+    apart = None
+    if together:
+        joined: dict[tuple[int, int], Counts] = {}
+        for number, (source, (_, length), one) in enumerate(zip(sources or (), rows, each, strict=True)):
+            key = (length, -1) if source.get("kind") == "episodes" else (length, number)
+            joined[key] = joined.get(key, Counts(0, 0, 0)) + one
+        if len(joined) < len(each):
+            apart, each = _of_sources(stage, values, where, together=False), list(joined.values())
     if any(n % parts for n, _ in rows):
         raise ConfigError(f"{where}: the rows do not divide into {parts} parts")
-    micro = len(rows) * parts
+    micro = len(each) * parts
     return replace(
-        stage, counts=whole.times(steps), row_counts=whole.times(1 / micro), steps=steps, micro_steps=micro,
+        stage, apart=apart, counts=whole.times(steps), row_counts=whole.times(1 / micro), steps=steps, micro_steps=micro,
         largest=max(each, key=lambda one: one.tokens).times(1 / parts), shared=gcd(*(n // parts for n, _ in rows)),
     )  # fmt: skip
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nextflow_ar.config import ConfigError
+from nextflow_ar.config import ConfigError, ImageTokenizerConfig
 from nextflow_ar.data.loader import ShardFolder, ShardSource
 from nextflow_ar.data.textures import dead_leaves
 from nextflow_ar.data.transforms import contents, draws, reads
@@ -28,6 +30,7 @@ from nextflow_ar.sequence.blocks import block_mask
 from nextflow_ar.sequence.layout import IGNORED, LayoutOptions, Sample, build, image_prefix, scale_block
 from nextflow_ar.sequence.vocab import BOI, END_OF_TEXT, EOI, TURN_START, Vocabulary
 from nextflow_ar.tokenizer.image_tokenizer import ImageTokenizer
+from nextflow_ar.training.material import default_canvas
 from nextflow_ar.training.recipe import AnySource
 from nextflow_ar.types import Codes, Document, Image, Mark, Text
 
@@ -50,11 +53,12 @@ _PROMPT_ALONE = "{prompt}"
 
 
 class Room(NamedTuple):
-    """How long documents are in tokens, and how long they may be (``most``)."""
+    """How long documents are in tokens, and how long they may be (``most``); ``pictures``: of the image tokenizer."""
 
     vocab: Vocabulary
     layout: LayoutOptions
     most: int
+    pictures: ImageTokenizerConfig
 
 
 class SelfTestError(ConfigError):
@@ -201,9 +205,9 @@ def check_material(
     generation: Mapping[str, Any],
     room: Room,
 ) -> list[str]:
-    """:func:`check_data`, :func:`check_lengths` and :func:`check_guidance` of ``documents``, those of every one of the
-    ``sources``, :func:`check_manner` of the first of every loader, and a warning for every folder of shards that lacks
-    some.
+    """:func:`check_data`, :func:`check_lengths`, :func:`check_size` and :func:`check_guidance` of ``documents``, those of
+    every one of the ``sources``, :func:`check_manner` of the first of every loader, and a warning for every folder of
+    shards that lacks some.
     """
     of_each, sources, shards = [list(some) for some in documents], list(sources), list(loaders)
     seen = [one for some in of_each for one in some]
@@ -211,7 +215,7 @@ def check_material(
     for line in lacking:
         _LOG.warning("self-test: %s", line)
     told = check_data(seen, dialogue=bool(generation.get("dialogue")))
-    told += check_lengths(seen, sources, room)
+    told += check_lengths(seen, sources, room) + check_size(seen, generation, room.pictures)
     if any(map(draws, seen)):
         plain = ((s, of) for s, of in zip(sources, of_each, strict=True) if not isinstance(s, ShardSource))
         told += check_guidance(
@@ -236,6 +240,32 @@ def check_lengths(documents: Iterable[Document], sources: Iterable[AnySource], r
     return [line]
 
 
+def check_size(
+    documents: Iterable[Document], generation: Mapping[str, Any], pictures: ImageTokenizerConfig
+) -> list[str]:
+    """A warning (logged too) where what the model draws when nobody says a size is the size of no drawing among
+    ``documents``.
+    """
+    drawn = Counter(
+        s.codes.schedule for d in documents for s in d.segments if isinstance(s, Image) and s.supervised
+    )
+    default = default_canvas(generation, pictures)
+    if not drawn or default in drawn:
+        return []
+    names = [_named(schedule, pictures) for schedule, _ in drawn.most_common(3)]
+    line = (
+        f"the model draws {_named(default, pictures)} where no size is asked, none of the first {drawn.total()} drawings "
+        f"has it (mostly {', '.join(names)}): set generation: {{size: {names[0]}}}"
+    )
+    _LOG.warning("self-test: %s", line)
+    return [line]
+
+
+def _named(schedule: ScaleSchedule, pictures: ImageTokenizerConfig) -> str:
+    height, width = schedule.image_size(pictures.downsample)
+    return f"{width}x{height}"
+
+
 def _holds(source: AnySource) -> float:
     """Tokens of the longest document that a row of a source takes, as far as its settings tell."""
     packing = getattr(source, "packing", None)
@@ -246,7 +276,8 @@ def _holds(source: AnySource) -> float:
 
 def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:
     """Warnings, one line each (logged too), where nothing among ``documents`` teaches drawing, or reading, and where some
-    have no chat marks although the model is one of ``dialogue``, or have them although it is not.
+    have no chat marks although the model is one of ``dialogue``, or have them although it is not, or are conversations
+    without them.
     """
     seen = list(documents)
     told = []
@@ -264,9 +295,24 @@ def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list
             f"{len(seen) - plain} of the first {len(seen)} documents have chat marks, which this model is not asked with: "
             "set generation: {dialogue: true}"
         )
+    turns = 0 if dialogue else sum(map(_turns, seen))
+    if turns:
+        told.append(
+            f"{turns} of the first {len(seen)} documents go on asking behind an answer, without a mark between the turns: "
+            "set the folder's dialogue: true"
+        )
     for line in told:
         _LOG.warning("self-test: %s", line)
     return told
+
+
+def _turns(document: Document) -> bool:
+    """Whether it has a text that is given right behind one that is learnt, and no chat marks."""
+    some = document.segments
+    return not any(isinstance(s, Mark) for s in some) and any(
+        isinstance(a, Text) and a.supervised and isinstance(b, Text) and not b.supervised
+        for a, b in pairwise(some)
+    )
 
 
 def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -> list[str]:
