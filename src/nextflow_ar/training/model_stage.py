@@ -426,9 +426,8 @@ class ModelTrainer:
                 selftest.self_test(self._whole_model(), self.image_tokenizer, self.vocab, self.layout)
             except selftest.SelfTestError as error:
                 trouble = str(error)
-            most, pictures = self.config.max_positions, self.image_tokenizer.config
-            room = selftest.Room(self.vocab, self.layout, most, pictures)
-            ahead, loaders = self.documents_ahead(), self.loaders.values()
+            ahead, loaders, most = self.documents_ahead(), self.loaders.values(), self.config.max_positions
+            room = selftest.Room(self.vocab, self.layout, most, self.image_tokenizer.config)
             selftest.check_material(ahead, self.recipe.sources, loaders, self.generation, room)
         if trouble := self.world.gather(trouble)[0]:
             raise selftest.SelfTestError(trouble)
