@@ -98,6 +98,23 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
             {"from": "system", "value": ""}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]},
         [("be brief", "system", False), given("hi"), learned("a")],
     ),
+    (  # pictures that a turn names itself
+        {"messages": [{"role": "user", "content": "what is this?", "images": ["a.png"]}, {"role": "bot", "content": "a"}]},
+        [given("<a.png>"), given("what is this?"), learned("a")],
+    ),
+    (
+        {"image": "c.png", "conversations": [
+            {"from": "human", "value": "<image> and <image>:", "image": None, "images": ["a.png", "b.png"]},
+            {"from": "gpt", "value": "x"}, {"from": "human", "value": "now <image>", "images": []},
+            {"from": "gpt", "value": "here", "image": "d.png"}]},
+        [given("<a.png>"), given("and"), given("<b.png>"), given(":"), learned("x"), given("now"), given("<c.png>"),
+         learned("<d.png>"), learned("here")],
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "bad", "weight": 0},
+                      {"role": "user", "content": "y"}, {"role": "assistant", "content": "good", "weight": 1}]},
+        [given("x"), given("bad", "assistant"), given("y"), learned("good")],
+    ),
     ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "text": "a dog", "caption": None}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
@@ -127,6 +144,12 @@ def turn(text: Any, role: str = "human") -> dict[str, Any]:
         ({"conversations": ["hi"]}, "turn 0 is a mapping, got str"),
         ({"image": "a.png", "conversations": [turn("hi"), turn("a", "gpt")]}, "1 images and 0 <image> marks"),
         ({"conversations": [turn("<image>"), turn("a", "gpt")]}, "0 images and 1 <image> marks"),
+        (
+            {"conversations": [turn("<image>") | {"images": ["a.png", "b.png"]}, turn("a", "gpt")]},
+            "turn 0: 2 images and 1 <image> marks",
+        ),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0.5}]}, "turn 1: weight is 0 .* or 1, got 0.5"),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0}]}, "nothing in it is supervised"),
         ({"images": ["a.png", None], "texts": ["a"]}, "2 images and 1 texts: the lists are to be equally long"),
         ({"images": ["a.png", None], "texts": ["a", "b"]}, "place 0 of images and texts holds both"),
         ({"images": [None, "a.png"], "texts": [None, None]}, "place 0 of images and texts holds nothing"),
@@ -150,10 +173,12 @@ def test_keys_of_a_layout_that_nothing_reads_are_told() -> None:
     turns = [turn("hi"), turn("a", "gpt")]
     for values, ignored in (
         ({"id": 1, "conversations": turns}, {"id"}),
+        ({"messages": [turns[0] | {"name": "x", "weight": 1}, turns[1] | {"loss": False}]},
+         {"messages.name", "messages.loss"}),
         ({"src_img": "a.png", "edited_img": "b.png", "edit": "red", "promt": "x", "url": None}, {"promt"}),
         ({"images": ["a.png", None], "texts": [None, "a"], "metadata": "x"}, {"metadata"}),
         ({"image": "a.png", "text": "a dog", "id": 3}, {"id"}),
-    ):
+    ):  # fmt: skip
         assert parse_row(values, "x").ignored == ignored
 
 

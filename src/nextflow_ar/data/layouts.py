@@ -28,6 +28,8 @@ _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "bot": "assistant",
 }  # fmt: skip
+_TURN = frozenset({"from", "role", "value", "content", "image", "images", "weight"})
+"""What is read of a turn of a dialogue."""
 _EDITS = (
     ("source", "src_img", "source_img", "source_image", "original_image", "input_image"),
     ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
@@ -55,6 +57,15 @@ def plain_form(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], frozenset[
         names = [str(name) for name in edit]
         return _edit(values, *names), frozenset(names)
     return image_folder(values), frozenset()
+
+
+def unread_of_turns(values: Mapping[str, Any]) -> frozenset[str]:
+    """Keys within a dialogue's turns that nothing reads, as ``messages.name``; none where it is no dialogue."""
+    key = next((key for key in ("conversations", "messages") if values.get(key) is not None), "")
+    turns = values.get(key) if key and values.get("segments") is None else None
+    told = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    found = {str(name) for turn in told for name, value in turn.items() if value is not None}
+    return frozenset(f"{key}.{name}" for name in found - _TURN)
 
 
 def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, Any]:
@@ -177,36 +188,66 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     turns = values.get("conversations") or values.get("messages")
     if not isinstance(turns, list) or not turns:
         raise LayoutError("conversations or messages is a list of at least one turn")
-    given = values.get("images") if values.get("images") is not None else values.get("image")
-    pictures = list(given) if isinstance(given, list) else [] if given is None else [given]
+    pictures = _pictures(values)
     segments: list[dict[str, Any]] = []
     if isinstance(system := values.get("system"), str) and system.strip():
         segments.append({"text": system, "role": "system", "supervised": False})
     used = 0
     for i, turn in enumerate(turns):
-        role, pieces = _turn(turn, f"turn {i}")
+        role, supervised, pieces = _turn(turn, f"turn {i}")
         if not pieces and role != "system":  # many dialogues begin with a system turn that says nothing
             raise LayoutError(f"turn {i}: {'the response' if role == 'assistant' else 'it'} is empty")
         for piece in pieces:
             if piece == {"image": None}:
                 piece = {"image": pictures[used] if used < len(pictures) else None}
                 used += 1
-            segments.append(piece | {"role": role, "supervised": role == "assistant"})
+            segments.append(piece | {"role": role, "supervised": supervised})
     if used != len(pictures):
         raise LayoutError(f"{len(pictures)} images and {used} {MARK} marks: there is to be one mark an image")
     return {"segments": segments}
 
 
-def _turn(turn: object, place: str) -> tuple[str, list[dict[str, Any]]]:
-    """Role of a turn, and its texts and pictures; a picture that comes from the row's list is ``{"image": None}``."""
+def _pictures(values: Mapping[str, Any]) -> list[Any]:
+    """The pictures that a dialogue or a turn of it names beside its words."""
+    given = values.get("images") if values.get("images") is not None else values.get("image")
+    return list(given) if isinstance(given, list) else [] if given is None else [given]
+
+
+def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
+    """Role of a turn, whether it is supervised, and its texts and pictures; a picture that comes from the row's list is
+    ``{"image": None}``.
+    """
     if not isinstance(turn, Mapping):
         raise LayoutError(f"{place} is a mapping, got {type(turn).__name__}")
     name = turn.get("from") or turn.get("role")
     if not isinstance(name, str) or name not in _ROLES:
         raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {name!r}")
-    content = turn.get("value") if turn.get("value") is not None else turn.get("content")
+    weight = turn.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise LayoutError(f"{place}: weight is 0 (not trained) or 1, got {weight!r}")
+    pieces = _content(turn.get("value") if turn.get("value") is not None else turn.get("content"), place)
+    if pictures := _pictures(turn):
+        pieces = _placed(pieces, pictures, place)
+    return _ROLES[name], _ROLES[name] == "assistant" and weight != 0, pieces
+
+
+def _placed(pieces: list[dict[str, Any]], pictures: list[Any], place: str) -> list[dict[str, Any]]:
+    """A turn's pieces with its own pictures at its marks; without a mark they stand before its text."""
+    marks = pieces.count({"image": None})
+    if not marks:
+        return [{"image": picture} for picture in pictures] + pieces
+    if marks != len(pictures):
+        raise LayoutError(
+            f"{place}: {len(pictures)} images and {marks} {MARK} marks: there is to be one mark an image"
+        )
+    given = iter(pictures)
+    return [{"image": next(given)} if piece == {"image": None} else piece for piece in pieces]
+
+
+def _content(content: object, place: str) -> list[dict[str, Any]]:
+    """Texts and pictures of a turn's content."""
     if content is None or isinstance(content, str):
-        return _ROLES[name], _pieces(content or "")
+        return _pieces(content or "")
     if not isinstance(content, list):
         raise LayoutError(f"{place}: value (or content) is text, got {type(content).__name__}")
     pieces: list[dict[str, Any]] = []
@@ -222,7 +263,7 @@ def _turn(turn: object, place: str) -> tuple[str, list[dict[str, Any]]]:
             pieces.append({"image": address.get("url") if isinstance(address, Mapping) else address})
         else:
             raise LayoutError(f"{place}: a part's type is text, image or image_url, got {part.get('type')!r}")
-    return _ROLES[name], pieces
+    return pieces
 
 
 def _pieces(text: str) -> list[dict[str, Any]]:

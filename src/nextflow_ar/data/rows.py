@@ -15,7 +15,7 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from nextflow_ar.data.layouts import LayoutError, holds_picture, plain_form
+from nextflow_ar.data.layouts import LayoutError, holds_picture, plain_form, unread_of_turns
 from nextflow_ar.sequence.dialogue import JOINT
 from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture, to_rgb
 
@@ -139,7 +139,8 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
         raise RowError(f"{where}: {error}") from None
     present = {key for key, value in values.items() if value is not None}
     if "segments" in present:
-        return reader.sound(reader.full(values["segments"]), given, every - (read or {"segments"}))
+        left = every - (read or {"segments"}) | unread_of_turns(given)
+        return reader.sound(reader.full(values["segments"]), given, left)
     for needed, form in _FORMS:
         if needed <= present:
             left = every - read if read else present - needed - ({"prompt"} if form is _story else set())
