@@ -291,6 +291,9 @@ def test_a_table_of_pictures_is_read_as_one_wherever_it_lies(tmp_path: Path) -> 
         ({"img": "a.png", "messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}, "reads 'img'"),
         ({"image": "a.png", "prompt": "what?", "answer": "a dog"}, "nothing reads 'answer': question \\+ answer or"),
         ({"image": "a.png", "text": "what?", "response": "a dog"}, "nothing reads 'response'"),
+        ({"image": "a.png", "prompt": "what?", "response": None}, "response is null: .* with an empty response"),
+        ({"image": "a.png", "prompt": "what?", "answer": None}, "answer is null: "),
+        ({"file_name": "a.png", "prompt": "what?", "response": None}, "response is null: "),
     ],
 )  # fmt: skip
 def test_words_whose_picture_or_answer_nothing_reads_are_an_error(
@@ -312,6 +315,32 @@ def test_words_with_addresses_and_names_beside_them_are_plain_text(beside: dict[
     plain = parse_row({"text": "a dog"} | beside, "x:1")
     assert told(plain) == [("a dog", "assistant", True)]
     assert plain.ignored == {key for key, value in beside.items() if value is not None}
+
+
+def test_rows_of_a_table_whose_picture_is_null_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words alone may be meant in a table of several forms; a lost answer would have taught to draw."""
+    st = {"bytes": png(), "path": None}
+    rows = [
+        {"image": st, "prompt": "what?", "response": "a dog", "text": None},
+        {"image": None, "prompt": "what?", "response": "a cat", "text": None},
+        {"image": st, "prompt": "what?", "response": None, "text": None},
+        {"image": None, "prompt": None, "response": None, "text": "once"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["kinds"] == {"reading": 1, "writing": 2} and len(report["problems"]) == 1
+    assert "row 2: response is null" in report["problems"][0]
+    assert report["warnings"][0].startswith("2 rows are words alone and have image null")
+    drawn = {
+        "image": "a.png",
+        "prompt": "draw",
+        "question": None,
+        "answer": None,
+    }  # of a table with questions
+    assert told(parse_row(drawn, "x:1")) == [("draw", "user", False), DRAWN]
 
 
 def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, A
     pictures, where a file needs no picture's suffix.
     """
     found = {key: value for key, value in values.items() if value is not None}
+    null = {key: None for key in values if key not in found}
     named = next((key for key in ("file_name", "file") if found.get(key)), None)
     if "image" not in found and named and (listed or names_picture(found[named])):
         found["image"] = found.pop(named)
@@ -80,7 +81,7 @@ def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, A
         told = found.pop("text", None) or found.pop("captions", None)
         if told is not None or listed:
             found["caption"] = told[0] if isinstance(told, list) and told else told
-    return found
+    return null | found
 
 
 def names_picture(value: object) -> bool:

@@ -109,11 +109,14 @@ Part = TextPart | PicturePart
 
 @dataclass(frozen=True)
 class Row:
-    """One document. ``where``: file and place, for messages; ``ignored``: keys beside its form that nothing reads."""
+    """One document. ``where``: file and place, for messages; ``ignored``: keys beside its form that nothing reads;
+    ``missing``: keys of pictures that are null though it is words alone.
+    """
 
     parts: tuple[Part, ...]
     where: str
     ignored: frozenset[str] = field(default=frozenset(), compare=False)
+    missing: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def pictures(self) -> list[PictureRef]:
@@ -149,6 +152,11 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
                     f"{where}: a picture is drawn from {' + '.join(sorted(needed))}, and nothing reads {answers[0]!r}: "
                     "question + answer or prompt + response are about a picture"
                 )
+            if form is _drawing and (unsaid := _unsaid(given)):
+                raise RowError(
+                    f"{where}: {unsaid} is null: image + prompt with an empty response teaches nothing about the picture "
+                    "(of a picture to be drawn the words are its caption)"
+                )
             return reader.sound(form(reader, values), given, left)
     accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
     empty = sorted(_READ & {key for key, value in given.items() if value is None})
@@ -156,6 +164,12 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
     raise RowError(
         f"{where}: no known form among the keys {sorted(present)}{null}; accepted: segments; {accepted}"
     )
+
+
+def _unsaid(given: Mapping[str, Any]) -> str:
+    """The key whose null is a response that was lost; not where the question to it is null as well (another form's)."""
+    null = {key for key, value in given.items() if value is None}
+    return next(iter(sorted(null & _ANSWERS - ({"answer"} if "question" in null else set()))), "")
 
 
 class _Reader:
@@ -211,7 +225,8 @@ class _Reader:
             raise self.fail(
                 f"it has words alone, and nothing reads {lost[0]!r}, which is a picture: name it image (or file_name)"
             )
-        return replace(row, ignored=frozenset(left))
+        null = {key for key in _PICTURES if key in given and given[key] is None}
+        return replace(row, ignored=frozenset(left), missing=frozenset(() if row.pictures else null))
 
     def full(self, segments: object) -> Row:
         if not isinstance(segments, list) or not segments:
@@ -322,6 +337,7 @@ def _plain(r: _Reader, v: Mapping[str, Any]) -> Row:
     return r.row(r.text(v["text"], "text", supervised=True))
 
 
+_PICTURES = ("image", "images", "file_name")
 _ANSWERS = frozenset({"answer", "response", "output"})
 _FORMS = (
     (frozenset({"source", "instruction", "target"}), _edit),
