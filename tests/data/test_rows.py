@@ -303,6 +303,55 @@ def test_words_whose_picture_or_answer_nothing_reads_are_an_error(
         parse_row(values, "x:1")
 
 
+MARKED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"image": "a.png", "question": "<image>\nWhat?", "answer": "a"}, ["(a)", "What?", "a"]),
+    ({"image": "a.png", "prompt": "What?\n<image>", "response": "a"}, ["What?", "(a)", "a"]),
+    ({"image": "a.png", "prompt": "Is <image> red?", "response": "a"}, ["Is", "(a)", "red?", "a"]),
+    (
+        {"images": ["a.png", "b.png"], "prompt": "<image> and <image>: differ?", "response": "yes"},
+        ["(a)", "and", "(b)", ": differ?", "yes"],
+    ),
+    ({"images": ["a.png", "b.png"], "texts": ["one <image>", "two <image>"]}, ["one", "(a)", "two", "(b)"]),
+    ({"images": ["a.png", "b.png"], "texts": ["one", "two <image>"]}, ["one", "(a)", "two", "(b)"]),
+    ({"source": "a.png", "instruction": "<image> red", "target": "b.png"}, ["(a)", "red", "(b)"]),
+    ({"source": "a.png", "instruction": "red <image>", "target": "b.png"}, ["red", "(a)", "(b)"]),
+    ({"image": "a.png", "caption": "<image>\na dog"}, ["a dog", "(a)"]),
+    ({"image": "a.png", "caption": "a dog <image>"}, ["a dog", "(a)"]),
+    (
+        {"segments": [{"image": "a.png"}, {"text": "<image>\nWhat?"}, {"text": "a dog", "role": "assistant"}]},
+        ["(a)", "What?", "a dog"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "wanted"), MARKED)
+def test_marks_place_pictures_in_every_form(values: dict[str, Any], wanted: list[str]) -> None:
+    parts = parse_row(values, "x:1", Path("/data")).parts
+    found = [
+        p.text if isinstance(p, TextPart) else f"({p.picture.path.stem if p.picture.path else ''})"
+        for p in parts
+    ]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": "a tag <image> of a page"}, "0 images and 1 <image> marks"),
+        ({"prompt": "<image>\nWhat is it?", "response": "a"}, "0 images and 1 <image> marks \\('<image>"),
+        ({"image": "a.png", "question": "<image> <image> what?", "answer": "a"}, "1 images and 2 <image> marks"),
+        ({"image": "a.png", "question": "what?", "answer": "<image> a"}, "0 images and 1 <image> marks"),
+        ({"images": ["a.png", "b.png"], "prompt": "<image> what?", "response": "a"}, "2 images and 1 <image> marks"),
+        ({"image": "a.png", "prompt": "<image>\nWhat is it?"}, "0 images and 1 <image> marks"),
+        ({"image": "a.png", "prompt": "<image>", "response": "a"}, "a text is nothing but <image> marks"),
+        ({"segments": [{"text": "a <image> b", "role": "assistant"}, {"image": "a.png"}]}, "0 images and 1"),
+    ],
+)  # fmt: skip
+def test_marks_that_no_picture_stands_at_are_an_error(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=f"x:1: {message}"):
+        parse_row(values, "x:1")
+
+
 @pytest.mark.parametrize(
     "beside",
     [

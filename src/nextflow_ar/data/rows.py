@@ -7,15 +7,16 @@ edit, a question) are read as the full form. Everything that is wrong with a row
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from nextflow_ar.data.layouts import LayoutError, holds_picture, plain_form, unread_of_turns
+from nextflow_ar.data.layouts import MARK, LayoutError, holds_picture, plain_form, unread_of_turns
 from nextflow_ar.sequence.dialogue import JOINT
 from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture, to_rgb
 
@@ -269,7 +270,52 @@ class _Reader:
     def row(self, *parts: Part) -> Row:
         if not any(part.supervised for part in parts):
             raise self.fail("nothing in it is supervised, so it teaches nothing")
-        return Row(parts, self.where)
+        return Row(tuple(self.at_marks(parts)), self.where)
+
+    def at_marks(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts with pictures where the ``<image>`` marks of the texts beside them say. A mark at the end of a text may
+        be that of the picture behind it; the others are of the pictures of the same turn before it, one each.
+        """
+        found: list[Part] = []
+        free = 0  # pictures at the end of what is found that have no mark yet
+        marked = False
+        for i, part in enumerate(parts):
+            if isinstance(part, PicturePart):
+                found.append(part)
+                free, marked = free + (not marked), False
+                continue
+            marks = part.text.count(MARK)
+            before = self.together(found[len(found) - free :][::-1], part.role)[::-1]
+            behind = self.together(parts[i + 1 :], parts[i + 1].role if i + 1 < len(parts) else part.role)
+            ends = marks == 1 == len(behind) and part.text.endswith(MARK)
+            if not marks:
+                found.append(part)
+            elif ends and (behind[0].role == part.role or not before):
+                found += self.pieces(part, [])
+                marked = True
+            elif marks == len(before):
+                found[len(found) - marks :] = self.pieces(part, before)
+            else:
+                raise self.fail(
+                    f"{len(before)} images and {marks} {MARK} marks ({part.text[:40]!r}): "
+                    "there is to be one mark an image that stands beside the text, or none"
+                )
+            free = 0
+        return found
+
+    def together(self, parts: Sequence[Part], role: Role) -> list[Part]:
+        """The pictures of a role's turn that parts begin with."""
+        return list(takewhile(lambda p: isinstance(p, PicturePart) and p.role == role, parts))
+
+    def pieces(self, part: TextPart, pictures: Sequence[Part]) -> list[Part]:
+        """A text around its marks, at which ``pictures`` stand."""
+        texts = [text.strip() for text in part.text.split(MARK)]
+        if not any(texts):
+            raise self.fail(f"a text is nothing but {MARK} marks")
+        found: list[Part] = []
+        for text, picture in zip_longest(texts, pictures):
+            found += ([replace(part, text=text)] if text else []) + ([picture] if picture is not None else [])
+        return found
 
 
 def _story(r: _Reader, v: Mapping[str, Any]) -> Row:
@@ -322,9 +368,10 @@ def _drawing(r: _Reader, v: Mapping[str, Any]) -> Row:
 
 
 def _captioned(r: _Reader, v: Mapping[str, Any]) -> Row:
-    return r.row(
-        r.text(v["caption"], "caption", supervised=False), r.picture(v["image"], "image", supervised=True)
-    )
+    told = r.text(v["caption"], "caption", supervised=False)
+    if told.text.count(MARK) == 1 and told.text.startswith(MARK):  # its picture, as if it were given
+        told = r.text(told.text.removeprefix(MARK), "caption", supervised=False)
+    return r.row(told, r.picture(v["image"], "image", supervised=True))
 
 
 def _dialogue(r: _Reader, v: Mapping[str, Any]) -> Row:
