@@ -392,6 +392,36 @@ def test_rows_of_a_table_whose_picture_is_null_are_told(
     assert told(parse_row(drawn, "x:1")) == [("draw", "user", False), DRAWN]
 
 
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_two_pictures_of_one_key_are_a_broken_row(tmp_path: Path) -> None:
+    """The last one used to win: masks were drawn."""
+    members = {
+        "0001.jpg": png(),
+        "0001.png": png(),
+        "0001.txt": b"a dog",
+        "0002.png": png(),
+        "0002.txt": b"a cat",
+    }
+    found = texts(open_source(shard(tmp_path / "a.tar", members)))
+    assert "a.tar: 0001: .jpg and .png are two pictures of one name" in found[0] and found[1:] == ["a cat"]
+    members = {
+        "1.json": b'{"instruction": "red"}',
+        "1.source.png": png(),
+        "1.target.jpg": png(),
+        "1.source.jpg": png(),
+    }
+    (broken,) = texts(open_source(shard(tmp_path / "b.tar", members)))
+    assert ".source.png and .source.jpg are two pictures" in broken
+
+
 def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:
     (tmp_path / "A.JSONL").write_text('{"text": "one"}\n')
     (tmp_path / "notes.jsonl").mkdir()

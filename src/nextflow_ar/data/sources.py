@@ -29,7 +29,7 @@ from nextflow_ar.data.layouts import (
 from nextflow_ar.data.parquet_rows import group_rows, told_in
 from nextflow_ar.data.rows import Row, RowError, parse_row
 from nextflow_ar.data.spans import Span, checksum, file_spans, words
-from nextflow_ar.data.tar_members import by_key, content, damage, goes_on, told_by_key
+from nextflow_ar.data.tar_members import by_key, content, damage, goes_on, shard_values, told_by_key
 
 if TYPE_CHECKING:
     from nextflow_ar.data.video import VideoConfig
@@ -451,41 +451,11 @@ class TarSource(_Files):
 
 
 def _shard_row(members: dict[str, bytes], where: str, shard: Path) -> Row | RowError:
-    values: dict[str, Any] = {}
-    for suffix, data in members.items():
-        if suffix == "json":
-            try:
-                values |= json.loads(data)
-            except (ValueError, TypeError, RecursionError) as error:
-                return RowError(f"{where}: not valid JSON ({error})")
-    pictures: dict[str, bytes] = {}
-    for suffix, data in members.items():
-        if suffix in ("txt", "caption"):
-            if (text := words(data)) is None:
-                return RowError(f"{where}: its .{suffix} is not UTF-8")
-            values.setdefault("caption", text)
-        elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
-            name, dot, _ = suffix.rpartition(".")
-            pictures[name if dot else "image"] = data  # "0001.source.png" is the key "source"
-        elif "." + suffix in VIDEO_SUFFIXES:
-            values.setdefault(suffix, data)  # nothing reads it, which is to be told
-    if "segments" in values:
-        return _row(_filled(values, pictures), where, shard)
-    return _row(values | pictures, where, shard)  # a name that is no file of it is in no other folder
-
-
-def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:
-    """Segments of a shard's row name the pictures beside it: ``{"image": "0"}`` is ``0001.0.png``."""
-    segments = values["segments"]
-    if not isinstance(segments, list):
-        return values
-    filled = [
-        {**part, "image": pictures[part["image"]]}
-        if isinstance(part, dict) and isinstance(part.get("image"), str) and part["image"] in pictures
-        else part
-        for part in segments
-    ]
-    return {**values, "segments": filled}
+    try:
+        values = shard_values(members, where)
+    except RowError as error:
+        return error
+    return _row(values, where, shard)  # a name that is no file of it is in no other folder
 
 
 _KINDS: dict[str, type[JsonlSource] | type[ParquetSource] | type[TarSource] | type[JsonSource]] = {
