@@ -110,6 +110,20 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
         [given("<a.png>"), given("and"), given("<b.png>"), given(":"), learned("x"), given("now"), given("<c.png>"),
          learned("<d.png>"), learned("here")],
     ),
+    (  # parts that name their pictures, as transformers and OpenAI have it
+        {"messages": [
+            {"role": "user", "content": [
+                {"type": "image", "url": "a.png", "text": None}, {"type": "image", "image_url": {"url": "b.png"}},
+                {"type": "image_url", "image_url": {"url": "c.png", "detail": "low"}}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "a"}]},
+        [given("<a.png>"), given("<b.png>"), given("<c.png>"), given("what?"), learned("a")],
+    ),
+    (
+        {"images": [], "image": "a.png", "messages": [
+            {"role": "user", "content": [{"type": "image", "index": 0}, {"type": "text", "index": None, "text": "what?"}]},
+            {"role": "assistant", "content": "a"}]},
+        [given("<a.png>"), given("what?"), learned("a")],
+    ),
     (
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "bad", "weight": 0},
                       {"role": "user", "content": "y"}, {"role": "assistant", "content": "good", "weight": 1}]},
@@ -148,6 +162,15 @@ def turn(text: Any, role: str = "human") -> dict[str, Any]:
             {"conversations": [turn("<image>") | {"images": ["a.png", "b.png"]}, turn("a", "gpt")]},
             "turn 0: 2 images and 1 <image> marks",
         ),
+        ({"images": ["a.png"], "image": "b.png", "messages": [turn("<image> what?"), turn("a", "gpt")]},
+         "images and image both name pictures"),
+        ({"messages": [turn("<image>?") | {"images": ["a.png"], "image": "b.png"}]}, "turn 0: images and image both name"),
+        ({"messages": [turn([{"type": "image", "source": {"data": "x"}}])]}, "turn 0: nothing reads 'source' of a part"),
+        ({"messages": [turn([{"type": "image", "url": "a.png", "path": "b.png"}])]}, "one of path and url"),
+        ({"messages": [turn([{"type": "image_url", "image_url": {}}])]}, "turn 0: image_url is empty"),
+        ({"messages": [turn([{"type": "image", "image_url": {"url": None}}])]}, "turn 0: image_url is empty"),
+        ({"images": ["a.png", "b.png"], "messages": [turn([{"type": "image", "index": 1}, {"type": "image", "index": 0}])]},
+         "turn 0: its image has index 1, and is number 0 of the row"),
         ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0.5}]}, "turn 1: weight is 0 .* or 1, got 0.5"),
         ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0}]}, "nothing in it is supervised"),
         ({"images": ["a.png", None], "texts": ["a"]}, "2 images and 1 texts: the lists are to be equally long"),

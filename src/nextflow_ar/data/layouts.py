@@ -30,6 +30,8 @@ _ROLES = {
 }  # fmt: skip
 _TURN = frozenset({"from", "role", "value", "content", "image", "images", "weight"})
 """What is read of a turn of a dialogue."""
+_PART = ("image", "path", "url", "image_url")
+"""Where a part of a turn of type image or image_url has its picture."""
 _EDITS = (
     ("source", "src_img", "source_img", "source_image", "original_image", "input_image"),
     ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
@@ -189,7 +191,7 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     turns = values.get("conversations") or values.get("messages")
     if not isinstance(turns, list) or not turns:
         raise LayoutError("conversations or messages is a list of at least one turn")
-    pictures = _pictures(values)
+    pictures = _pictures(values, "")
     segments: list[dict[str, Any]] = []
     if isinstance(system := values.get("system"), str) and system.strip():
         segments.append({"text": system, "role": "system", "supervised": False})
@@ -199,7 +201,11 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
         if not pieces and role != "system":  # many dialogues begin with a system turn that says nothing
             raise LayoutError(f"turn {i}: {'the response' if role == 'assistant' else 'it'} is empty")
         for piece in pieces:
-            if piece == {"image": None}:
+            if _is_mark(piece):
+                if piece.get("index", used) != used:
+                    raise LayoutError(
+                        f"turn {i}: its image has index {piece['index']!r}, and is number {used} of the row"
+                    )
                 piece = {"image": pictures[used] if used < len(pictures) else None}
                 used += 1
             segments.append(piece | {"role": role, "supervised": supervised})
@@ -208,10 +214,19 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"segments": segments}
 
 
-def _pictures(values: Mapping[str, Any]) -> list[Any]:
+def _is_mark(piece: Mapping[str, Any]) -> bool:
+    return "image" in piece and piece["image"] is None
+
+
+def _pictures(values: Mapping[str, Any], place: str) -> list[Any]:
     """The pictures that a dialogue or a turn of it names beside its words."""
-    given = values.get("images") if values.get("images") is not None else values.get("image")
-    return list(given) if isinstance(given, list) else [] if given is None else [given]
+    found = [
+        list(given) if isinstance(given, list) else [] if given is None else [given]
+        for given in (values.get("images"), values.get("image"))
+    ]
+    if all(found) and found[0] != found[1]:
+        raise LayoutError(f"{place}images and image both name pictures: one of them is to have all")
+    return found[0] or found[1]
 
 
 def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
@@ -227,14 +242,14 @@ def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
     if weight is not None and weight not in (0, 1):
         raise LayoutError(f"{place}: weight is 0 (not trained) or 1, got {weight!r}")
     pieces = _content(turn.get("value") if turn.get("value") is not None else turn.get("content"), place)
-    if pictures := _pictures(turn):
+    if pictures := _pictures(turn, f"{place}: "):
         pieces = _placed(pieces, pictures, place)
     return _ROLES[name], _ROLES[name] == "assistant" and weight != 0, pieces
 
 
 def _placed(pieces: list[dict[str, Any]], pictures: list[Any], place: str) -> list[dict[str, Any]]:
     """A turn's pieces with its own pictures at its marks; without a mark they stand before its text."""
-    marks = pieces.count({"image": None})
+    marks = sum(map(_is_mark, pieces))
     if not marks:
         return [{"image": picture} for picture in pictures] + pieces
     if marks != len(pictures):
@@ -242,7 +257,7 @@ def _placed(pieces: list[dict[str, Any]], pictures: list[Any], place: str) -> li
             f"{place}: {len(pictures)} images and {marks} {MARK} marks: there is to be one mark an image"
         )
     given = iter(pictures)
-    return [{"image": next(given)} if piece == {"image": None} else piece for piece in pieces]
+    return [{"image": next(given)} if _is_mark(piece) else piece for piece in pieces]
 
 
 def _content(content: object, place: str) -> list[dict[str, Any]]:
@@ -257,14 +272,33 @@ def _content(content: object, place: str) -> list[dict[str, Any]]:
             raise LayoutError(f"{place}: a part of content is a mapping, got {type(part).__name__}")
         if part.get("type") == "text":
             pieces += _pieces(str(part.get("text") or ""))
-        elif part.get("type") == "image":
-            pieces.append({"image": part.get("image") or part.get("path")})
-        elif part.get("type") == "image_url":
-            address = part.get("image_url")
-            pieces.append({"image": address.get("url") if isinstance(address, Mapping) else address})
+        elif part.get("type") in ("image", "image_url"):
+            pieces.append(_shown(part, place))
         else:
             raise LayoutError(f"{place}: a part's type is text, image or image_url, got {part.get('type')!r}")
     return pieces
+
+
+def _shown(part: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The picture of a part of a turn; without one it is a mark, maybe with its ``index`` in the row's list."""
+    given = {key: value for key, value in part.items() if value is not None and key != "type"}
+    unread = sorted(set(given) - {*_PART, "index", *(["text"] if given.get("text") == "" else [])})
+    if unread:
+        raise LayoutError(
+            f"{place}: nothing reads {unread[0]!r} of a part with an image; accepted: {', '.join(_PART)}"
+        )
+    named = [key for key in _PART if given.get(key)]
+    if len(named) > 1:
+        raise LayoutError(f"{place}: a part with an image has one of {' and '.join(named)}")
+    if not named:
+        if part["type"] == "image_url":
+            raise LayoutError(f"{place}: image_url is empty")
+        return {"image": None} | ({"index": given["index"]} if "index" in given else {})
+    found = given[named[0]]
+    found = found["url"] if isinstance(found, Mapping) and "url" in found else found
+    if not found:
+        raise LayoutError(f"{place}: {named[0]} is empty")
+    return {"image": found}
 
 
 def _pieces(text: str) -> list[dict[str, Any]]:
