@@ -422,6 +422,53 @@ def test_two_pictures_of_one_key_are_a_broken_row(tmp_path: Path) -> None:
     assert ".source.png and .source.jpg are two pictures" in broken
 
 
+def test_a_caption_without_its_picture_is_a_broken_row(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.txt").write_text(f"a dog {name}")
+    (tmp_path / "README.txt").write_text("no caption")
+    assert texts(open_source(tmp_path)) == ["a dog a", "a dog b"]
+    (tmp_path / "aa.txt").write_text("gone")
+    (tmp_path / "aa.caption").write_text("gone")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("of no picture")
+    source = open_source(tmp_path)
+    found = texts(source)
+    assert found[:2] == ["a dog a", "a dog b"] and source.count() == len(found) == 3
+    assert "aa.caption: a caption without its picture" in found[2] and texts(source, 2) == found[2:]
+    told_of = spans_of(source, 2, 3)
+    assert told_of is not None and told_of[0][0] == "aa.caption"
+
+
+def test_files_of_kinds_that_are_not_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.heic").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"neither pictures nor .*1 files look like .*heic \(1\), such as"):
+        open_source(tmp_path)
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "b.WMV").write_bytes(b"x")
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN)]) == 0
+    told_of = capsys.readouterr().out
+    assert (
+        "warning: 2 files look like pictures or videos and are not read: .wmv (1), .heic (1), such as"
+        in told_of
+    )
+
+
+def test_linked_folders_are_entered(tmp_path: Path) -> None:
+    for place in ("data/own", "elsewhere/deep"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.png").write_bytes(png())
+        (tmp_path / place / "a.txt").write_text(place)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "own")  # is there already
+    (tmp_path / "data" / "own" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path)
+    assert texts(open_source(tmp_path / "data")) == ["elsewhere/deep", "data/own"]
+
+
 def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:
     (tmp_path / "A.JSONL").write_text('{"text": "one"}\n')
     (tmp_path / "notes.jsonl").mkdir()

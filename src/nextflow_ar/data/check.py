@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nextflow_ar.data.layouts import told_unreadable
 from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart, printable
 from nextflow_ar.data.sources import Source
 from nextflow_ar.scales import ScaleSchedule
@@ -119,6 +120,8 @@ def check_rows(
         f"{n} rows are words alone and have {key} null: rows without a picture, or is it missing?"
         for key, n in missing.items()
     ]
+    if unread := getattr(source, "unread", None):
+        report.warnings.append(printable(told_unreadable(unread)))
     return report
 
 

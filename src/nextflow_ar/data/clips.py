@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from nextflow_ar.data.layouts import VIDEO_SUFFIXES
 from nextflow_ar.data.rows import RowError, printable
 from nextflow_ar.data.sources import SourceError
+from nextflow_ar.tokenizer.pictures import files_below
 
 _TABLES = ("metadata.jsonl", "captions.jsonl", "manifest.jsonl")
 _UNREAD = ("metadata.csv", "metadata.parquet")
@@ -60,7 +61,7 @@ def find_clips(path: Path) -> list[Clip | RowError] | None:
     table = next((path / name for name in _TABLES if (path / name).is_file()), None)
     if table is not None:
         return _listed(table)
-    files = [p for p in path.rglob("*") if p.is_file()]
+    files = files_below(path)
     videos = sorted(p for p in files if p.suffix.lower() in VIDEO_SUFFIXES)
     pictures = [p for p in files if _is_picture(p.suffix)]
     films = [p for p in videos if p.suffix.lower() != ".gif"]

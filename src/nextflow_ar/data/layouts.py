@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ _EDITS = (
     ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
     ("instruction", "edited_prompt_list", "edit_prompt", "edit_instruction", "edit"),
 )
+
+
+_UNREAD = frozenset(
+    {
+        ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
+        ".raf", ".exr", ".xcf", ".wmv", ".asf", ".ts", ".mts", ".m2ts", ".m2v", ".flv", ".f4v", ".3gp", ".3g2", ".ogv",
+        ".vob", ".rm", ".rmvb", ".divx", ".mxf",
+    }
+)  # fmt: skip
+"""Pictures and videos that may be of no kind that is read here; Pillow's plugins may read some."""
 
 
 class LayoutError(ValueError):
@@ -345,6 +356,20 @@ def _coco_folder(path: Path, first: list[str]) -> str:
         if first and (path.parent / folder / first[0]).is_file():
             return folder
     return ""
+
+
+def unreadable(files: list[Path]) -> list[Path]:
+    """Those files that look like pictures or videos of kinds that are not read, in order."""
+    PILImage.init()
+    kinds = (_PICTURES | _UNREAD) - set(PILImage.EXTENSION) - VIDEO_SUFFIXES
+    return sorted(p for p in files if p.suffix.lower() in kinds and p.name[0] != ".")
+
+
+def told_unreadable(files: list[Path]) -> str:
+    """How many files :func:`unreadable` found, of what kinds, and one of them."""
+    kinds = Counter(p.suffix.lower() for p in files).most_common(8)
+    some = ", ".join(f"{suffix} ({n})" for suffix, n in kinds)
+    return f"{len(files)} files look like pictures or videos and are not read: {some}, such as {files[0]}"
 
 
 def saved_folder(folder: Path) -> str:
