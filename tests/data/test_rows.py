@@ -478,6 +478,32 @@ def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_a_folder_with_a_table_has_no_other_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a dog"}\n')
+    (tmp_path / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}\n')
+    with pytest.raises(
+        SourceError, match=r"holds metadata\.jsonl and captions\.jsonl, rows of several kinds"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "captions.jsonl").rename(tmp_path / "extra.jsonl")
+    with pytest.raises(SourceError, match=r"holds metadata\.jsonl and extra\.jsonl, rows of several kinds"):
+        open_source(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    assert texts(open_source(tmp_path)) == ["a cat"]
+    (tmp_path / "a.txt").write_text("a dog")
+    with pytest.raises(
+        SourceError, match=r"holds extra\.jsonl and a\.png with a caption, rows of several kinds"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "b.mp4").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"holds extra\.jsonl and b\.mp4 and a\.png with a caption"):
+        open_source(tmp_path)
+    (tmp_path / "b.mp4").unlink()
+    (tmp_path / "extra.jsonl").unlink()
+    assert texts(open_source(tmp_path)) == ["a dog"]
+
+
 def test_words_in_another_encoding_are_a_broken_row(tmp_path: Path) -> None:
     """Replaced letters would be learned."""
     latin, marked = "un café".encode("latin-1"), "\ufeffa café".encode()

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from PIL import Image as PILImage
+
 from nextflow_ar.data.layouts import (
     HUB_NOTES,
     VIDEO_SUFFIXES,
@@ -111,9 +113,26 @@ def _of_folder(folder: Path) -> Source | None:
         raise SourceError(
             f"{folder} holds {' and '.join(kinds)} files, of which one kind is read: name a file, or part them"
         )
+    tables = [name for name in TABLES if (folder / name).is_file()]
+    listed = [] if ".tar" in kinds and tables == ["manifest.jsonl"] else tables  # of the shards themselves
+    several = [*listed, *(found[kinds[0]][0].name for _ in kinds[:1]), *(_others(files) if kinds else [])]
+    if len(several) > 1:
+        raise SourceError(
+            f"{folder} holds {' and '.join(several)}, rows of several kinds of which one is read: name a file, or part them"
+        )
     if kinds:
         return KINDS[kinds[0]](found[kinds[0]])
     return JsonSource(found[".json"]) if found[".json"] and _only_rows(folder) else None
+
+
+def _others(files: list[Path]) -> list[str]:
+    """A clip among the files, or a picture that has its caption beside it, as a message names it; none where none is."""
+    PILImage.init()
+    names = {p.name for p in files}
+    clips = [p.name for p in files if p.suffix.lower() in VIDEO_SUFFIXES - {".gif"}]
+    pictures = [p for p in files if p.suffix.lower() in PILImage.EXTENSION]
+    captioned = [p.name for p in pictures if f"{p.stem}.txt" in names or f"{p.stem}.caption" in names]
+    return [*clips[:1], *(f"{name} with a caption" for name in captioned[:1])]
 
 
 def _no_codes(path: Path) -> None:
