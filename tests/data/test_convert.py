@@ -241,6 +241,18 @@ def test_what_cannot_be_written(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b""
 
 
+def test_nothing_is_written_into_the_source(
+    words: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped conversion would have gone on in its own output."""
+    monkeypatch.chdir(words.parent)
+    for place, out in ((words.parent, words.parent / "x.jsonl"), (Path("."), Path("o") / "x.tar")):
+        assert run(["data", "convert", str(place), "-o", str(out), "--shard-mb", "1"]) == 1
+        assert f"{out} lies in the source, {place}, and would be read with it" in capsys.readouterr().err
+    assert [path.name for path in words.parent.iterdir()] == ["words.jsonl"]
+    assert run(["data", "convert", str(words), "-o", str(words.parent / "x.jsonl")]) == 0
+
+
 def test_nothing_to_write_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "rows.jsonl"
     for content, why in (
