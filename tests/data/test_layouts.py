@@ -14,6 +14,7 @@ from PIL import Image
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.rows import Row, RowError, TextPart, parse_row
 from nextflow_ar.data.sources import SourceError, open_source
+from nextflow_ar.tokenizer.pictures import PictureError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle"
 
@@ -209,6 +210,44 @@ def test_pictures_in_base64() -> None:
     info = {"image_base64": base64.b64encode(png((9, 8))).decode(), "matched_text_index": 0}
     (ref,) = parse_row({"text_list": ["a"], "image_info": [info]}, "x:1").pictures
     assert ref.size() == (8, 9)
+
+
+@pytest.mark.parametrize("head", ["", "data:image/png;base64,"])
+def test_pictures_written_into_the_row(head: str) -> None:
+    told_of = head + base64.b64encode(png((9, 8))).decode()
+    part = {"type": "image_url", "image_url": {"url": told_of}}
+    for values in (
+        {"image": told_of, "caption": "a"},
+        {"messages": [turn([part, {"type": "text", "text": "what?"}]), turn("a", "gpt")]},
+        {"segments": [{"image": told_of, "role": "assistant"}]},
+    ):
+        (ref,) = parse_row(values, "x:1", Path("/data")).pictures
+        assert ref.size() == (8, 9) and len(ref.name) < 40
+    with pytest.raises(RowError, match="reads 'img', which is a picture"):
+        parse_row({"img": told_of, "text": "a dog"}, "x:1")
+    with pytest.raises(
+        RowError, match=r"x:1: image: a picture in base64 is cut short or damaged, got '.{,200}$"
+    ):
+        parse_row({"image": told_of[:-1], "caption": "a"}, "x:1")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image": "x" * 9000, "caption": "a"}, "image is neither a picture in base64 nor the name of a file: 'xxx"),
+        ({"image": "data:image/png," + "x" * 9000, "caption": "a"}, "data:image/...;base64,..., got 'data:image/png,xxx"),
+        ({"segments": [{"x" * 9000: "a"}]}, "unknown key 'xxx"),
+        ({"messages": [turn("hi", "x" * 9000)]}, "is one of system, user, .* got 'xxx"),
+    ],
+)  # fmt: skip
+def test_messages_stay_short(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message) as found:
+        parse_row(values, "x:1")
+    assert len(str(found.value)) < 400
+    (ref,) = parse_row({"image": "a/" * 2000 + "b.png", "caption": "a"}, "x:1").pictures
+    for reading in (ref.open, ref.size):
+        with pytest.raises(PictureError, match=r"^x:1: a/a/.*/b\.png \(4005 characters\): no such file$"):
+            reading()
 
 
 def test_a_json_list_and_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

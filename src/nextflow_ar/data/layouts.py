@@ -40,6 +40,9 @@ _EDITS = (
 )
 
 
+_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+"""How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 _UNREAD = frozenset(
     {
         ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
@@ -48,6 +51,16 @@ _UNREAD = frozenset(
     }
 )  # fmt: skip
 """Pictures and videos that may be of no kind that is read here; Pillow's plugins may read some."""
+
+
+def short(text: str, most: int = 200) -> str:
+    """A text as a message quotes it, whatever its length: the middle of a longer one is left out."""
+    return text if len(text) <= most else f"{text[: most - 60]}...{text[-20:]} ({len(text)} characters)"
+
+
+def shown(value: object) -> str:
+    """A value of a row as a message quotes it."""
+    return short(repr(value), 120)
 
 
 class LayoutError(ValueError):
@@ -114,10 +127,31 @@ def holds_picture(key: str, value: object) -> bool:
         return any(holds_picture(key, one) for one in value)
     if isinstance(value, str):
         said = re.search("image|img|pic|photo|frame|video|clip|file|path|jpe?g|png", key.lower())
-        return said is not None and names_picture(value)
+        inline = value.startswith(("data:image/", *_HEADS)) and len(value) >= 64
+        return said is not None and (names_picture(value) or inline)
     if isinstance(value, bytes | bytearray):
         return "." + key.rpartition(".")[2] in VIDEO_SUFFIXES or _is_picture(bytes(value))
     return isinstance(value, PILImage.Image)
+
+
+def inline_picture(value: str) -> bytes | None:
+    """The bytes of a picture that is written into the row, as base64 or a ``data:`` address; None for a file's name.
+
+    Raises LayoutError.
+    """
+    told = value
+    if value.startswith("data:"):
+        head, _, told = value.partition(",")
+        if not head.endswith(";base64"):
+            raise LayoutError(
+                f"a data: address of a picture is data:image/...;base64,..., got {shown(value)}"
+            )
+    elif len(value) < 64 or not value.startswith(_HEADS) or not _BASE64.fullmatch(value):
+        return None
+    try:
+        return base64.b64decode("".join(told.split()), validate=True)
+    except ValueError:
+        raise LayoutError(f"a picture in base64 is cut short or damaged, got {shown(value)}") from None
 
 
 def _is_picture(data: bytes) -> bool:
@@ -170,7 +204,9 @@ def _page(values: Mapping[str, Any]) -> dict[str, Any]:
     for i, info in enumerate(images):
         place = info.get("matched_text_index") if isinstance(info, Mapping) else None
         if not isinstance(place, int) or not 0 <= place < len(texts):
-            raise LayoutError(f"image_info[{i}]: matched_text_index is a place in text_list, got {place!r}")
+            raise LayoutError(
+                f"image_info[{i}]: matched_text_index is a place in text_list, got {shown(place)}"
+            )
         at.setdefault(place, []).append(_page_picture(info, f"image_info[{i}]"))
     segments = []
     for place, text in enumerate(texts):
@@ -215,7 +251,7 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
             if _is_mark(piece):
                 if piece.get("index", used) != used:
                     raise LayoutError(
-                        f"turn {i}: its image has index {piece['index']!r}, and is number {used} of the row"
+                        f"turn {i}: its image has index {shown(piece['index'])}, and is number {used} of the row"
                     )
                 piece = {"image": pictures[used] if used < len(pictures) else None}
                 used += 1
@@ -248,10 +284,10 @@ def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
         raise LayoutError(f"{place} is a mapping, got {type(turn).__name__}")
     name = turn.get("from") or turn.get("role")
     if not isinstance(name, str) or name not in _ROLES:
-        raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {name!r}")
+        raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {shown(name)}")
     weight = turn.get("weight")
     if weight is not None and weight not in (0, 1):
-        raise LayoutError(f"{place}: weight is 0 (not trained) or 1, got {weight!r}")
+        raise LayoutError(f"{place}: weight is 0 (not trained) or 1, got {shown(weight)}")
     pieces = _content(turn.get("value") if turn.get("value") is not None else turn.get("content"), place)
     if pictures := _pictures(turn, f"{place}: "):
         pieces = _placed(pieces, pictures, place)
@@ -286,7 +322,9 @@ def _content(content: object, place: str) -> list[dict[str, Any]]:
         elif part.get("type") in ("image", "image_url"):
             pieces.append(_shown(part, place))
         else:
-            raise LayoutError(f"{place}: a part's type is text, image or image_url, got {part.get('type')!r}")
+            raise LayoutError(
+                f"{place}: a part's type is text, image or image_url, got {shown(part.get('type'))}"
+            )
     return pieces
 
 
@@ -296,7 +334,7 @@ def _shown(part: Mapping[str, Any], place: str) -> dict[str, Any]:
     unread = sorted(set(given) - {*_PART, "index", *(["text"] if given.get("text") == "" else [])})
     if unread:
         raise LayoutError(
-            f"{place}: nothing reads {unread[0]!r} of a part with an image; accepted: {', '.join(_PART)}"
+            f"{place}: nothing reads {shown(unread[0])} of a part with an image; accepted: {', '.join(_PART)}"
         )
     named = [key for key in _PART if given.get(key)]
     if len(named) > 1:

@@ -16,7 +16,16 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from nextflow_ar.data.layouts import MARK, LayoutError, holds_picture, plain_form, unread_of_turns
+from nextflow_ar.data.layouts import (
+    MARK,
+    LayoutError,
+    holds_picture,
+    inline_picture,
+    plain_form,
+    short,
+    shown,
+    unread_of_turns,
+)
 from nextflow_ar.sequence.dialogue import JOINT
 from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture, to_rgb
 
@@ -51,7 +60,9 @@ class PictureRef:
 
     def open(self) -> PILImage.Image:
         """Upright, as 8-bit RGB. Raises PictureError."""
-        return decode_picture(self.data or b"", self.name) if self.path is None else open_picture(self.path)
+        if self.path is None:
+            return decode_picture(self.data or b"", self.name)
+        return open_picture(self.path, self.name)
 
     def size(self) -> tuple[int, int]:
         """(height, width) of what :meth:`open` gives, from the header alone. Raises PictureError."""
@@ -163,7 +174,7 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
     empty = sorted(_READ & {key for key, value in given.items() if value is None})
     null = f" ({', '.join(empty)} {'are' if len(empty) > 1 else 'is'} null)" if empty else ""
     raise RowError(
-        f"{where}: no known form among the keys {sorted(present)}{null}; accepted: segments; {accepted}"
+        f"{where}: no known form among the keys {short(str(sorted(present)), 400)}{null}; accepted: segments; {accepted}"
     )
 
 
@@ -199,7 +210,7 @@ class _Reader:
             if data is not None and not isinstance(data, bytes | bytearray):
                 raise self.fail(f"{key}: bytes are a picture file's, got {type(data).__name__}")
             if data:
-                name = printable(f"{self.where}: {value.get('path') or key}")
+                name = printable(f"{self.where}: {short(str(value.get('path') or key))}")
                 return PicturePart(PictureRef(name, data=bytes(data)), role, supervised)
             value = value.get("path")
         if isinstance(value, bytes | bytearray):
@@ -210,13 +221,21 @@ class _Reader:
             return PicturePart(PictureRef(f"{self.where}: {key}", data=buffer.getvalue()), role, supervised)
         if not isinstance(value, str) or not value:
             raise self.fail(f"{key} is a path or a picture, got {type(value).__name__}")
+        try:
+            inline = inline_picture(value)
+        except LayoutError as error:
+            raise self.fail(f"{key}: {error}") from None
+        if inline is not None:
+            return PicturePart(PictureRef(f"{self.where}: {key}", data=inline), role, supervised)
         if value.startswith(("http://", "https://")):
             raise self.fail(f"{key} is a web address: download the pictures first ({value[:60]})")
+        if any(len(part.encode("utf-8", "replace")) > 255 for part in value.split("/")) or len(value) > 4095:
+            raise self.fail(f"{key} is neither a picture in base64 nor the name of a file: {shown(value)}")
         path = Path(value)
         if self.folder is not None and not path.is_absolute():
             path = self.folder / path
         name = printable(str(path))  # of a row that is a picture's file, where says it all
-        name = name if name == self.where else printable(f"{self.where}: {value}")
+        name = name if name == self.where else printable(f"{self.where}: {short(value)}")
         return PicturePart(PictureRef(name, path=path), role, supervised)
 
     def sound(self, row: Row, given: Mapping[str, Any], left: Set[str]) -> Row:
@@ -224,7 +243,7 @@ class _Reader:
         lost = [] if row.pictures else sorted(key for key in left if holds_picture(key, given.get(key)))
         if lost:
             raise self.fail(
-                f"it has words alone, and nothing reads {lost[0]!r}, which is a picture: name it image (or file_name)"
+                f"it has words alone, and nothing reads {shown(lost[0])}, which is a picture: name it image (or file_name)"
             )
         null = {key for key in _PICTURES if key in given and given[key] is None}
         return replace(row, ignored=frozenset(left), missing=frozenset(() if row.pictures else null))
@@ -251,15 +270,17 @@ class _Reader:
         given = {key: value for key, value in segment.items() if value is not None}
         unknown = sorted(set(given) - {"text", "image", "role", "supervised"})
         if unknown:
-            raise self.fail(f"{place}: unknown key {unknown[0]!r}; accepted: text or image, role, supervised")
+            raise self.fail(
+                f"{place}: unknown key {shown(unknown[0])}; accepted: text or image, role, supervised"
+            )
         if ("text" in given) == ("image" in given):
             raise self.fail(f"{place} has either text or image")
         role = given.get("role", "assistant" if given.get("supervised") else "user")
         if role not in ROLES:
-            raise self.fail(f"{place}: role is one of {', '.join(ROLES)}, got {role!r}")
+            raise self.fail(f"{place}: role is one of {', '.join(ROLES)}, got {shown(role)}")
         supervised = given.get("supervised", role == "assistant")
         if not isinstance(supervised, bool):
-            raise self.fail(f"{place}: supervised is true or false, got {supervised!r}")
+            raise self.fail(f"{place}: supervised is true or false, got {shown(supervised)}")
         if "text" in given:
             return TextPart(
                 self.text(given["text"], f"{place}: text", supervised=supervised).text, role, supervised

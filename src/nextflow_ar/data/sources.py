@@ -22,6 +22,7 @@ from nextflow_ar.data.layouts import (
     LayoutError,
     coco_rows,
     image_folder,
+    short,
     unreadable,
 )
 from nextflow_ar.data.parquet_rows import group_rows, told_in
@@ -401,7 +402,7 @@ class TarSource(_Files):
                         yield RowError(key)
                     elif number >= start:
                         found = {suffix: content(shard, member) for suffix, member in members.items()}
-                        yield _shard_row(found, f"{path}: {key}", path)
+                        yield _shard_row(found, f"{path}: {short(key)}", path)
                 if goes_on(path, shard.offset):
                     raise tarfile.ReadError(
                         "something that is no file of it follows: a broken header, or tars that were joined"

@@ -28,13 +28,14 @@ class PictureError(ValueError):
     """A picture cannot be read or written: one line that names the file and the reason."""
 
 
-def open_picture(path: Path | str) -> Image.Image:
-    """The first frame of a picture file as upright 8-bit RGB; transparency is laid over white.
+def open_picture(path: Path | str, name: str = "") -> Image.Image:
+    """The first frame of a picture file as upright 8-bit RGB; transparency is laid over white. ``name``: what messages call
+    it (default: its path).
 
     Accepts what Pillow reads: PNG, JPEG, WebP, GIF, BMP, TIFF and more, in grey, palette, CMYK, 16-bit or alpha modes.
     Raises PictureError when the file is missing, damaged, no picture, or larger than :data:`MAX_PIXELS`.
     """
-    return _opened(Path(path), str(path))
+    return _opened(Path(path), name or str(path))
 
 
 def decode_picture(
