@@ -469,6 +469,21 @@ def test_linked_folders_are_entered(tmp_path: Path) -> None:
     assert texts(open_source(tmp_path / "data")) == ["elsewhere/deep", "data/own"]
 
 
+def test_members_of_a_tar_that_say_nothing(tmp_path: Path) -> None:
+    """Notes that macOS puts between the files tore rows apart; a caption that is null hid the one beside it."""
+    members = {"./._1.png": b"x", "./1.png": png(), "./._1.txt": b"x", "./1.txt": b"a dog",
+               "2.png": png(), "2.json": b'{"caption": null}', "2.txt": b"a cat"}  # fmt: skip
+    source = open_source(shard(tmp_path / "a.tar", members))
+    assert texts(source) == ["a dog", "a cat"] and source.count() == 2
+
+
+def test_reports_for_machines_are_ascii(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "clé": 1}\n')
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out)["ignored"] == {"clé": 1}
+
+
 def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:
     (tmp_path / "A.JSONL").write_text('{"text": "one"}\n')
     (tmp_path / "notes.jsonl").mkdir()

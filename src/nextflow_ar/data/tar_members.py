@@ -39,6 +39,8 @@ def by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")
+        if name.startswith("."):  # macOS puts "._0001.jpg" with notes of its own before every file
+            continue
         stem, _, suffix = name.partition(".")
         current = f"{folder}/{stem}" if folder else stem
         if current != key:
@@ -70,7 +72,7 @@ def shard_values(members: dict[str, bytes], where: str) -> dict[str, Any]:
         if suffix in ("txt", "caption"):
             if (text := words(data)) is None:
                 raise RowError(f"{where}: its .{suffix} is not UTF-8")
-            values.setdefault("caption", text)
+            values["caption"] = text if values.get("caption") is None else values["caption"]
         elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
             name, dot, _ = suffix.rpartition(".")
             name = name if dot else "image"  # "0001.source.png" is the key "source"
