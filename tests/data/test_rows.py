@@ -469,6 +469,21 @@ def test_linked_folders_are_entered(tmp_path: Path) -> None:
     assert texts(open_source(tmp_path / "data")) == ["elsewhere/deep", "data/own"]
 
 
+def test_columns_of_a_webdataset_are_a_captioned_picture(tmp_path: Path) -> None:
+    st = {"bytes": png(), "path": None}
+    rows = [{"jpg": st, "txt": "a dog", "__key__": "0001"}, {"jpg": None, "txt": "a cat", "__key__": "0002"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    row, other = open_source(tmp_path).rows()
+    assert (
+        isinstance(row, Row) and told(row) == [("a dog", "user", False), DRAWN] and row.ignored == {"__key__"}
+    )
+    assert isinstance(other, RowError) and "no known form" in str(other)
+    assert told(parse_row({"png": png(), "txt": "a dog", "json": {}}, "x")) == [
+        ("a dog", "user", False),
+        DRAWN,
+    ]
+
+
 def test_members_of_a_tar_that_say_nothing(tmp_path: Path) -> None:
     """Notes that macOS puts between the files tore rows apart; a caption that is null hid the one beside it."""
     members = {"./._1.png": b"x", "./1.png": png(), "./._1.txt": b"x", "./1.txt": b"a dog",

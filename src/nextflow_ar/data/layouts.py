@@ -103,6 +103,12 @@ def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, A
     named = next((key for key in ("file_name", "file") if found.get(key)), None)
     if "image" not in found and named and (listed or names_picture(found[named])):
         found["image"] = found.pop(named)
+    if "image" not in found and isinstance(found.get("txt"), str):  # the columns of a WebDataset
+        shown_by = next(
+            (key for key in ("jpg", "jpeg", "png", "webp") if holds_picture(key, found.get(key))), "txt"
+        )
+        if shown_by != "txt" and "caption" not in found:
+            found |= {"image": found.pop(shown_by), "caption": found.pop("txt")}
     if "image" in found and not {"caption", "prompt", "question"} & set(found):
         told = found.pop("text", None) or found.pop("captions", None)
         if told is not None or listed:
