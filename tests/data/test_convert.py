@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -239,6 +241,36 @@ def test_what_cannot_be_written(data: Path, tmp_path: Path) -> None:
         convert(_Stopping(), tmp_path / "x.tar")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "in"]  # nothing half done is left
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_nothing_is_written_into_the_source(
+    words: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped conversion would have gone on in its own output."""
+    monkeypatch.chdir(words.parent)
+    for place, out in ((words.parent, words.parent / "x.jsonl"), (Path("."), Path("o") / "x.tar")):
+        assert run(["data", "convert", str(place), "-o", str(out), "--shard-mb", "1"]) == 1
+        assert f"{out} lies in the source, {place}, and would be read with it" in capsys.readouterr().err
+    assert [path.name for path in words.parent.iterdir()] == ["words.jsonl"]
+    assert run(["data", "convert", str(words), "-o", str(words.parent / "x.jsonl")]) == 0
+
+
+@pytest.mark.parametrize(("more", "end"), [([], "begins anew"), (["--shard-mb", "1"], "goes on")])
+def test_a_conversion_that_is_ended_leaves_nothing_half_done(
+    words: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    end: str,
+) -> None:
+    def ended(self: object, number: int, segments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("nextflow_ar.data.convert._Tar.add", ended)
+    out = words.parent / "o" / "x.tar"
+    assert run(["data", "convert", str(words), "-o", str(out), *more]) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == f"nextflow-ar: stopped; the same command {end}"
+    assert list(out.parent.iterdir()) == []
 
 
 def test_nothing_to_write_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

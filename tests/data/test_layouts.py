@@ -14,6 +14,7 @@ from PIL import Image
 from nextflow_ar.app.cli import run
 from nextflow_ar.data.rows import Row, RowError, TextPart, parse_row
 from nextflow_ar.data.sources import SourceError, open_source
+from nextflow_ar.tokenizer.pictures import PictureError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundle"
 
@@ -98,6 +99,37 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
             {"from": "system", "value": ""}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]},
         [("be brief", "system", False), given("hi"), learned("a")],
     ),
+    (  # pictures that a turn names itself
+        {"messages": [{"role": "user", "content": "what is this?", "images": ["a.png"]}, {"role": "bot", "content": "a"}]},
+        [given("<a.png>"), given("what is this?"), learned("a")],
+    ),
+    (
+        {"image": "c.png", "conversations": [
+            {"from": "human", "value": "<image> and <image>:", "image": None, "images": ["a.png", "b.png"]},
+            {"from": "gpt", "value": "x"}, {"from": "human", "value": "now <image>", "images": []},
+            {"from": "gpt", "value": "here", "image": "d.png"}]},
+        [given("<a.png>"), given("and"), given("<b.png>"), given(":"), learned("x"), given("now"), given("<c.png>"),
+         learned("<d.png>"), learned("here")],
+    ),
+    (  # parts that name their pictures, as transformers and OpenAI have it
+        {"messages": [
+            {"role": "user", "content": [
+                {"type": "image", "url": "a.png", "text": None}, {"type": "image", "image_url": {"url": "b.png"}},
+                {"type": "image_url", "image_url": {"url": "c.png", "detail": "low"}}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "a"}]},
+        [given("<a.png>"), given("<b.png>"), given("<c.png>"), given("what?"), learned("a")],
+    ),
+    (
+        {"images": [], "image": "a.png", "messages": [
+            {"role": "user", "content": [{"type": "image", "index": 0}, {"type": "text", "index": None, "text": "what?"}]},
+            {"role": "assistant", "content": "a"}]},
+        [given("<a.png>"), given("what?"), learned("a")],
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "bad", "weight": 0},
+                      {"role": "user", "content": "y"}, {"role": "assistant", "content": "good", "weight": 1}]},
+        [given("x"), given("bad", "assistant"), given("y"), learned("good")],
+    ),
     ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "text": "a dog", "caption": None}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
@@ -127,6 +159,21 @@ def turn(text: Any, role: str = "human") -> dict[str, Any]:
         ({"conversations": ["hi"]}, "turn 0 is a mapping, got str"),
         ({"image": "a.png", "conversations": [turn("hi"), turn("a", "gpt")]}, "1 images and 0 <image> marks"),
         ({"conversations": [turn("<image>"), turn("a", "gpt")]}, "0 images and 1 <image> marks"),
+        (
+            {"conversations": [turn("<image>") | {"images": ["a.png", "b.png"]}, turn("a", "gpt")]},
+            "turn 0: 2 images and 1 <image> marks",
+        ),
+        ({"images": ["a.png"], "image": "b.png", "messages": [turn("<image> what?"), turn("a", "gpt")]},
+         "images and image both name pictures"),
+        ({"messages": [turn("<image>?") | {"images": ["a.png"], "image": "b.png"}]}, "turn 0: images and image both name"),
+        ({"messages": [turn([{"type": "image", "source": {"data": "x"}}])]}, "turn 0: nothing reads 'source' of a part"),
+        ({"messages": [turn([{"type": "image", "url": "a.png", "path": "b.png"}])]}, "one of path and url"),
+        ({"messages": [turn([{"type": "image_url", "image_url": {}}])]}, "turn 0: image_url is empty"),
+        ({"messages": [turn([{"type": "image", "image_url": {"url": None}}])]}, "turn 0: image_url is empty"),
+        ({"images": ["a.png", "b.png"], "messages": [turn([{"type": "image", "index": 1}, {"type": "image", "index": 0}])]},
+         "turn 0: its image has index 1, and is number 0 of the row"),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0.5}]}, "turn 1: weight is 0 .* or 1, got 0.5"),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0}]}, "nothing in it is supervised"),
         ({"images": ["a.png", None], "texts": ["a"]}, "2 images and 1 texts: the lists are to be equally long"),
         ({"images": ["a.png", None], "texts": ["a", "b"]}, "place 0 of images and texts holds both"),
         ({"images": [None, "a.png"], "texts": [None, None]}, "place 0 of images and texts holds nothing"),
@@ -150,10 +197,12 @@ def test_keys_of_a_layout_that_nothing_reads_are_told() -> None:
     turns = [turn("hi"), turn("a", "gpt")]
     for values, ignored in (
         ({"id": 1, "conversations": turns}, {"id"}),
+        ({"messages": [turns[0] | {"name": "x", "weight": 1}, turns[1] | {"loss": False}]},
+         {"messages.name", "messages.loss"}),
         ({"src_img": "a.png", "edited_img": "b.png", "edit": "red", "promt": "x", "url": None}, {"promt"}),
         ({"images": ["a.png", None], "texts": [None, "a"], "metadata": "x"}, {"metadata"}),
         ({"image": "a.png", "text": "a dog", "id": 3}, {"id"}),
-    ):
+    ):  # fmt: skip
         assert parse_row(values, "x").ignored == ignored
 
 
@@ -161,6 +210,44 @@ def test_pictures_in_base64() -> None:
     info = {"image_base64": base64.b64encode(png((9, 8))).decode(), "matched_text_index": 0}
     (ref,) = parse_row({"text_list": ["a"], "image_info": [info]}, "x:1").pictures
     assert ref.size() == (8, 9)
+
+
+@pytest.mark.parametrize("head", ["", "data:image/png;base64,"])
+def test_pictures_written_into_the_row(head: str) -> None:
+    told_of = head + base64.b64encode(png((9, 8))).decode()
+    part = {"type": "image_url", "image_url": {"url": told_of}}
+    for values in (
+        {"image": told_of, "caption": "a"},
+        {"messages": [turn([part, {"type": "text", "text": "what?"}]), turn("a", "gpt")]},
+        {"segments": [{"image": told_of, "role": "assistant"}]},
+    ):
+        (ref,) = parse_row(values, "x:1", Path("/data")).pictures
+        assert ref.size() == (8, 9) and len(ref.name) < 40
+    with pytest.raises(RowError, match="reads 'img', which is a picture"):
+        parse_row({"img": told_of, "text": "a dog"}, "x:1")
+    with pytest.raises(
+        RowError, match=r"x:1: image: a picture in base64 is cut short or damaged, got '.{,200}$"
+    ):
+        parse_row({"image": told_of[:-1], "caption": "a"}, "x:1")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image": "x" * 9000, "caption": "a"}, "image is neither a picture in base64 nor the name of a file: 'xxx"),
+        ({"image": "data:image/png," + "x" * 9000, "caption": "a"}, "data:image/...;base64,..., got 'data:image/png,xxx"),
+        ({"segments": [{"x" * 9000: "a"}]}, "unknown key 'xxx"),
+        ({"messages": [turn("hi", "x" * 9000)]}, "is one of system, user, .* got 'xxx"),
+    ],
+)  # fmt: skip
+def test_messages_stay_short(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message) as found:
+        parse_row(values, "x:1")
+    assert len(str(found.value)) < 400
+    (ref,) = parse_row({"image": "a/" * 2000 + "b.png", "caption": "a"}, "x:1").pictures
+    for reading in (ref.open, ref.size):
+        with pytest.raises(PictureError, match=r"^x:1: a/a/.*/b\.png \(4005 characters\): no such file$"):
+            reading()
 
 
 def test_a_json_list_and_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -291,12 +291,64 @@ def test_a_table_of_pictures_is_read_as_one_wherever_it_lies(tmp_path: Path) -> 
         ({"img": "a.png", "messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}, "reads 'img'"),
         ({"image": "a.png", "prompt": "what?", "answer": "a dog"}, "nothing reads 'answer': question \\+ answer or"),
         ({"image": "a.png", "text": "what?", "response": "a dog"}, "nothing reads 'response'"),
+        ({"image": "a.png", "prompt": "what?", "response": None}, "response is null: .* with an empty response"),
+        ({"image": "a.png", "prompt": "what?", "answer": None}, "answer is null: "),
+        ({"file_name": "a.png", "prompt": "what?", "response": None}, "response is null: "),
     ],
 )  # fmt: skip
 def test_words_whose_picture_or_answer_nothing_reads_are_an_error(
     values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RowError, match=f"x:1: .*{message}"):
+        parse_row(values, "x:1")
+
+
+MARKED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"image": "a.png", "question": "<image>\nWhat?", "answer": "a"}, ["(a)", "What?", "a"]),
+    ({"image": "a.png", "prompt": "What?\n<image>", "response": "a"}, ["What?", "(a)", "a"]),
+    ({"image": "a.png", "prompt": "Is <image> red?", "response": "a"}, ["Is", "(a)", "red?", "a"]),
+    (
+        {"images": ["a.png", "b.png"], "prompt": "<image> and <image>: differ?", "response": "yes"},
+        ["(a)", "and", "(b)", ": differ?", "yes"],
+    ),
+    ({"images": ["a.png", "b.png"], "texts": ["one <image>", "two <image>"]}, ["one", "(a)", "two", "(b)"]),
+    ({"images": ["a.png", "b.png"], "texts": ["one", "two <image>"]}, ["one", "(a)", "two", "(b)"]),
+    ({"source": "a.png", "instruction": "<image> red", "target": "b.png"}, ["(a)", "red", "(b)"]),
+    ({"source": "a.png", "instruction": "red <image>", "target": "b.png"}, ["red", "(a)", "(b)"]),
+    ({"image": "a.png", "caption": "<image>\na dog"}, ["a dog", "(a)"]),
+    ({"image": "a.png", "caption": "a dog <image>"}, ["a dog", "(a)"]),
+    (
+        {"segments": [{"image": "a.png"}, {"text": "<image>\nWhat?"}, {"text": "a dog", "role": "assistant"}]},
+        ["(a)", "What?", "a dog"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "wanted"), MARKED)
+def test_marks_place_pictures_in_every_form(values: dict[str, Any], wanted: list[str]) -> None:
+    parts = parse_row(values, "x:1", Path("/data")).parts
+    found = [
+        p.text if isinstance(p, TextPart) else f"({p.picture.path.stem if p.picture.path else ''})"
+        for p in parts
+    ]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": "a tag <image> of a page"}, "0 images and 1 <image> marks"),
+        ({"prompt": "<image>\nWhat is it?", "response": "a"}, "0 images and 1 <image> marks \\('<image>"),
+        ({"image": "a.png", "question": "<image> <image> what?", "answer": "a"}, "1 images and 2 <image> marks"),
+        ({"image": "a.png", "question": "what?", "answer": "<image> a"}, "0 images and 1 <image> marks"),
+        ({"images": ["a.png", "b.png"], "prompt": "<image> what?", "response": "a"}, "2 images and 1 <image> marks"),
+        ({"image": "a.png", "prompt": "<image>\nWhat is it?"}, "0 images and 1 <image> marks"),
+        ({"image": "a.png", "prompt": "<image>", "response": "a"}, "a text is nothing but <image> marks"),
+        ({"segments": [{"text": "a <image> b", "role": "assistant"}, {"image": "a.png"}]}, "0 images and 1"),
+    ],
+)  # fmt: skip
+def test_marks_that_no_picture_stands_at_are_an_error(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=f"x:1: {message}"):
         parse_row(values, "x:1")
 
 
@@ -314,6 +366,139 @@ def test_words_with_addresses_and_names_beside_them_are_plain_text(beside: dict[
     assert plain.ignored == {key for key, value in beside.items() if value is not None}
 
 
+def test_rows_of_a_table_whose_picture_is_null_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words alone may be meant in a table of several forms; a lost answer would have taught to draw."""
+    st = {"bytes": png(), "path": None}
+    rows = [
+        {"image": st, "prompt": "what?", "response": "a dog", "text": None},
+        {"image": None, "prompt": "what?", "response": "a cat", "text": None},
+        {"image": st, "prompt": "what?", "response": None, "text": None},
+        {"image": None, "prompt": None, "response": None, "text": "once"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["kinds"] == {"reading": 1, "writing": 2} and len(report["problems"]) == 1
+    assert "row 2: response is null" in report["problems"][0]
+    assert report["warnings"][0].startswith("2 rows are words alone and have image null")
+    drawn = {
+        "image": "a.png",
+        "prompt": "draw",
+        "question": None,
+        "answer": None,
+    }  # of a table with questions
+    assert told(parse_row(drawn, "x:1")) == [("draw", "user", False), DRAWN]
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_two_pictures_of_one_key_are_a_broken_row(tmp_path: Path) -> None:
+    """The last one used to win: masks were drawn."""
+    members = {
+        "0001.jpg": png(),
+        "0001.png": png(),
+        "0001.txt": b"a dog",
+        "0002.png": png(),
+        "0002.txt": b"a cat",
+    }
+    found = texts(open_source(shard(tmp_path / "a.tar", members)))
+    assert "a.tar: 0001: .jpg and .png are two pictures of one name" in found[0] and found[1:] == ["a cat"]
+    members = {
+        "1.json": b'{"instruction": "red"}',
+        "1.source.png": png(),
+        "1.target.jpg": png(),
+        "1.source.jpg": png(),
+    }
+    (broken,) = texts(open_source(shard(tmp_path / "b.tar", members)))
+    assert ".source.png and .source.jpg are two pictures" in broken
+
+
+def test_a_caption_without_its_picture_is_a_broken_row(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.txt").write_text(f"a dog {name}")
+    (tmp_path / "README.txt").write_text("no caption")
+    assert texts(open_source(tmp_path)) == ["a dog a", "a dog b"]
+    (tmp_path / "aa.txt").write_text("gone")
+    (tmp_path / "aa.caption").write_text("gone")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("of no picture")
+    source = open_source(tmp_path)
+    found = texts(source)
+    assert found[:2] == ["a dog a", "a dog b"] and source.count() == len(found) == 3
+    assert "aa.caption: a caption without its picture" in found[2] and texts(source, 2) == found[2:]
+    told_of = spans_of(source, 2, 3)
+    assert told_of is not None and told_of[0][0] == "aa.caption"
+
+
+def test_files_of_kinds_that_are_not_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.heic").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"neither pictures nor .*1 files look like .*heic \(1\), such as"):
+        open_source(tmp_path)
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "b.WMV").write_bytes(b"x")
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN)]) == 0
+    told_of = capsys.readouterr().out
+    assert (
+        "warning: 2 files look like pictures or videos and are not read: .wmv (1), .heic (1), such as"
+        in told_of
+    )
+
+
+def test_linked_folders_are_entered(tmp_path: Path) -> None:
+    for place in ("data/own", "elsewhere/deep"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.png").write_bytes(png())
+        (tmp_path / place / "a.txt").write_text(place)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "own")  # is there already
+    (tmp_path / "data" / "own" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path)
+    assert texts(open_source(tmp_path / "data")) == ["elsewhere/deep", "data/own"]
+
+
+def test_columns_of_a_webdataset_are_a_captioned_picture(tmp_path: Path) -> None:
+    st = {"bytes": png(), "path": None}
+    rows = [{"jpg": st, "txt": "a dog", "__key__": "0001"}, {"jpg": None, "txt": "a cat", "__key__": "0002"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    row, other = open_source(tmp_path).rows()
+    assert (
+        isinstance(row, Row) and told(row) == [("a dog", "user", False), DRAWN] and row.ignored == {"__key__"}
+    )
+    assert isinstance(other, RowError) and "no known form" in str(other)
+    assert told(parse_row({"png": png(), "txt": "a dog", "json": {}}, "x")) == [
+        ("a dog", "user", False),
+        DRAWN,
+    ]
+
+
+def test_members_of_a_tar_that_say_nothing(tmp_path: Path) -> None:
+    """Notes that macOS puts between the files tore rows apart; a caption that is null hid the one beside it."""
+    members = {"./._1.png": b"x", "./1.png": png(), "./._1.txt": b"x", "./1.txt": b"a dog",
+               "2.png": png(), "2.json": b'{"caption": null}', "2.txt": b"a cat"}  # fmt: skip
+    source = open_source(shard(tmp_path / "a.tar", members))
+    assert texts(source) == ["a dog", "a cat"] and source.count() == 2
+
+
+def test_reports_for_machines_are_ascii(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "clé": 1}\n')
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out)["ignored"] == {"clé": 1}
+
+
 def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:
     (tmp_path / "A.JSONL").write_text('{"text": "one"}\n')
     (tmp_path / "notes.jsonl").mkdir()
@@ -321,6 +506,32 @@ def test_a_folder_has_rows_of_one_kind(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["two"]}), tmp_path / "b.parquet")
     with pytest.raises(SourceError, match=r"holds \.jsonl and \.parquet files, of which one kind is read"):
         open_source(tmp_path)
+
+
+def test_a_folder_with_a_table_has_no_other_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a dog"}\n')
+    (tmp_path / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}\n')
+    with pytest.raises(
+        SourceError, match=r"holds metadata\.jsonl and captions\.jsonl, rows of several kinds"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "captions.jsonl").rename(tmp_path / "extra.jsonl")
+    with pytest.raises(SourceError, match=r"holds metadata\.jsonl and extra\.jsonl, rows of several kinds"):
+        open_source(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    assert texts(open_source(tmp_path)) == ["a cat"]
+    (tmp_path / "a.txt").write_text("a dog")
+    with pytest.raises(
+        SourceError, match=r"holds extra\.jsonl and a\.png with a caption, rows of several kinds"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "b.mp4").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"holds extra\.jsonl and b\.mp4 and a\.png with a caption"):
+        open_source(tmp_path)
+    (tmp_path / "b.mp4").unlink()
+    (tmp_path / "extra.jsonl").unlink()
+    assert texts(open_source(tmp_path)) == ["a dog"]
 
 
 def test_words_in_another_encoding_are_a_broken_row(tmp_path: Path) -> None:

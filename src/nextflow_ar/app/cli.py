@@ -168,7 +168,7 @@ def describe(
     pipeline = _load(model)
     with waiting("reading", as_json):
         text = pipeline.describe(picture, question=question, max_tokens=max_tokens)[0]
-    typer.echo(json.dumps({"image": str(image), "text": text}, ensure_ascii=False) if as_json else text)
+    typer.echo(json.dumps({"image": str(image), "text": text}) if as_json else text)
 
 
 @app.command()

@@ -113,7 +113,7 @@ def check(
         raise ConfigError(f"{place} holds codes: --scales, --headers and --video are for pictures")
     source = Path(place) if codes else open_source(place, _video(video))
     report = _checked(source, model, scales, most, headers=headers, dialogue=dialogue)
-    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.table())
+    typer.echo(json.dumps(report.as_dict()) if as_json else report.table())
     if not report.rows and not report.problems:
         raise SourceError(f"{place}: no rows")
     if report.problems:
@@ -180,7 +180,8 @@ def convert(
 
     source = open_source(place, _video(video))
     _tell_clips(source)
-    with progress_bar("convert", 1) as update:
+    told = f"stopped; the same command {'begins anew' if shard is None else 'goes on'}"
+    with _ended_by_signal(told), progress_bar("convert", 1) as update:
         most = None if shard is None else shard * 1_000_000
         found = run_conversion(
             source,
@@ -192,17 +193,17 @@ def convert(
         update(1, f"{found.rows} rows")
     if as_json:
         files = [str(path) for path in found.files]
-        typer.echo(
-            json.dumps({"files": files, "rows": found.rows, "broken": found.broken}, ensure_ascii=False)
-        )
+        typer.echo(json.dumps({"files": files, "rows": found.rows, "broken": found.broken}))
         return
     typer.echo("\n".join(map(str, found.files)))
     _tell_left_out(found.rows, found.broken, "")
 
 
 @contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM within ends the command with one line and exit status 143, after all that waits for an end of the work."""
+def _ended_by_signal(told: str) -> Iterator[None]:
+    """SIGTERM within ends the command with the line ``told`` and exit status 143, after all that waits for an end of the
+    work.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise _Terminated
@@ -214,7 +215,7 @@ def _ended_by_signal() -> Iterator[None]:
     try:
         yield
     except _Terminated:
-        typer.echo("nextflow-ar: stopped; the same command goes on", err=True)
+        typer.echo(f"nextflow-ar: {told}", err=True)
         raise typer.Exit(128 + signal.SIGTERM) from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
@@ -283,7 +284,7 @@ def extract(
     }  # fmt: skip
     config = from_dict(ExtractionConfig, values, "extract")
     job = Extraction(place, tokenizer, out, config, _video(video), device, text_tokenizer)
-    with _ended_by_signal():
+    with _ended_by_signal("stopped; the same command goes on"):
         found = _extract(job, workers, ray, process, processes, retry=retry)
     _tell_extracted(place, out, found, as_json=as_json, whole=processes == 1)
 
@@ -299,7 +300,7 @@ def _tell_extracted(place: str, out: Path, found: dict[str, Any], *, as_json: bo
     if there is None and whole:
         raise SourceError(f"{place}: no rows to extract")
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        typer.echo(json.dumps(found))
     else:
         before = (there or 0) - found["rows"]
         _tell_left_out(

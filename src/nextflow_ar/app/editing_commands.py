@@ -154,4 +154,4 @@ def variations(
 def _tell(told: Mapping[str, object], as_json: bool) -> None:
     pictures = told["pictures"]
     assert isinstance(pictures, list)
-    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else "\n".join(pictures))
+    typer.echo(json.dumps(told) if as_json else "\n".join(pictures))

@@ -72,7 +72,7 @@ def story(
             "page": str(out / "index.html"),
             "parts": told,
         }
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        typer.echo(json.dumps(found))
     else:
         typer.echo("\n".join([*(next(iter(one.values())) for one in told), str(out / "index.html")]))
 
@@ -140,4 +140,4 @@ def video(
         )
     save_frames(drawn, out, rate)
     told = {"prompt": prompt, "model": model, "seed": seed, "frames": len(drawn), "video": str(out)}
-    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else str(out))
+    typer.echo(json.dumps(told) if as_json else str(out))

@@ -13,9 +13,10 @@ from typing import Any, TypeGuard
 
 from PIL import Image as PILImage
 
-from nextflow_ar.data.layouts import VIDEO_SUFFIXES
+from nextflow_ar.data.layouts import VIDEO_SUFFIXES, short, shown
 from nextflow_ar.data.rows import RowError, printable
 from nextflow_ar.data.sources import SourceError
+from nextflow_ar.tokenizer.pictures import files_below
 
 _TABLES = ("metadata.jsonl", "captions.jsonl", "manifest.jsonl")
 _UNREAD = ("metadata.csv", "metadata.parquet")
@@ -60,7 +61,7 @@ def find_clips(path: Path) -> list[Clip | RowError] | None:
     table = next((path / name for name in _TABLES if (path / name).is_file()), None)
     if table is not None:
         return _listed(table)
-    files = [p for p in path.rglob("*") if p.is_file()]
+    files = files_below(path)
     videos = sorted(p for p in files if p.suffix.lower() in VIDEO_SUFFIXES)
     pictures = [p for p in files if _is_picture(p.suffix)]
     films = [p for p in videos if p.suffix.lower() != ".gif"]
@@ -136,7 +137,7 @@ def _line(line: bytes, table: Path, number: int) -> tuple[Clip | RowError, bool]
     name = named or file
     if not isinstance(name, str) or not (named or Path(name).suffix.lower() in VIDEO_SUFFIXES):
         return RowError(f"{where}: names no clip (video, folder, or file_name of a video file)"), False
-    clip = _clip(table.parent / name, values, f"{where}: {name}")
+    clip = _clip(table.parent / name, values, f"{where}: {short(name)}")
     return clip, bool(named) or not name.lower().endswith(".gif")
 
 
@@ -148,9 +149,9 @@ def _clip(path: Path, values: Mapping[str, Any], where: str) -> Clip | RowError:
         if caption is not None and not isinstance(caption, str):
             raise ValueError(f"caption is text, got {type(caption).__name__}")
         if fps is not None and not (_is_number(fps) and fps > 0):
-            raise ValueError(f"fps is a number above 0, got {fps!r}")
+            raise ValueError(f"fps is a number above 0, got {shown(fps)}")
         if fps is not None and fps < _SLOWEST:
-            raise ValueError(f"fps is at least {_SLOWEST:g}, got {fps!r}")
+            raise ValueError(f"fps is at least {_SLOWEST:g}, got {shown(fps)}")
         texts = _texts(told.get("texts") or [])
         if any(printable(text) != text for text in (caption or "", *(text for _, text in texts))):
             raise ValueError("a text has half of a character")
@@ -178,7 +179,7 @@ def _texts(values: object) -> tuple[tuple[float | None, str], ...]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"texts[{i}] has no text")
         if isinstance(value, Mapping) and not (_is_number(at) and at >= 0):
-            raise ValueError(f"texts[{i}]: time is in seconds, got {at!r}")
+            raise ValueError(f"texts[{i}]: time is in seconds, got {shown(at)}")
         found.append((None if at is None else float(at), text.strip()))
     return tuple(sorted(found, key=lambda item: item[0] or 0.0))
 

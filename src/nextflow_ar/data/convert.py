@@ -57,12 +57,13 @@ def convert(
     ``most_bytes``: a file is finished when its texts and pictures reach so much; the files are then OUT-000000.tar and so
     on. ``place``: where the source is, as ``open_source`` takes it, so that a stopped conversion goes on with the same one
     only; it does so while the rows that are written are still the source's first ones.
-    Raises SourceError for another suffix and where there is no row to write, StorageError when the output exists or cannot
-    be written.
+    Raises SourceError for another suffix and where there is no row to write, StorageError when the output exists, cannot
+    be written, or lies within the source's folder.
     """
     kind = _WRITERS.get(out.suffix.lower())
     if kind is None:
         raise SourceError(f"{out}: data is written as {', '.join(_WRITERS)}")
+    _apart(out, place)
     video = asdict(source.config) if isinstance(source, VideoSource) else None
     journal = _Journal(out, {"place": _whole(place), "most_bytes": most_bytes, "video": video}, source)
     written, broken = 0, dict(journal.broken)
@@ -89,6 +90,15 @@ def convert(
         journal.done(name, end, broken)
     journal.finish()
     return Converted(journal.files, written, broken)
+
+
+def _apart(out: Path, place: Path | str) -> None:
+    """Raises StorageError where what is written would be read as rows of the source at ``place``."""
+    source = None if not place or str(place).startswith("hf://") else Path(place).resolve()
+    if source is not None and source.is_dir() and out.resolve().is_relative_to(source):
+        raise StorageError(
+            f"{out} lies in the source, {place}, and would be read with it: name another folder"
+        )
 
 
 def _add(writer: _Writer, number: int, row: Row | RowError, broken: dict[str, str]) -> int:

@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,38 @@ _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "bot": "assistant",
 }  # fmt: skip
+_TURN = frozenset({"from", "role", "value", "content", "image", "images", "weight"})
+"""What is read of a turn of a dialogue."""
+_PART = ("image", "path", "url", "image_url")
+"""Where a part of a turn of type image or image_url has its picture."""
 _EDITS = (
     ("source", "src_img", "source_img", "source_image", "original_image", "input_image"),
     ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
     ("instruction", "edited_prompt_list", "edit_prompt", "edit_instruction", "edit"),
 )
+
+
+_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+"""How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+_UNREAD = frozenset(
+    {
+        ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
+        ".raf", ".exr", ".xcf", ".wmv", ".asf", ".ts", ".mts", ".m2ts", ".m2v", ".flv", ".f4v", ".3gp", ".3g2", ".ogv",
+        ".vob", ".rm", ".rmvb", ".divx", ".mxf",
+    }
+)  # fmt: skip
+"""Pictures and videos that may be of no kind that is read here; Pillow's plugins may read some."""
+
+
+def short(text: str, most: int = 200) -> str:
+    """A text as a message quotes it, whatever its length: the middle of a longer one is left out."""
+    return text if len(text) <= most else f"{text[: most - 60]}...{text[-20:]} ({len(text)} characters)"
+
+
+def shown(value: object) -> str:
+    """A value of a row as a message quotes it."""
+    return short(repr(value), 120)
 
 
 class LayoutError(ValueError):
@@ -57,19 +85,35 @@ def plain_form(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], frozenset[
     return image_folder(values), frozenset()
 
 
+def unread_of_turns(values: Mapping[str, Any]) -> frozenset[str]:
+    """Keys within a dialogue's turns that nothing reads, as ``messages.name``; none where it is no dialogue."""
+    key = next((key for key in ("conversations", "messages") if values.get(key) is not None), "")
+    turns = values.get(key) if key and values.get("segments") is None else None
+    told = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    found = {str(name) for turn in told for name, value in turn.items() if value is not None}
+    return frozenset(f"{key}.{name}" for name in found - _TURN)
+
+
 def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, Any]:
     """The names of Hugging Face's image folders as ours; several captions: the first. ``listed``: of a table that lists
     pictures, where a file needs no picture's suffix.
     """
     found = {key: value for key, value in values.items() if value is not None}
+    null = {key: None for key in values if key not in found}
     named = next((key for key in ("file_name", "file") if found.get(key)), None)
     if "image" not in found and named and (listed or names_picture(found[named])):
         found["image"] = found.pop(named)
+    if "image" not in found and isinstance(found.get("txt"), str):  # the columns of a WebDataset
+        shown_by = next(
+            (key for key in ("jpg", "jpeg", "png", "webp") if holds_picture(key, found.get(key))), "txt"
+        )
+        if shown_by != "txt" and "caption" not in found:
+            found |= {"image": found.pop(shown_by), "caption": found.pop("txt")}
     if "image" in found and not {"caption", "prompt", "question"} & set(found):
         told = found.pop("text", None) or found.pop("captions", None)
         if told is not None or listed:
             found["caption"] = told[0] if isinstance(told, list) and told else told
-    return found
+    return null | found
 
 
 def names_picture(value: object) -> bool:
@@ -89,10 +133,31 @@ def holds_picture(key: str, value: object) -> bool:
         return any(holds_picture(key, one) for one in value)
     if isinstance(value, str):
         said = re.search("image|img|pic|photo|frame|video|clip|file|path|jpe?g|png", key.lower())
-        return said is not None and names_picture(value)
+        inline = value.startswith(("data:image/", *_HEADS)) and len(value) >= 64
+        return said is not None and (names_picture(value) or inline)
     if isinstance(value, bytes | bytearray):
         return "." + key.rpartition(".")[2] in VIDEO_SUFFIXES or _is_picture(bytes(value))
     return isinstance(value, PILImage.Image)
+
+
+def inline_picture(value: str) -> bytes | None:
+    """The bytes of a picture that is written into the row, as base64 or a ``data:`` address; None for a file's name.
+
+    Raises LayoutError.
+    """
+    told = value
+    if value.startswith("data:"):
+        head, _, told = value.partition(",")
+        if not head.endswith(";base64"):
+            raise LayoutError(
+                f"a data: address of a picture is data:image/...;base64,..., got {shown(value)}"
+            )
+    elif len(value) < 64 or not value.startswith(_HEADS) or not _BASE64.fullmatch(value):
+        return None
+    try:
+        return base64.b64decode("".join(told.split()), validate=True)
+    except ValueError:
+        raise LayoutError(f"a picture in base64 is cut short or damaged, got {shown(value)}") from None
 
 
 def _is_picture(data: bytes) -> bool:
@@ -145,7 +210,9 @@ def _page(values: Mapping[str, Any]) -> dict[str, Any]:
     for i, info in enumerate(images):
         place = info.get("matched_text_index") if isinstance(info, Mapping) else None
         if not isinstance(place, int) or not 0 <= place < len(texts):
-            raise LayoutError(f"image_info[{i}]: matched_text_index is a place in text_list, got {place!r}")
+            raise LayoutError(
+                f"image_info[{i}]: matched_text_index is a place in text_list, got {shown(place)}"
+            )
         at.setdefault(place, []).append(_page_picture(info, f"image_info[{i}]"))
     segments = []
     for place, text in enumerate(texts):
@@ -177,36 +244,79 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     turns = values.get("conversations") or values.get("messages")
     if not isinstance(turns, list) or not turns:
         raise LayoutError("conversations or messages is a list of at least one turn")
-    given = values.get("images") if values.get("images") is not None else values.get("image")
-    pictures = list(given) if isinstance(given, list) else [] if given is None else [given]
+    pictures = _pictures(values, "")
     segments: list[dict[str, Any]] = []
     if isinstance(system := values.get("system"), str) and system.strip():
         segments.append({"text": system, "role": "system", "supervised": False})
     used = 0
     for i, turn in enumerate(turns):
-        role, pieces = _turn(turn, f"turn {i}")
+        role, supervised, pieces = _turn(turn, f"turn {i}")
         if not pieces and role != "system":  # many dialogues begin with a system turn that says nothing
             raise LayoutError(f"turn {i}: {'the response' if role == 'assistant' else 'it'} is empty")
         for piece in pieces:
-            if piece == {"image": None}:
+            if _is_mark(piece):
+                if piece.get("index", used) != used:
+                    raise LayoutError(
+                        f"turn {i}: its image has index {shown(piece['index'])}, and is number {used} of the row"
+                    )
                 piece = {"image": pictures[used] if used < len(pictures) else None}
                 used += 1
-            segments.append(piece | {"role": role, "supervised": role == "assistant"})
+            segments.append(piece | {"role": role, "supervised": supervised})
     if used != len(pictures):
         raise LayoutError(f"{len(pictures)} images and {used} {MARK} marks: there is to be one mark an image")
     return {"segments": segments}
 
 
-def _turn(turn: object, place: str) -> tuple[str, list[dict[str, Any]]]:
-    """Role of a turn, and its texts and pictures; a picture that comes from the row's list is ``{"image": None}``."""
+def _is_mark(piece: Mapping[str, Any]) -> bool:
+    return "image" in piece and piece["image"] is None
+
+
+def _pictures(values: Mapping[str, Any], place: str) -> list[Any]:
+    """The pictures that a dialogue or a turn of it names beside its words."""
+    found = [
+        list(given) if isinstance(given, list) else [] if given is None else [given]
+        for given in (values.get("images"), values.get("image"))
+    ]
+    if all(found) and found[0] != found[1]:
+        raise LayoutError(f"{place}images and image both name pictures: one of them is to have all")
+    return found[0] or found[1]
+
+
+def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
+    """Role of a turn, whether it is supervised, and its texts and pictures; a picture that comes from the row's list is
+    ``{"image": None}``.
+    """
     if not isinstance(turn, Mapping):
         raise LayoutError(f"{place} is a mapping, got {type(turn).__name__}")
     name = turn.get("from") or turn.get("role")
     if not isinstance(name, str) or name not in _ROLES:
-        raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {name!r}")
-    content = turn.get("value") if turn.get("value") is not None else turn.get("content")
+        raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {shown(name)}")
+    weight = turn.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise LayoutError(f"{place}: weight is 0 (not trained) or 1, got {shown(weight)}")
+    pieces = _content(turn.get("value") if turn.get("value") is not None else turn.get("content"), place)
+    if pictures := _pictures(turn, f"{place}: "):
+        pieces = _placed(pieces, pictures, place)
+    return _ROLES[name], _ROLES[name] == "assistant" and weight != 0, pieces
+
+
+def _placed(pieces: list[dict[str, Any]], pictures: list[Any], place: str) -> list[dict[str, Any]]:
+    """A turn's pieces with its own pictures at its marks; without a mark they stand before its text."""
+    marks = sum(map(_is_mark, pieces))
+    if not marks:
+        return [{"image": picture} for picture in pictures] + pieces
+    if marks != len(pictures):
+        raise LayoutError(
+            f"{place}: {len(pictures)} images and {marks} {MARK} marks: there is to be one mark an image"
+        )
+    given = iter(pictures)
+    return [{"image": next(given)} if _is_mark(piece) else piece for piece in pieces]
+
+
+def _content(content: object, place: str) -> list[dict[str, Any]]:
+    """Texts and pictures of a turn's content."""
     if content is None or isinstance(content, str):
-        return _ROLES[name], _pieces(content or "")
+        return _pieces(content or "")
     if not isinstance(content, list):
         raise LayoutError(f"{place}: value (or content) is text, got {type(content).__name__}")
     pieces: list[dict[str, Any]] = []
@@ -215,14 +325,35 @@ def _turn(turn: object, place: str) -> tuple[str, list[dict[str, Any]]]:
             raise LayoutError(f"{place}: a part of content is a mapping, got {type(part).__name__}")
         if part.get("type") == "text":
             pieces += _pieces(str(part.get("text") or ""))
-        elif part.get("type") == "image":
-            pieces.append({"image": part.get("image") or part.get("path")})
-        elif part.get("type") == "image_url":
-            address = part.get("image_url")
-            pieces.append({"image": address.get("url") if isinstance(address, Mapping) else address})
+        elif part.get("type") in ("image", "image_url"):
+            pieces.append(_shown(part, place))
         else:
-            raise LayoutError(f"{place}: a part's type is text, image or image_url, got {part.get('type')!r}")
-    return _ROLES[name], pieces
+            raise LayoutError(
+                f"{place}: a part's type is text, image or image_url, got {shown(part.get('type'))}"
+            )
+    return pieces
+
+
+def _shown(part: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The picture of a part of a turn; without one it is a mark, maybe with its ``index`` in the row's list."""
+    given = {key: value for key, value in part.items() if value is not None and key != "type"}
+    unread = sorted(set(given) - {*_PART, "index", *(["text"] if given.get("text") == "" else [])})
+    if unread:
+        raise LayoutError(
+            f"{place}: nothing reads {shown(unread[0])} of a part with an image; accepted: {', '.join(_PART)}"
+        )
+    named = [key for key in _PART if given.get(key)]
+    if len(named) > 1:
+        raise LayoutError(f"{place}: a part with an image has one of {' and '.join(named)}")
+    if not named:
+        if part["type"] == "image_url":
+            raise LayoutError(f"{place}: image_url is empty")
+        return {"image": None} | ({"index": given["index"]} if "index" in given else {})
+    found = given[named[0]]
+    found = found["url"] if isinstance(found, Mapping) and "url" in found else found
+    if not found:
+        raise LayoutError(f"{place}: {named[0]} is empty")
+    return {"image": found}
 
 
 def _pieces(text: str) -> list[dict[str, Any]]:
@@ -269,6 +400,20 @@ def _coco_folder(path: Path, first: list[str]) -> str:
         if first and (path.parent / folder / first[0]).is_file():
             return folder
     return ""
+
+
+def unreadable(files: list[Path]) -> list[Path]:
+    """Those files that look like pictures or videos of kinds that are not read, in order."""
+    PILImage.init()
+    kinds = (_PICTURES | _UNREAD) - set(PILImage.EXTENSION) - VIDEO_SUFFIXES
+    return sorted(p for p in files if p.suffix.lower() in kinds and p.name[0] != ".")
+
+
+def told_unreadable(files: list[Path]) -> str:
+    """How many files :func:`unreadable` found, of what kinds, and one of them."""
+    kinds = Counter(p.suffix.lower() for p in files).most_common(8)
+    some = ", ".join(f"{suffix} ({n})" for suffix, n in kinds)
+    return f"{len(files)} files look like pictures or videos and are not read: {some}, such as {files[0]}"
 
 
 def saved_folder(folder: Path) -> str:

@@ -7,15 +7,25 @@ edit, a question) are read as the full form. Everything that is wrong with a row
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from nextflow_ar.data.layouts import LayoutError, holds_picture, plain_form
+from nextflow_ar.data.layouts import (
+    MARK,
+    LayoutError,
+    holds_picture,
+    inline_picture,
+    plain_form,
+    short,
+    shown,
+    unread_of_turns,
+)
 from nextflow_ar.sequence.dialogue import JOINT
 from nextflow_ar.tokenizer.pictures import PictureError, decode_picture, open_picture, to_rgb
 
@@ -50,7 +60,9 @@ class PictureRef:
 
     def open(self) -> PILImage.Image:
         """Upright, as 8-bit RGB. Raises PictureError."""
-        return decode_picture(self.data or b"", self.name) if self.path is None else open_picture(self.path)
+        if self.path is None:
+            return decode_picture(self.data or b"", self.name)
+        return open_picture(self.path, self.name)
 
     def size(self) -> tuple[int, int]:
         """(height, width) of what :meth:`open` gives, from the header alone. Raises PictureError."""
@@ -109,11 +121,14 @@ Part = TextPart | PicturePart
 
 @dataclass(frozen=True)
 class Row:
-    """One document. ``where``: file and place, for messages; ``ignored``: keys beside its form that nothing reads."""
+    """One document. ``where``: file and place, for messages; ``ignored``: keys beside its form that nothing reads;
+    ``missing``: keys of pictures that are null though it is words alone.
+    """
 
     parts: tuple[Part, ...]
     where: str
     ignored: frozenset[str] = field(default=frozenset(), compare=False)
+    missing: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def pictures(self) -> list[PictureRef]:
@@ -139,7 +154,8 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
         raise RowError(f"{where}: {error}") from None
     present = {key for key, value in values.items() if value is not None}
     if "segments" in present:
-        return reader.sound(reader.full(values["segments"]), given, every - (read or {"segments"}))
+        left = every - (read or {"segments"}) | unread_of_turns(given)
+        return reader.sound(reader.full(values["segments"]), given, left)
     for needed, form in _FORMS:
         if needed <= present:
             left = every - read if read else present - needed - ({"prompt"} if form is _story else set())
@@ -148,13 +164,24 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
                     f"{where}: a picture is drawn from {' + '.join(sorted(needed))}, and nothing reads {answers[0]!r}: "
                     "question + answer or prompt + response are about a picture"
                 )
+            if form is _drawing and (unsaid := _unsaid(given)):
+                raise RowError(
+                    f"{where}: {unsaid} is null: image + prompt with an empty response teaches nothing about the picture "
+                    "(of a picture to be drawn the words are its caption)"
+                )
             return reader.sound(form(reader, values), given, left)
     accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
     empty = sorted(_READ & {key for key, value in given.items() if value is None})
     null = f" ({', '.join(empty)} {'are' if len(empty) > 1 else 'is'} null)" if empty else ""
     raise RowError(
-        f"{where}: no known form among the keys {sorted(present)}{null}; accepted: segments; {accepted}"
+        f"{where}: no known form among the keys {short(str(sorted(present)), 400)}{null}; accepted: segments; {accepted}"
     )
+
+
+def _unsaid(given: Mapping[str, Any]) -> str:
+    """The key whose null is a response that was lost; not where the question to it is null as well (another form's)."""
+    null = {key for key, value in given.items() if value is None}
+    return next(iter(sorted(null & _ANSWERS - ({"answer"} if "question" in null else set()))), "")
 
 
 class _Reader:
@@ -183,7 +210,7 @@ class _Reader:
             if data is not None and not isinstance(data, bytes | bytearray):
                 raise self.fail(f"{key}: bytes are a picture file's, got {type(data).__name__}")
             if data:
-                name = printable(f"{self.where}: {value.get('path') or key}")
+                name = printable(f"{self.where}: {short(str(value.get('path') or key))}")
                 return PicturePart(PictureRef(name, data=bytes(data)), role, supervised)
             value = value.get("path")
         if isinstance(value, bytes | bytearray):
@@ -194,13 +221,21 @@ class _Reader:
             return PicturePart(PictureRef(f"{self.where}: {key}", data=buffer.getvalue()), role, supervised)
         if not isinstance(value, str) or not value:
             raise self.fail(f"{key} is a path or a picture, got {type(value).__name__}")
+        try:
+            inline = inline_picture(value)
+        except LayoutError as error:
+            raise self.fail(f"{key}: {error}") from None
+        if inline is not None:
+            return PicturePart(PictureRef(f"{self.where}: {key}", data=inline), role, supervised)
         if value.startswith(("http://", "https://")):
             raise self.fail(f"{key} is a web address: download the pictures first ({value[:60]})")
+        if any(len(part.encode("utf-8", "replace")) > 255 for part in value.split("/")) or len(value) > 4095:
+            raise self.fail(f"{key} is neither a picture in base64 nor the name of a file: {shown(value)}")
         path = Path(value)
         if self.folder is not None and not path.is_absolute():
             path = self.folder / path
         name = printable(str(path))  # of a row that is a picture's file, where says it all
-        name = name if name == self.where else printable(f"{self.where}: {value}")
+        name = name if name == self.where else printable(f"{self.where}: {short(value)}")
         return PicturePart(PictureRef(name, path=path), role, supervised)
 
     def sound(self, row: Row, given: Mapping[str, Any], left: Set[str]) -> Row:
@@ -208,9 +243,10 @@ class _Reader:
         lost = [] if row.pictures else sorted(key for key in left if holds_picture(key, given.get(key)))
         if lost:
             raise self.fail(
-                f"it has words alone, and nothing reads {lost[0]!r}, which is a picture: name it image (or file_name)"
+                f"it has words alone, and nothing reads {shown(lost[0])}, which is a picture: name it image (or file_name)"
             )
-        return replace(row, ignored=frozenset(left))
+        null = {key for key in _PICTURES if key in given and given[key] is None}
+        return replace(row, ignored=frozenset(left), missing=frozenset(() if row.pictures else null))
 
     def full(self, segments: object) -> Row:
         if not isinstance(segments, list) or not segments:
@@ -234,15 +270,17 @@ class _Reader:
         given = {key: value for key, value in segment.items() if value is not None}
         unknown = sorted(set(given) - {"text", "image", "role", "supervised"})
         if unknown:
-            raise self.fail(f"{place}: unknown key {unknown[0]!r}; accepted: text or image, role, supervised")
+            raise self.fail(
+                f"{place}: unknown key {shown(unknown[0])}; accepted: text or image, role, supervised"
+            )
         if ("text" in given) == ("image" in given):
             raise self.fail(f"{place} has either text or image")
         role = given.get("role", "assistant" if given.get("supervised") else "user")
         if role not in ROLES:
-            raise self.fail(f"{place}: role is one of {', '.join(ROLES)}, got {role!r}")
+            raise self.fail(f"{place}: role is one of {', '.join(ROLES)}, got {shown(role)}")
         supervised = given.get("supervised", role == "assistant")
         if not isinstance(supervised, bool):
-            raise self.fail(f"{place}: supervised is true or false, got {supervised!r}")
+            raise self.fail(f"{place}: supervised is true or false, got {shown(supervised)}")
         if "text" in given:
             return TextPart(
                 self.text(given["text"], f"{place}: text", supervised=supervised).text, role, supervised
@@ -253,7 +291,52 @@ class _Reader:
     def row(self, *parts: Part) -> Row:
         if not any(part.supervised for part in parts):
             raise self.fail("nothing in it is supervised, so it teaches nothing")
-        return Row(parts, self.where)
+        return Row(tuple(self.at_marks(parts)), self.where)
+
+    def at_marks(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts with pictures where the ``<image>`` marks of the texts beside them say. A mark at the end of a text may
+        be that of the picture behind it; the others are of the pictures of the same turn before it, one each.
+        """
+        found: list[Part] = []
+        free = 0  # pictures at the end of what is found that have no mark yet
+        marked = False
+        for i, part in enumerate(parts):
+            if isinstance(part, PicturePart):
+                found.append(part)
+                free, marked = free + (not marked), False
+                continue
+            marks = part.text.count(MARK)
+            before = self.together(found[len(found) - free :][::-1], part.role)[::-1]
+            behind = self.together(parts[i + 1 :], parts[i + 1].role if i + 1 < len(parts) else part.role)
+            ends = marks == 1 == len(behind) and part.text.endswith(MARK)
+            if not marks:
+                found.append(part)
+            elif ends and (behind[0].role == part.role or not before):
+                found += self.pieces(part, [])
+                marked = True
+            elif marks == len(before):
+                found[len(found) - marks :] = self.pieces(part, before)
+            else:
+                raise self.fail(
+                    f"{len(before)} images and {marks} {MARK} marks ({part.text[:40]!r}): "
+                    "there is to be one mark an image that stands beside the text, or none"
+                )
+            free = 0
+        return found
+
+    def together(self, parts: Sequence[Part], role: Role) -> list[Part]:
+        """The pictures of a role's turn that parts begin with."""
+        return list(takewhile(lambda p: isinstance(p, PicturePart) and p.role == role, parts))
+
+    def pieces(self, part: TextPart, pictures: Sequence[Part]) -> list[Part]:
+        """A text around its marks, at which ``pictures`` stand."""
+        texts = [text.strip() for text in part.text.split(MARK)]
+        if not any(texts):
+            raise self.fail(f"a text is nothing but {MARK} marks")
+        found: list[Part] = []
+        for text, picture in zip_longest(texts, pictures):
+            found += ([replace(part, text=text)] if text else []) + ([picture] if picture is not None else [])
+        return found
 
 
 def _story(r: _Reader, v: Mapping[str, Any]) -> Row:
@@ -306,9 +389,10 @@ def _drawing(r: _Reader, v: Mapping[str, Any]) -> Row:
 
 
 def _captioned(r: _Reader, v: Mapping[str, Any]) -> Row:
-    return r.row(
-        r.text(v["caption"], "caption", supervised=False), r.picture(v["image"], "image", supervised=True)
-    )
+    told = r.text(v["caption"], "caption", supervised=False)
+    if told.text.count(MARK) == 1 and told.text.startswith(MARK):  # its picture, as if it were given
+        told = r.text(told.text.removeprefix(MARK), "caption", supervised=False)
+    return r.row(told, r.picture(v["image"], "image", supervised=True))
 
 
 def _dialogue(r: _Reader, v: Mapping[str, Any]) -> Row:
@@ -321,6 +405,7 @@ def _plain(r: _Reader, v: Mapping[str, Any]) -> Row:
     return r.row(r.text(v["text"], "text", supervised=True))
 
 
+_PICTURES = ("image", "images", "file_name")
 _ANSWERS = frozenset({"answer", "response", "output"})
 _FORMS = (
     (frozenset({"source", "instruction", "target"}), _edit),

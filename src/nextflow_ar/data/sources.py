@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -22,20 +21,20 @@ from nextflow_ar.data.layouts import (
     VIDEO_SUFFIXES,
     LayoutError,
     coco_rows,
-    deeper,
     image_folder,
-    saved_folder,
+    short,
+    unreadable,
 )
 from nextflow_ar.data.parquet_rows import group_rows, told_in
 from nextflow_ar.data.rows import Row, RowError, parse_row
-from nextflow_ar.data.spans import Span, checksum, file_spans, words
-from nextflow_ar.data.tar_members import by_key, content, damage, goes_on, told_by_key
+from nextflow_ar.data.spans import Span, checksum, file_spans
+from nextflow_ar.data.tar_members import by_key, content, damage, goes_on, shard_values, told_by_key
+from nextflow_ar.tokenizer.pictures import files_below
 
 if TYPE_CHECKING:
     from nextflow_ar.data.video import VideoConfig
 
-_CAPTION_SUFFIXES = (".txt", ".caption")
-_TABLES = ("metadata.jsonl", "captions.jsonl", "manifest.jsonl")
+TABLES = ("metadata.jsonl", "captions.jsonl", "manifest.jsonl")
 
 
 class SourceError(ValueError):
@@ -77,7 +76,7 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     _no_codes(path)
-    kind = _KINDS.get(path.suffix.lower()) if path.is_file() else None
+    kind = KINDS.get(path.suffix.lower()) if path.is_file() else None
     if kind is not None:
         return kind([path])
     if path.is_dir():
@@ -90,31 +89,51 @@ def open_source(place: Path | str, video: VideoConfig | None = None) -> Source:
 
     clips = find_clips(path)
     if clips is not None:
-        return VideoSource(clips, video or VideoConfig())
+        listed = path.is_file() or any((path / name).is_file() for name in TABLES)
+        return VideoSource(clips, video or VideoConfig(), [] if listed else unreadable(files_below(path)))
     if path.is_file():
         raise SourceError(
-            f"{path}: {', '.join(_KINDS)} and video files, folders and hf://OWNER/NAME are accepted"
+            f"{path}: {', '.join(KINDS)} and video files, folders and hf://OWNER/NAME are accepted"
         )
+    from nextflow_ar.data.picture_folder import FolderSource
+
     return FolderSource(path)
 
 
 def _of_folder(folder: Path) -> Source | None:
     """The files of rows in a folder, where there are any. Raises SourceError where they are of several kinds."""
-    notes = (*_TABLES, *HUB_NOTES, *(["state.json"] if any(folder.glob("*.arrow")) else []))
+    notes = (*TABLES, *HUB_NOTES, *(["state.json"] if any(folder.glob("*.arrow")) else []))
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in notes and p.name[0] != "."]
     clips = {p.stem for p in files if p.suffix.lower() in VIDEO_SUFFIXES}
     rows = [
         p for p in files if p.suffix.lower() != ".jsonl" or p.stem not in clips
     ]  # a clip's notes are no rows
-    found = {suffix: [p for p in rows if p.suffix.lower() == suffix] for suffix in _KINDS}
+    found = {suffix: [p for p in rows if p.suffix.lower() == suffix] for suffix in KINDS}
     kinds = [suffix for suffix, shards in found.items() if shards and suffix != ".json"]
     if len(kinds) > 1 and kinds != [".tar", ".parquet"]:  # img2dataset's tables lie beside its shards
         raise SourceError(
             f"{folder} holds {' and '.join(kinds)} files, of which one kind is read: name a file, or part them"
         )
+    tables = [name for name in TABLES if (folder / name).is_file()]
+    listed = [] if ".tar" in kinds and tables == ["manifest.jsonl"] else tables  # of the shards themselves
+    several = [*listed, *(found[kinds[0]][0].name for _ in kinds[:1]), *(_others(files) if kinds else [])]
+    if len(several) > 1:
+        raise SourceError(
+            f"{folder} holds {' and '.join(several)}, rows of several kinds of which one is read: name a file, or part them"
+        )
     if kinds:
-        return _KINDS[kinds[0]](found[kinds[0]])
+        return KINDS[kinds[0]](found[kinds[0]])
     return JsonSource(found[".json"]) if found[".json"] and _only_rows(folder) else None
+
+
+def _others(files: list[Path]) -> list[str]:
+    """A clip among the files, or a picture that has its caption beside it, as a message names it; none where none is."""
+    PILImage.init()
+    names = {p.name for p in files}
+    clips = [p.name for p in files if p.suffix.lower() in VIDEO_SUFFIXES - {".gif"}]
+    pictures = [p for p in files if p.suffix.lower() in PILImage.EXTENSION]
+    captioned = [p.name for p in pictures if f"{p.stem}.txt" in names or f"{p.stem}.caption" in names]
+    return [*clips[:1], *(f"{name} with a caption" for name in captioned[:1])]
 
 
 def _no_codes(path: Path) -> None:
@@ -133,7 +152,7 @@ def _no_codes(path: Path) -> None:
 def _no_csv(folder: Path) -> None:
     """Raises SourceError for a table of pictures as image folders of Hugging Face may have it, too."""
     table = folder / "metadata.csv"
-    if not table.is_file() or any((folder / name).is_file() for name in _TABLES):
+    if not table.is_file() or any((folder / name).is_file() for name in TABLES):
         return
     with table.open("rb") as file:
         if b"file_name" in file.readline():
@@ -211,7 +230,7 @@ class JsonlSource(_Files):
 
     def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
         for number, line in self._lines(path, start):
-            yield _parsed(line, f"{path}:{number}", path.parent)
+            yield parsed(line, f"{path}:{number}", path.parent)
 
     def _lines(self, path: Path, start: int) -> Iterator[tuple[int, bytes]]:
         at, first = self._marks[path][start // 1000] if start else (0, 1)
@@ -263,24 +282,30 @@ class JsonSource(_Files):
     def _read(self, path: Path, start: int) -> Iterator[Row | RowError]:
         for number, values in enumerate(self._rows(path)[start:], start=start):
             where = f"{path}: row {number}"
-            yield _row(values, where, path.parent) if isinstance(values, dict) else _no_mapping(values, where)
+            yield (
+                make_row(values, where, path.parent)
+                if isinstance(values, dict)
+                else _no_mapping(values, where)
+            )
 
 
-def _parsed(line: bytes, where: str, folder: Path | None, listed: bool = False) -> Row | RowError:
+def parsed(line: bytes, where: str, folder: Path | None, listed: bool = False) -> Row | RowError:
+    """The row of a line of JSON, or what is wrong with it. ``listed``: of a table that lists pictures."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         return RowError(f"{where}: not valid JSON ({error})")
     if not isinstance(values, dict):
         return _no_mapping(values, where)
-    return _row(image_folder(values, listed=True) if listed else values, where, folder)
+    return make_row(image_folder(values, listed=True) if listed else values, where, folder)
 
 
 def _no_mapping(values: object, where: str) -> RowError:
     return RowError(f"{where}: a row is a mapping of keys to values, got {type(values).__name__}")
 
 
-def _row(values: Mapping[str, Any], where: str, folder: Path | None) -> Row | RowError:
+def make_row(values: Mapping[str, Any], where: str, folder: Path | None) -> Row | RowError:
+    """The row of plain values, or what is wrong with it; see :func:`~nextflow_ar.data.rows.parse_row`."""
     try:
         return parse_row(values, where, folder)
     except RowError as error:
@@ -331,7 +356,11 @@ class ParquetSource:
                     where = f"{path}: row {number}"
                     if passed >= start:
                         damaged = isinstance(values, RowError)
-                        yield RowError(f"{where}: {values}") if damaged else _row(values, where, path.parent)
+                        yield (
+                            RowError(f"{where}: {values}")
+                            if damaged
+                            else make_row(values, where, path.parent)
+                        )
                     passed, number = passed + 1, number + 1
 
     def _opened(self, path: Path) -> Any:
@@ -344,74 +373,6 @@ class ParquetSource:
         except Exception as error:
             reason = " ".join(str(error).split())[:100]
             raise SourceError(f"{path}: not a parquet file ({reason})") from None
-
-
-class FolderSource:
-    """Pictures with captions: a table (metadata.jsonl with ``file_name`` and ``text``, as Hugging Face's image folders have
-    it; captions.jsonl or manifest.jsonl likewise), or beside each picture a text file of the same name.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.table = next((folder / name for name in _TABLES if (folder / name).is_file()), None)
-        PILImage.init()
-        self.files = sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in PILImage.EXTENSION and p.is_file()
-        )
-        if not self.files:
-            what = saved_folder(folder) or f"neither pictures nor {', '.join(_KINDS)} files in this folder"
-            raise SourceError(
-                f"{folder}: {what}{'' if saved_folder(folder) else deeper(folder, tuple(_KINDS))}"
-            )
-        self.seeks = self.table is None
-
-    def rows(self, start: int = 0) -> Iterator[Row | RowError]:
-        """See :class:`Source`."""
-        if self.table is not None:
-            yield from islice(self._listed(self.table), start, None)
-            return
-        for path in self.files[start:]:
-            beside = _beside(path)
-            if beside is None:
-                yield RowError(f"{path}: no caption beside it ({path.stem}.txt or .caption)")
-                continue
-            text = words(beside.read_bytes())
-            values = {"image": path.name, "caption": text}
-            yield RowError(f"{beside}: not UTF-8") if text is None else _row(values, str(path), path.parent)
-
-    def count(self) -> int:
-        """See :class:`Source`."""
-        if self.table is None:
-            return len(self.files)
-        with self.table.open("rb") as file:
-            return sum(1 for line in file if line.strip())
-
-    def spans(self, start: int, stop: int) -> list[Span]:
-        """See :func:`spans_of`."""
-        if self.table is None:
-            return [
-                (
-                    path.relative_to(self.folder).as_posix(),
-                    zlib.crc32(told.read_bytes()) if (told := _beside(path)) else 0,
-                )
-                for path in self.files[start:stop]
-            ]
-        with self.table.open("rb") as file:
-            lines = list(islice((line for line in file if line.strip()), start, stop))
-        return [(len(lines), checksum(lines))]
-
-    def _listed(self, table: Path) -> Iterator[Row | RowError]:
-        with table.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{table}:{number}"
-                yield _parsed(line, where, self.folder, listed=True)
-
-
-def _beside(picture: Path) -> Path | None:
-    """The file of a picture's caption."""
-    return next((p for s in _CAPTION_SUFFIXES if (p := picture.with_suffix(s)).is_file()), None)
 
 
 class TarSource(_Files):
@@ -441,7 +402,7 @@ class TarSource(_Files):
                         yield RowError(key)
                     elif number >= start:
                         found = {suffix: content(shard, member) for suffix, member in members.items()}
-                        yield _shard_row(found, f"{path}: {key}", path)
+                        yield _shard_row(found, f"{path}: {short(key)}", path)
                 if goes_on(path, shard.offset):
                     raise tarfile.ReadError(
                         "something that is no file of it follows: a broken header, or tars that were joined"
@@ -451,44 +412,14 @@ class TarSource(_Files):
 
 
 def _shard_row(members: dict[str, bytes], where: str, shard: Path) -> Row | RowError:
-    values: dict[str, Any] = {}
-    for suffix, data in members.items():
-        if suffix == "json":
-            try:
-                values |= json.loads(data)
-            except (ValueError, TypeError, RecursionError) as error:
-                return RowError(f"{where}: not valid JSON ({error})")
-    pictures: dict[str, bytes] = {}
-    for suffix, data in members.items():
-        if suffix in ("txt", "caption"):
-            if (text := words(data)) is None:
-                return RowError(f"{where}: its .{suffix} is not UTF-8")
-            values.setdefault("caption", text)
-        elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
-            name, dot, _ = suffix.rpartition(".")
-            pictures[name if dot else "image"] = data  # "0001.source.png" is the key "source"
-        elif "." + suffix in VIDEO_SUFFIXES:
-            values.setdefault(suffix, data)  # nothing reads it, which is to be told
-    if "segments" in values:
-        return _row(_filled(values, pictures), where, shard)
-    return _row(values | pictures, where, shard)  # a name that is no file of it is in no other folder
+    try:
+        values = shard_values(members, where)
+    except RowError as error:
+        return error
+    return make_row(values, where, shard)  # a name that is no file of it is in no other folder
 
 
-def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:
-    """Segments of a shard's row name the pictures beside it: ``{"image": "0"}`` is ``0001.0.png``."""
-    segments = values["segments"]
-    if not isinstance(segments, list):
-        return values
-    filled = [
-        {**part, "image": pictures[part["image"]]}
-        if isinstance(part, dict) and isinstance(part.get("image"), str) and part["image"] in pictures
-        else part
-        for part in segments
-    ]
-    return {**values, "segments": filled}
-
-
-_KINDS: dict[str, type[JsonlSource] | type[ParquetSource] | type[TarSource] | type[JsonSource]] = {
+KINDS: dict[str, type[JsonlSource] | type[ParquetSource] | type[TarSource] | type[JsonSource]] = {
     ".jsonl": JsonlSource,
     ".tar": TarSource,  # before the tables that img2dataset writes beside its shards
     ".parquet": ParquetSource,

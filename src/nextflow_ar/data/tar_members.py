@@ -1,11 +1,19 @@
-"""Files of a WebDataset shard, key by key, and whether that was all of it."""
+"""Files of a WebDataset shard, key by key, the values of their rows, and whether that was all of it."""
 
 from __future__ import annotations
 
+import json
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from PIL import Image as PILImage
+
+from nextflow_ar.data.layouts import VIDEO_SUFFIXES
+from nextflow_ar.data.rows import RowError
+from nextflow_ar.data.spans import words
 
 
 def goes_on(path: Path, end: int) -> bool:
@@ -31,6 +39,8 @@ def by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")
+        if name.startswith("."):  # macOS puts "._0001.jpg" with notes of its own before every file
+            continue
         stem, _, suffix = name.partition(".")
         current = f"{folder}/{stem}" if folder else stem
         if current != key:
@@ -46,6 +56,50 @@ def content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     """What is in a file of a tar."""
     file = shard.extractfile(member)
     return file.read() if file else b""
+
+
+def shard_values(members: dict[str, bytes], where: str) -> dict[str, Any]:
+    """The values of a row from its files by suffix. Raises RowError."""
+    values: dict[str, Any] = {}
+    for suffix, data in members.items():
+        if suffix == "json":
+            try:
+                values |= json.loads(data)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise RowError(f"{where}: not valid JSON ({error})") from None
+    pictures: dict[str, tuple[str, bytes]] = {}
+    for suffix, data in members.items():
+        if suffix in ("txt", "caption"):
+            if (text := words(data)) is None:
+                raise RowError(f"{where}: its .{suffix} is not UTF-8")
+            values["caption"] = text if values.get("caption") is None else values["caption"]
+        elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
+            name, dot, _ = suffix.rpartition(".")
+            name = name if dot else "image"  # "0001.source.png" is the key "source"
+            if name in pictures:
+                raise RowError(
+                    f"{where}: .{pictures[name][0]} and .{suffix} are two pictures of one name: keep one, or name them by "
+                    "their keys (such as .source.png and .target.png)"
+                )
+            pictures[name] = (suffix, data)
+        elif "." + suffix in VIDEO_SUFFIXES:
+            values.setdefault(suffix, data)  # nothing reads it, which is to be told
+    found = {name: data for name, (_, data) in pictures.items()}
+    return _filled(values, found) if "segments" in values else values | found
+
+
+def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:
+    """Segments of a shard's row name the pictures beside it: ``{"image": "0"}`` is ``0001.0.png``."""
+    segments = values["segments"]
+    if not isinstance(segments, list):
+        return values
+    filled = [
+        {**part, "image": pictures[part["image"]]}
+        if isinstance(part, dict) and isinstance(part.get("image"), str) and part["image"] in pictures
+        else part
+        for part in segments
+    ]
+    return {**values, "segments": filled}
 
 
 def told_by_key(path: Path) -> list[int]:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,12 +89,14 @@ class _Kept(NamedTuple):
 
 
 class VideoSource:
-    """Clips in a fixed order, as rows."""
+    """Clips in a fixed order, as rows. ``unread``: files beside them that look like clips of kinds that are not read."""
 
     seeks = True
 
-    def __init__(self, clips: list[Clip | RowError], config: VideoConfig) -> None:
-        self.clips, self.config = clips, config
+    def __init__(
+        self, clips: list[Clip | RowError], config: VideoConfig, unread: Sequence[Path] = ()
+    ) -> None:
+        self.clips, self.config, self.unread = clips, config, list(unread)
         self._windows: dict[int, int] = {}
 
     def count(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,13 +28,14 @@ class PictureError(ValueError):
     """A picture cannot be read or written: one line that names the file and the reason."""
 
 
-def open_picture(path: Path | str) -> Image.Image:
-    """The first frame of a picture file as upright 8-bit RGB; transparency is laid over white.
+def open_picture(path: Path | str, name: str = "") -> Image.Image:
+    """The first frame of a picture file as upright 8-bit RGB; transparency is laid over white. ``name``: what messages call
+    it (default: its path).
 
     Accepts what Pillow reads: PNG, JPEG, WebP, GIF, BMP, TIFF and more, in grey, palette, CMYK, 16-bit or alpha modes.
     Raises PictureError when the file is missing, damaged, no picture, or larger than :data:`MAX_PIXELS`.
     """
-    return _opened(Path(path), str(path))
+    return _opened(Path(path), name or str(path))
 
 
 def decode_picture(
@@ -183,6 +185,26 @@ def unplace(canvas: np.ndarray, frame: Frame | None) -> Image.Image:
     )
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and below it, in no order. Linked folders are entered, none twice; what they link to within the
+    folder itself is there already.
+    """
+    root = os.path.realpath(folder)
+    seen, found = {root}, []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        entered = []
+        for name in sorted(folders):
+            path = os.path.join(place, name)
+            real = os.path.realpath(path)
+            within = os.path.islink(path) and real.startswith(os.path.join(root, ""))
+            if real not in seen and not within:
+                seen.add(real)
+                entered.append(name)
+        folders[:] = entered
+        found += [path for name in files if (path := Path(place, name)).is_file()]
+    return found
+
+
 def picture_files(paths: list[Path], *, strict: bool = False) -> list[Path]:
     """The picture files among files and folders (with all that lies below them), in order. Raises PictureError for a folder
     without pictures and, ``strict``, for a path that is not there, which is found out on opening it otherwise.
@@ -195,7 +217,7 @@ def picture_files(paths: list[Path], *, strict: bool = False) -> list[Path]:
                 raise PictureError(f"{path}: no such file or folder")
             found.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file())
+        inside = sorted(p for p in files_below(path) if p.suffix.lower() in Image.EXTENSION)
         if not inside:
             raise PictureError(f"{path}: the folder holds no pictures")
         found += inside
