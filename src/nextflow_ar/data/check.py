@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nextflow_ar.data.layouts import told_unreadable
 from nextflow_ar.data.rows import LeftOut, PicturePart, Row, RowError, TextPart, printable
 from nextflow_ar.data.sources import Source
 from nextflow_ar.scales import ScaleSchedule
@@ -120,8 +119,7 @@ def check_rows(
         f"{n} rows are words alone and have {key} null: rows without a picture, or is it missing?"
         for key, n in missing.items()
     ]
-    if unread := getattr(source, "unread", None):
-        report.warnings.append(printable(told_unreadable(unread)))
+    report.warnings += map(printable, getattr(source, "notes", ()))
     return report
 
 

@@ -17,15 +17,18 @@ from nextflow_ar.tokenizer.pictures import files_below
 
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _NOTES = frozenset(
-    {"readme", "license", "licence", "copying", "notice", "changelog", "classes", "requirements"}
-)
+    {
+        "readme", "license", "licence", "copying", "notice", "changelog", "classes", "requirements", "prompts", "captions",
+        "tags", "labels", "sources", "credits", "attribution", "urls", "list", "train", "val", "test",
+    }
+)  # fmt: skip
 """Texts beside captioned pictures that are no captions."""
 
 
 class FolderSource:
     """Pictures with captions: a table (metadata.jsonl with ``file_name`` and ``text``, as Hugging Face's image folders have
-    it; captions.jsonl or manifest.jsonl likewise), or beside each picture a text file of the same name. Such a text without
-    a picture is a broken row, behind the others. ``unread``: files that look like pictures of kinds that are not read.
+    it; captions.jsonl or manifest.jsonl likewise), or beside each picture a text file of the same name. ``notes``: what
+    lies there and is no row, a line each: such texts without a picture, and files that look like pictures of other kinds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,11 +37,13 @@ class FolderSource:
         PILImage.init()
         below = files_below(folder)
         self.files = sorted(p for p in below if p.suffix.lower() in PILImage.EXTENSION)
-        self.unread = unreadable(below) if self.table is None else []
-        self.alone = _alone(below, self.files) if self.table is None else []
+        unread = unreadable(below) if self.table is None else []
+        self.notes = [told_unreadable(unread)] if unread else []
+        if self.table is None and (alone := _alone(below, self.files, unread)):
+            self.notes.append(f"{len(alone)} captions have no picture beside them, such as {alone[0]}")
         if not self.files:
             what = saved_folder(folder) or f"neither pictures nor {', '.join(KINDS)} files in this folder"
-            what += f" ({told_unreadable(self.unread)})" if self.unread else ""
+            what += f" ({told_unreadable(unread)})" if unread else ""
             raise SourceError(
                 f"{folder}: {what}{'' if saved_folder(folder) else deeper(folder, tuple(KINDS))}"
             )
@@ -59,13 +64,11 @@ class FolderSource:
             yield (
                 RowError(f"{beside}: not UTF-8") if text is None else make_row(values, str(path), path.parent)
             )
-        for path in self.alone[max(0, start - len(self.files)) :]:
-            yield RowError(f"{path}: a caption without its picture ({path.stem}.png, .jpg, ...)")
 
     def count(self) -> int:
         """See :class:`Source`."""
         if self.table is None:
-            return len(self.files) + len(self.alone)
+            return len(self.files)
         with self.table.open("rb") as file:
             return sum(1 for line in file if line.strip())
 
@@ -77,7 +80,7 @@ class FolderSource:
                     path.relative_to(self.folder).as_posix(),
                     zlib.crc32(told.read_bytes()) if (told := _beside(path)) else 0,
                 )
-                for path in [*self.files, *self.alone][start:stop]
+                for path in self.files[start:stop]
             ]
         with self.table.open("rb") as file:
             lines = list(islice((line for line in file if line.strip()), start, stop))
@@ -97,13 +100,10 @@ def _beside(picture: Path) -> Path | None:
     return next((p for s in _CAPTION_SUFFIXES if (p := picture.with_suffix(s)).is_file()), None)
 
 
-def _alone(below: list[Path], pictures: list[Path]) -> list[Path]:
+def _alone(below: list[Path], pictures: list[Path], unread: list[Path]) -> list[Path]:
     """The captions without a picture, in folders in which pictures have captions."""
     captioned = {p.parent for p in pictures if _beside(p) is not None}
-    shown = {p.with_suffix("") for p in pictures}
-    found = {
-        p.with_suffix(""): p
-        for p in sorted(below, reverse=True)
-        if p.suffix.lower() in _CAPTION_SUFFIXES and p.parent in captioned and p.stem.lower() not in _NOTES
-    }
-    return sorted(path for stem, path in found.items() if stem not in shown and path.name[0] != ".")
+    shown = {p.with_suffix("") for p in (*pictures, *unread)} | set(pictures)  # "1.png.txt" is beside "1.png"
+    found = (p for p in below if p.suffix.lower() in _CAPTION_SUFFIXES and p.parent in captioned)
+    alone = (p for p in found if p.with_suffix("") not in shown and p.name[0] != ".")
+    return sorted(p for p in alone if p.stem.partition(".")[0].lower() not in _NOTES)

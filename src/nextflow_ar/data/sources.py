@@ -10,6 +10,7 @@ import json
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,7 +43,9 @@ class SourceError(ValueError):
 
 
 class Source(Protocol):
-    """Rows in a fixed order. One that starts anywhere at little cost says so by an attribute ``seeks = True``."""
+    """Rows in a fixed order. One that starts anywhere at little cost says so by an attribute ``seeks = True``; one beside
+    which there is what might be meant as rows has a line for each in ``notes``.
+    """
 
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
         """Row ``start`` and all that follow; a broken one is its error."""
@@ -114,16 +117,28 @@ def _of_folder(folder: Path) -> Source | None:
         raise SourceError(
             f"{folder} holds {' and '.join(kinds)} files, of which one kind is read: name a file, or part them"
         )
-    tables = [name for name in TABLES if (folder / name).is_file()]
-    listed = [] if ".tar" in kinds and tables == ["manifest.jsonl"] else tables  # of the shards themselves
-    several = [*listed, *(found[kinds[0]][0].name for _ in kinds[:1]), *(_others(files) if kinds else [])]
+    several = [name for name in TABLES if _lists(folder / name)] + [found[kind][0].name for kind in kinds[:1]]
     if len(several) > 1:
         raise SourceError(
             f"{folder} holds {' and '.join(several)}, rows of several kinds of which one is read: name a file, or part them"
         )
     if kinds:
-        return KINDS[kinds[0]](found[kinds[0]])
+        source = KINDS[kinds[0]](found[kinds[0]])
+        source.notes = [
+            f"{what} is no row of {folder}, whose {kinds[0]} files are read" for what in _others(files)
+        ]
+        return source
     return JsonSource(found[".json"]) if found[".json"] and _only_rows(folder) else None
+
+
+def _lists(table: Path) -> bool:
+    """Whether a table is there and its first line names a picture or clip: others tell of shards, or of the whole."""
+    if not table.is_file():
+        return False
+    with table.open("rb") as file, suppress(ValueError, RecursionError):
+        first = json.loads(next((line for line in file if line.strip()), b""))
+        return isinstance(first, dict) and bool(first.keys() & {"file_name", "file", "image", "video"})
+    return False
 
 
 def _others(files: list[Path]) -> list[str]:
@@ -171,7 +186,7 @@ class _Files(ABC):
     seeks = True
 
     def __init__(self, files: list[Path]) -> None:
-        self.files = files
+        self.files, self.notes = files, list[str]()
         self._counts: dict[Path, int] = {}
 
     def rows(self, start: int = 0) -> Iterator[Row | RowError]:
@@ -321,7 +336,7 @@ class ParquetSource:
     seeks = True
 
     def __init__(self, files: list[Path]) -> None:
-        self.files = files
+        self.files, self.notes = files, list[str]()
         self._counts: dict[Path, int] = {}
 
     def count(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from nextflow_ar.data.layouts import VIDEO_SUFFIXES
+from nextflow_ar.data.layouts import VIDEO_SUFFIXES, names_picture
 from nextflow_ar.data.rows import RowError
 from nextflow_ar.data.spans import words
 
@@ -76,7 +76,9 @@ def shard_values(members: dict[str, bytes], where: str) -> dict[str, Any]:
         elif "." + suffix.rpartition(".")[2] in PILImage.registered_extensions():
             name, dot, _ = suffix.rpartition(".")
             name = name if dot else "image"  # "0001.source.png" is the key "source"
-            if name in pictures:
+            if name in pictures and not _is_picture(suffix):
+                continue
+            if name in pictures and _is_picture(pictures[name][0]):
                 raise RowError(
                     f"{where}: .{pictures[name][0]} and .{suffix} are two pictures of one name: keep one, or name them by "
                     "their keys (such as .source.png and .target.png)"
@@ -86,6 +88,12 @@ def shard_values(members: dict[str, bytes], where: str) -> dict[str, Any]:
             values.setdefault(suffix, data)  # nothing reads it, which is to be told
     found = {name: data for name, (_, data) in pictures.items()}
     return _filled(values, found) if "segments" in values else values | found
+
+
+def _is_picture(suffix: str) -> bool:
+    """Whether it is that of pictures first of all: Pillow names those of documents, films and arrays, too."""
+    name = f"x.{suffix.rpartition('.')[2]}"
+    return name == "x.gif" or (names_picture(name) and Path(name).suffix not in VIDEO_SUFFIXES)
 
 
 def _filled(values: dict[str, Any], pictures: dict[str, bytes]) -> dict[str, Any]:

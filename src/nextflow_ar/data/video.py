@@ -23,6 +23,7 @@ from PIL import Image as PILImage
 from pydantic import ConfigDict
 
 from nextflow_ar.data.clips import Clip, frame_files
+from nextflow_ar.data.layouts import told_unreadable
 from nextflow_ar.data.motion import MotionConfig, compare, load_cv2, shrink
 from nextflow_ar.data.rows import LeftOut, Part, PicturePart, PictureRef, Row, RowError, TextPart, printable
 from nextflow_ar.data.spans import Span, overlapping
@@ -96,7 +97,8 @@ class VideoSource:
     def __init__(
         self, clips: list[Clip | RowError], config: VideoConfig, unread: Sequence[Path] = ()
     ) -> None:
-        self.clips, self.config, self.unread = clips, config, list(unread)
+        self.clips, self.config = clips, config
+        self.notes = [told_unreadable(list(unread))] if unread else []
         self._windows: dict[int, int] = {}
 
     def count(self) -> int:

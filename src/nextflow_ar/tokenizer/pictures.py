@@ -186,18 +186,25 @@ def unplace(canvas: np.ndarray, frame: Frame | None) -> Image.Image:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and below it, in no order. Linked folders are entered, none twice; what they link to within the
-    folder itself is there already.
+    """All files in a folder and below it, in no order. Linked folders are entered, none twice, nor what the folder itself
+    lies in; what they link to within it is there already. Folders that may not be read are left out. Raises OSError for
+    what fails otherwise.
     """
     root = os.path.realpath(folder)
     seen, found = {root}, []
-    for place, folders, files in os.walk(folder, followlinks=True):
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+
+    for place, folders, files in os.walk(folder, onerror=failed, followlinks=True):
         entered = []
         for name in sorted(folders):
             path = os.path.join(place, name)
             real = os.path.realpath(path)
             within = os.path.islink(path) and real.startswith(os.path.join(root, ""))
-            if real not in seen and not within:
+            above = root.startswith(os.path.join(real, ""))
+            if real not in seen and not within and not above:
                 seen.add(real)
                 entered.append(name)
         folders[:] = entered
