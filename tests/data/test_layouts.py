@@ -44,6 +44,10 @@ def learned(text: str) -> tuple[str, str, bool]:
     return text, "assistant", True
 
 
+def turn(text: Any, role: str = "human") -> dict[str, Any]:
+    return {"from": role, "value": text}
+
+
 EDIT = [given("<a.png>"), given("make it red"), learned("<b.png>")]
 LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
     (
@@ -111,6 +115,15 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
         [given("<a.png>"), given("and"), given("<b.png>"), given(":"), learned("x"), given("now"), given("<c.png>"),
          learned("<d.png>"), learned("here")],
     ),
+    (  # turns that say again what the row says
+        {"image": "a.png", "conversations": [turn("<image>\nwhat?") | {"image": "a.png"}, turn("a", "gpt")]},
+        [given("<a.png>"), given("what?"), learned("a")],
+    ),
+    (
+        {"images": ["a.png", "b.png"], "image": "a.png", "conversations": [
+            turn("<image><image> which?") | {"image": ""}, turn("a", "gpt") | {"image": {"bytes": None}, "images": [{}]}]},
+        [given("<a.png>"), given("<b.png>"), given("which?"), learned("a")],
+    ),
     (  # parts that name their pictures, as transformers and OpenAI have it
         {"messages": [
             {"role": "user", "content": [
@@ -141,10 +154,6 @@ def test_layouts_are_rows(values: dict[str, Any], wanted: list[tuple[str, str, b
     assert told(parse_row(values, "x:1", Path("/data"))) == wanted
 
 
-def turn(text: Any, role: str = "human") -> dict[str, Any]:
-    return {"from": role, "value": text}
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -165,6 +174,8 @@ def turn(text: Any, role: str = "human") -> dict[str, Any]:
         ),
         ({"images": ["a.png"], "image": "b.png", "messages": [turn("<image> what?"), turn("a", "gpt")]},
          "images and image both name pictures"),
+        ({"image": "a.png", "conversations": [turn("<image>") | {"image": "b.png"}, turn("a", "gpt")]},
+         "1 images and 0 <image> marks"),
         ({"messages": [turn("<image>?") | {"images": ["a.png"], "image": "b.png"}]}, "turn 0: images and image both name"),
         ({"messages": [turn([{"type": "image", "source": {"data": "x"}}])]}, "turn 0: nothing reads 'source' of a part"),
         ({"messages": [turn([{"type": "image", "url": "a.png", "path": "b.png"}])]}, "one of path and url"),

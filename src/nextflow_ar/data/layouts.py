@@ -248,9 +248,10 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     segments: list[dict[str, Any]] = []
     if isinstance(system := values.get("system"), str) and system.strip():
         segments.append({"text": system, "role": "system", "supervised": False})
-    used = 0
+    used, own = 0, []
     for i, turn in enumerate(turns):
         role, supervised, pieces = _turn(turn, f"turn {i}")
+        own += [piece["image"] for piece in pieces if "image" in piece and not _is_mark(piece)]
         if not pieces and role != "system":  # many dialogues begin with a system turn that says nothing
             raise LayoutError(f"turn {i}: {'the response' if role == 'assistant' else 'it'} is empty")
         for piece in pieces:
@@ -262,7 +263,7 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
                 piece = {"image": pictures[used] if used < len(pictures) else None}
                 used += 1
             segments.append(piece | {"role": role, "supervised": supervised})
-    if used != len(pictures):
+    if used != len(pictures) and (used or own != pictures):  # turns may say again what the row does
         raise LayoutError(f"{len(pictures)} images and {used} {MARK} marks: there is to be one mark an image")
     return {"segments": segments}
 
@@ -277,9 +278,20 @@ def _pictures(values: Mapping[str, Any], place: str) -> list[Any]:
         list(given) if isinstance(given, list) else [] if given is None else [given]
         for given in (values.get("images"), values.get("image"))
     ]
-    if all(found) and found[0] != found[1]:
+    if place:
+        found = [[one for one in given if not _empty(one)] for given in found]
+    if all(found) and not all(one in found[0] for one in found[1]):
         raise LayoutError(f"{place}images and image both name pictures: one of them is to have all")
     return found[0] or found[1]
+
+
+def _empty(value: object) -> bool:
+    """Whether a picture of a turn is what a table has where there is none."""
+    return (
+        not value
+        if isinstance(value, str | bytes)
+        else isinstance(value, Mapping) and not any(value.values())
+    )
 
 
 def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
