@@ -132,6 +132,22 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
             {"role": "assistant", "content": "a"}]},
         [given("<a.png>"), given("<b.png>"), given("<c.png>"), given("what?"), learned("a")],
     ),
+    (  # what transformers and OpenAI have besides, and one picture under two keys
+        {"messages": [
+            {"role": "user", "content": [
+                {"type": "image", "image": "a.png", "min_pixels": 50176, "text": "alt", "cache_control": {"type": "x"}},
+                {"type": "image", "image": {"bytes": None, "path": "b.png"}, "path": "b.png", "vendor": "x"},
+                {"type": "image_url", "image_url": {"url": "c.png"}, "url": "c.png", "path": "", "detail": "low"},
+                {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "a"}]},
+        [given("<a.png>"), given("<b.png>"), given("<c.png>"), given("what?"), learned("a")],
+    ),
+    (  # an index that begins anew in every turn
+        {"images": ["a.png", "b.png", "c.png"], "messages": [
+            turn([{"type": "image", "index": 0, "max_pixels": 1, "text": "alt"}]), turn("a", "gpt"),
+            turn([{"type": "image", "index": 0}, {"type": "image", "index": 1}]), turn("b", "gpt")]},
+        [given("<a.png>"), learned("a"), given("<b.png>"), given("<c.png>"), learned("b")],
+    ),
     (
         {"images": [], "image": "a.png", "messages": [
             {"role": "user", "content": [{"type": "image", "index": 0}, {"type": "text", "index": None, "text": "what?"}]},
@@ -179,6 +195,7 @@ def test_layouts_are_rows(values: dict[str, Any], wanted: list[tuple[str, str, b
         ({"messages": [turn("<image>?") | {"images": ["a.png"], "image": "b.png"}]}, "turn 0: images and image both name"),
         ({"messages": [turn([{"type": "image", "source": {"data": "x"}}])]}, "turn 0: nothing reads 'source' of a part"),
         ({"messages": [turn([{"type": "image", "url": "a.png", "path": "b.png"}])]}, "one of path and url"),
+        ({"messages": [turn([{"type": "image", "min_pixels": 4, "data": "x"}])]}, "turn 0: nothing reads 'data' of a part"),
         ({"messages": [turn([{"type": "image_url", "image_url": {}}])]}, "turn 0: image_url is empty"),
         ({"messages": [turn([{"type": "image", "image_url": {"url": None}}])]}, "turn 0: image_url is empty"),
         ({"images": ["a.png", "b.png"], "messages": [turn([{"type": "image", "index": 1}, {"type": "image", "index": 0}])]},
@@ -210,6 +227,9 @@ def test_keys_of_a_layout_that_nothing_reads_are_told() -> None:
         ({"id": 1, "conversations": turns}, {"id"}),
         ({"messages": [turns[0] | {"name": "x", "weight": 1}, turns[1] | {"loss": False}]},
          {"messages.name", "messages.loss"}),
+        ({"messages": [turn([{"type": "image", "image": "a.png", "index": 3, "url": None, "max_pixels": 9, "text": ""},
+                             {"type": "text", "text": "b", "image": "", "cache_control": {"type": "x"}}]), turns[1]]},
+         {"messages.value.max_pixels", "messages.value.cache_control"}),
         ({"src_img": "a.png", "edited_img": "b.png", "edit": "red", "promt": "x", "url": None}, {"promt"}),
         ({"images": ["a.png", None], "texts": [None, "a"], "metadata": "x"}, {"metadata"}),
         ({"image": "a.png", "text": "a dog", "id": 3}, {"id"}),

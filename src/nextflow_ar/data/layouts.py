@@ -33,6 +33,19 @@ _TURN = frozenset({"from", "role", "value", "content", "image", "images", "weigh
 """What is read of a turn of a dialogue."""
 _PART = ("image", "path", "url", "image_url")
 """Where a part of a turn of type image or image_url has its picture."""
+_BESIDE = frozenset(
+    {
+        "index",
+        "text",
+        "detail",
+        "cache_control",
+        "min_pixels",
+        "max_pixels",
+        "resized_height",
+        "resized_width",
+    }
+)
+"""What such a part may have besides that is no picture, though nothing reads it."""
 _EDITS = (
     ("source", "src_img", "source_img", "source_image", "original_image", "input_image"),
     ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
@@ -90,8 +103,16 @@ def unread_of_turns(values: Mapping[str, Any]) -> frozenset[str]:
     key = next((key for key in ("conversations", "messages") if values.get(key) is not None), "")
     turns = values.get(key) if key and values.get("segments") is None else None
     told = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-    found = {str(name) for turn in told for name, value in turn.items() if value is not None}
-    return frozenset(f"{key}.{name}" for name in found - _TURN)
+    found = {str(name) for turn in told for name, value in turn.items() if value is not None} - _TURN
+    for turn in told:
+        at = "value" if turn.get("value") is not None else "content"
+        parts = turn[at] if isinstance(turn.get(at), list) else []
+        for part in (part for part in parts if isinstance(part, Mapping)):
+            read = {"type", "text"} if part.get("type") == "text" else {"type", "index", *_PART}
+            found |= {
+                f"{at}.{name}" for name, value in part.items() if not _empty(value) and name not in read
+            }
+    return frozenset(f"{key}.{name}" for name in found)
 
 
 def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, Any]:
@@ -254,9 +275,13 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
         own += [piece["image"] for piece in pieces if "image" in piece and not _is_mark(piece)]
         if not pieces and role != "system":  # many dialogues begin with a system turn that says nothing
             raise LayoutError(f"turn {i}: {'the response' if role == 'assistant' else 'it'} is empty")
+        before = used
         for piece in pieces:
             if _is_mark(piece):
-                if piece.get("index", used) != used:
+                if piece.get("index", used) not in (
+                    used,
+                    used - before,
+                ):  # counted in the row, or in every turn
                     raise LayoutError(
                         f"turn {i}: its image has index {shown(piece['index'])}, and is number {used} of the row"
                     )
@@ -286,12 +311,10 @@ def _pictures(values: Mapping[str, Any], place: str) -> list[Any]:
 
 
 def _empty(value: object) -> bool:
-    """Whether a picture of a turn is what a table has where there is none."""
-    return (
-        not value
-        if isinstance(value, str | bytes)
-        else isinstance(value, Mapping) and not any(value.values())
-    )
+    """Whether a value of a turn is what a table has where there is none."""
+    if isinstance(value, Mapping):
+        return not any(value.values())
+    return value is None or (isinstance(value, str | bytes) and not value)
 
 
 def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
@@ -349,23 +372,33 @@ def _content(content: object, place: str) -> list[dict[str, Any]]:
 def _shown(part: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The picture of a part of a turn; without one it is a mark, maybe with its ``index`` in the row's list."""
     given = {key: value for key, value in part.items() if value is not None and key != "type"}
-    unread = sorted(set(given) - {*_PART, "index", *(["text"] if given.get("text") == "" else [])})
-    if unread:
-        raise LayoutError(
-            f"{place}: nothing reads {shown(unread[0])} of a part with an image; accepted: {', '.join(_PART)}"
-        )
-    named = [key for key in _PART if given.get(key)]
-    if len(named) > 1:
-        raise LayoutError(f"{place}: a part with an image has one of {' and '.join(named)}")
+    named = [key for key in _PART if not _empty(given.get(key))] or [key for key in _PART if given.get(key)]
     if not named:
+        known = {*_PART, *_BESIDE}
+        unread = sorted(k for k, v in given.items() if k not in known and isinstance(v, str | Mapping) and v)
+        if unread:
+            raise LayoutError(
+                f"{place}: nothing reads {shown(unread[0])} of a part with an image; accepted: {', '.join(_PART)}"
+            )
         if part["type"] == "image_url":
             raise LayoutError(f"{place}: image_url is empty")
         return {"image": None} | ({"index": given["index"]} if "index" in given else {})
+    if len({_name(given[key]) for key in named} - {None}) > 1:
+        raise LayoutError(f"{place}: a part with an image has one of {' and '.join(named)}")
     found = given[named[0]]
     found = found["url"] if isinstance(found, Mapping) and "url" in found else found
     if not found:
         raise LayoutError(f"{place}: {named[0]} is empty")
     return {"image": found}
+
+
+def _name(picture: object) -> str | None:
+    """What a picture of a part is called; None where it is there itself."""
+    if isinstance(picture, Mapping):
+        picture = (
+            picture["url"] if "url" in picture else None if picture.get("bytes") else picture.get("path")
+        )
+    return picture if isinstance(picture, str) else None
 
 
 def _pieces(text: str) -> list[dict[str, Any]]:
