@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,11 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
                       {"role": "user", "content": "y"}, {"role": "assistant", "content": "good", "weight": 1}]},
         [given("x"), given("bad", "assistant"), given("y"), learned("good")],
     ),
+    (  # a weight that is none, as pandas has it, and one that only says more or less
+        {"messages": [turn("x") | {"weight": math.nan}, turn("a", "gpt") | {"weight": math.nan}, turn("y"),
+                      turn("b", "gpt") | {"weight": 0.5}]},
+        [given("x"), learned("a"), given("y"), learned("b")],
+    ),
     ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "text": "a dog", "caption": None}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
@@ -200,7 +206,8 @@ def test_layouts_are_rows(values: dict[str, Any], wanted: list[tuple[str, str, b
         ({"messages": [turn([{"type": "image", "image_url": {"url": None}}])]}, "turn 0: image_url is empty"),
         ({"images": ["a.png", "b.png"], "messages": [turn([{"type": "image", "index": 1}, {"type": "image", "index": 0}])]},
          "turn 0: its image has index 1, and is number 0 of the row"),
-        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0.5}]}, "turn 1: weight is 0 .* or 1, got 0.5"),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": -1}]}, "turn 1: weight is 0 .* or 1, got -1"),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": "0"}]}, "turn 1: weight is 0 .* or 1, got '0'"),
         ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0}]}, "nothing in it is supervised"),
         ({"images": ["a.png", None], "texts": ["a"]}, "2 images and 1 texts: the lists are to be equally long"),
         ({"images": ["a.png", None], "texts": ["a", "b"]}, "place 0 of images and texts holds both"),
@@ -230,6 +237,8 @@ def test_keys_of_a_layout_that_nothing_reads_are_told() -> None:
         ({"messages": [turn([{"type": "image", "image": "a.png", "index": 3, "url": None, "max_pixels": 9, "text": ""},
                              {"type": "text", "text": "b", "image": "", "cache_control": {"type": "x"}}]), turns[1]]},
          {"messages.value.max_pixels", "messages.value.cache_control"}),
+        ({"messages": [turns[0], turns[1] | {"weight": 0.5}]}, {"messages.weight"}),
+        ({"messages": [turns[0], turns[1] | {"weight": math.nan}]}, set()),
         ({"src_img": "a.png", "edited_img": "b.png", "edit": "red", "promt": "x", "url": None}, {"promt"}),
         ({"images": ["a.png", None], "texts": [None, "a"], "metadata": "x"}, {"metadata"}),
         ({"image": "a.png", "text": "a dog", "id": 3}, {"id"}),

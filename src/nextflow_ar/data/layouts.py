@@ -33,18 +33,9 @@ _TURN = frozenset({"from", "role", "value", "content", "image", "images", "weigh
 """What is read of a turn of a dialogue."""
 _PART = ("image", "path", "url", "image_url")
 """Where a part of a turn of type image or image_url has its picture."""
-_BESIDE = frozenset(
-    {
-        "index",
-        "text",
-        "detail",
-        "cache_control",
-        "min_pixels",
-        "max_pixels",
-        "resized_height",
-        "resized_width",
-    }
-)
+_BESIDE = (
+    "index", "text", "detail", "cache_control", "min_pixels", "max_pixels", "resized_height", "resized_width",
+)  # fmt: skip
 """What such a part may have besides that is no picture, though nothing reads it."""
 _EDITS = (
     ("source", "src_img", "source_img", "source_image", "original_image", "input_image"),
@@ -105,6 +96,9 @@ def unread_of_turns(values: Mapping[str, Any]) -> frozenset[str]:
     told = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
     found = {str(name) for turn in told for name, value in turn.items() if value is not None} - _TURN
     for turn in told:
+        weight = turn.get("weight")
+        if weight not in (None, 0, 1) and weight == weight:  # pandas says by NaN that there is none
+            found.add("weight")
         at = "value" if turn.get("value") is not None else "content"
         parts = turn[at] if isinstance(turn.get(at), list) else []
         for part in (part for part in parts if isinstance(part, Mapping)):
@@ -327,7 +321,7 @@ def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
     if not isinstance(name, str) or name not in _ROLES:
         raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {shown(name)}")
     weight = turn.get("weight")
-    if weight is not None and weight not in (0, 1):
+    if not isinstance(weight, int | float | None) or (weight is not None and weight < 0):
         raise LayoutError(f"{place}: weight is 0 (not trained) or 1, got {shown(weight)}")
     pieces = _content(turn.get("value") if turn.get("value") is not None else turn.get("content"), place)
     if pictures := _pictures(turn, f"{place}: "):
