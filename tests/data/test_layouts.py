@@ -263,12 +263,19 @@ def test_pictures_written_into_the_row(head: str) -> None:
     ):
         (ref,) = parse_row(values, "x:1", Path("/data")).pictures
         assert ref.size() == (8, 9) and len(ref.name) < 40
-    with pytest.raises(RowError, match="reads 'img', which is a picture"):
-        parse_row({"img": told_of, "text": "a dog"}, "x:1")
+    for cut in (told_of, told_of[:-3]):
+        with pytest.raises(RowError, match="reads 'img', which is a picture"):
+            parse_row({"img": cut, "text": "a dog"}, "x:1")
     with pytest.raises(
         RowError, match=r"x:1: image: a picture in base64 is cut short or damaged, got '.{,200}$"
     ):
         parse_row({"image": told_of[:-1], "caption": "a"}, "x:1")
+
+
+def test_words_that_begin_like_a_picture_are_words() -> None:
+    for beside in ("Qk" + "a" * 70, "/9j/" + "a" * 70, "Qk" + " " * 200_000 + "?"):
+        row = parse_row({"text": "hello", "profile_id": beside}, "x:1")
+        assert told(row) == [learned("hello")] and row.ignored == {"profile_id"}
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ _EDITS = (
 
 _HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 """How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64."""
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+(?:=[=\s]*)?")  # linear also in runs of blanks
 _UNREAD = frozenset(
     {
         ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
@@ -148,8 +148,7 @@ def holds_picture(key: str, value: object) -> bool:
         return any(holds_picture(key, one) for one in value)
     if isinstance(value, str):
         said = re.search("image|img|pic|photo|frame|video|clip|file|path|jpe?g|png", key.lower())
-        inline = value.startswith(("data:image/", *_HEADS)) and len(value) >= 64
-        return said is not None and (names_picture(value) or inline)
+        return said is not None and (names_picture(value) or _is_inline(value))
     if isinstance(value, bytes | bytearray):
         return "." + key.rpartition(".")[2] in VIDEO_SUFFIXES or _is_picture(bytes(value))
     return isinstance(value, PILImage.Image)
@@ -173,6 +172,15 @@ def inline_picture(value: str) -> bytes | None:
         return base64.b64decode("".join(told.split()), validate=True)
     except ValueError:
         raise LayoutError(f"a picture in base64 is cut short or damaged, got {shown(value)}") from None
+
+
+def _is_inline(value: str) -> bool:
+    if len(value) < 64 or value.startswith("data:image/"):
+        return len(value) >= 64
+    if not value.startswith(_HEADS) or not _BASE64.fullmatch(value):
+        return False
+    told = "".join(value.split()).rstrip("=")  # its head is enough, the end may be cut
+    return _is_picture(base64.b64decode(told[: len(told) // 4 * 4]))
 
 
 def _is_picture(data: bytes) -> bool:
