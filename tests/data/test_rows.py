@@ -317,6 +317,29 @@ MARKED: list[tuple[dict[str, Any], list[str]]] = [
     ({"source": "a.png", "instruction": "red <image>", "target": "b.png"}, ["red", "(a)", "(b)"]),
     ({"image": "a.png", "caption": "<image>\na dog"}, ["a dog", "(a)"]),
     ({"image": "a.png", "caption": "a dog <image>"}, ["a dog", "(a)"]),
+    ({"image": "a.png", "prompt": "<image>\na dog"}, ["a dog", "(a)"]),
+    ({"image": "a.png", "prompt": "<image>", "response": "a dog"}, ["(a)", "a dog"]),
+    ({"images": ["a.png", "b.png"], "prompt": "<image>\n<image>", "response": "dogs"}, ["(a)", "(b)", "dogs"]),
+    ({"images": ["a.png", "b.png"], "texts": ["<image> one", "<image> two"]}, ["(a)", "one", "(b)", "two"]),
+    (
+        {"segments": [{"text": "<image>\nWhat?"}, {"image": "a.png"}, {"text": "a dog", "role": "assistant"}]},
+        ["(a)", "What?", "a dog"],
+    ),
+    (
+        {"segments": [{"text": "A: <image> B: <image>"}, {"image": "a.png"}, {"image": "b.png"},
+                      {"text": "which?"}, {"text": "b", "role": "assistant"}]},
+        ["A:", "(a)", "B:", "(b)", "which?", "b"],
+    ),
+    (
+        {"segments": [{"text": "<image>"}, {"image": "a.png"}, {"text": "<image>", "role": "assistant"},
+                      {"image": "b.png", "role": "assistant"}]},
+        ["(a)", "(b)"],
+    ),
+    (
+        {"segments": [{"image": "a.png"}, {"text": "<image> <image>?"}, {"image": "b.png"}, {"image": "c.png"},
+                      {"text": "a", "role": "assistant"}]},
+        ["(a)", "(b)", "(c)", "?", "a"],
+    ),
     (
         {"segments": [{"image": "a.png"}, {"text": "<image>\nWhat?"}, {"text": "a dog", "role": "assistant"}]},
         ["(a)", "What?", "a dog"],
@@ -337,19 +360,45 @@ def test_marks_place_pictures_in_every_form(values: dict[str, Any], wanted: list
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"text": "a tag <image> of a page"}, "0 images and 1 <image> marks"),
         ({"prompt": "<image>\nWhat is it?", "response": "a"}, "0 images and 1 <image> marks \\('<image>"),
         ({"image": "a.png", "question": "<image> <image> what?", "answer": "a"}, "1 images and 2 <image> marks"),
-        ({"image": "a.png", "question": "what?", "answer": "<image> a"}, "0 images and 1 <image> marks"),
         ({"images": ["a.png", "b.png"], "prompt": "<image> what?", "response": "a"}, "2 images and 1 <image> marks"),
-        ({"image": "a.png", "prompt": "<image>\nWhat is it?"}, "0 images and 1 <image> marks"),
-        ({"image": "a.png", "prompt": "<image>", "response": "a"}, "a text is nothing but <image> marks"),
+        ({"image": "a.png", "prompt": "a tag <image> of a page"}, "0 images and 1 <image> marks"),
+        ({"image": "a.png", "prompt": "<image>"}, "prompt is empty"),
+        ({"source": "a.png", "instruction": "<image>", "target": "b.png"}, "instruction is nothing but <image>"),
+        ({"segments": [{"text": "<image>"}, {"image": "a.png", "role": "assistant"}]}, "a text is nothing but <image>"),
+        ({"segments": [{"text": "<image> <image>?"}, {"image": "a.png"}, {"text": "a", "supervised": True}]}, "0 images and 2"),
         ({"segments": [{"text": "a <image> b", "role": "assistant"}, {"image": "a.png"}]}, "0 images and 1"),
     ],
 )  # fmt: skip
 def test_marks_that_no_picture_stands_at_are_an_error(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=f"x:1: {message}"):
         parse_row(values, "x:1")
+
+
+def test_responses_that_quote_the_tag_are_words_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [
+        {"text": "a tag <image> of a page"},
+        {"prompt": "which tag?", "response": "<image>"},
+        {"image": "a.png", "question": "<image> what is meant?", "answer": "the tag <image>"},
+        {"image": "a.png", "prompt": "<image>", "response": "the tag <image> it is"},
+        {"image": "a.png", "caption": "a dog"},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [row for row in open_source(tmp_path).rows() if isinstance(row, Row)]
+    assert [[text for text, _, _ in told(row)] for row in found] == [
+        ["a tag <image> of a page"],
+        ["which tag?", "<image>"],
+        ["<image>", "what is meant?", "the tag <image>"],
+        ["<image>", "the tag <image> it is"],
+        ["a dog", "<image>"],
+    ]
+    assert run(["data", "check", str(tmp_path), "-m", str(GOLDEN), "--json"]) == 0
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning.startswith("4 rows have words that say <image> with no picture beside them")
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,6 @@ _EDITS = (
     ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
     ("instruction", "edited_prompt_list", "edit_prompt", "edit_instruction", "edit"),
 )
-
-
 _HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 """How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+(?:=[=\s]*)?")  # linear also in runs of blanks
