@@ -164,12 +164,11 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
                     f"{where}: a picture is drawn from {' + '.join(sorted(needed))}, and nothing reads {answers[0]!r}: "
                     "question + answer or prompt + response are about a picture"
                 )
-            if form is _drawing and (unsaid := _unsaid(given)):
-                raise RowError(
-                    f"{where}: {unsaid} is null: image + prompt with an empty response teaches nothing about the picture "
-                    "(of a picture to be drawn the words are its caption)"
-                )
-            return reader.sound(form(reader, values), given, left)
+            row = reader.sound(form(reader, values), given, left)
+            if form is _drawing and (unsaid := _unsaid(given)):  # a table may hold rows of both kinds
+                doubt = f"with a picture and a prompt have {unsaid} null: drawn, or is the answer missing?"
+                row = replace(row, doubts=row.doubts | {doubt})
+            return row
     accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
     empty = sorted(_READ & {key for key, value in given.items() if value is None})
     null = f" ({', '.join(empty)} {'are' if len(empty) > 1 else 'is'} null)" if empty else ""
@@ -179,7 +178,7 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
 
 
 def _unsaid(given: Mapping[str, Any]) -> str:
-    """The key whose null is a response that was lost; not where the question to it is null as well (another form's)."""
+    """The key whose null may be a response that was lost; not where the question to it is null as well (another form's)."""
     null = {key for key, value in given.items() if value is None}
     return next(iter(sorted(null & _ANSWERS - ({"answer"} if "question" in null else set()))), "")
 
