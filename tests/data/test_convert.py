@@ -244,14 +244,26 @@ def test_what_cannot_be_written(data: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_into_the_source(
-    words: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stopped conversion would have gone on in its own output."""
     monkeypatch.chdir(words.parent)
-    for place, out in ((words.parent, words.parent / "x.jsonl"), (Path("."), Path("o") / "x.tar")):
+    pictures = tmp_path_factory.mktemp("pictures")
+    (pictures / "a.png").write_bytes(picture("PNG", 2))
+    (pictures / "a.txt").write_text("a dog")
+    for place, out in (
+        (words.parent, words.parent / "x.jsonl"),
+        (Path("."), Path("x.tar")),
+        (pictures, pictures / "o" / "x.tar"),
+    ):
         assert run(["data", "convert", str(place), "-o", str(out), "--shard-mb", "1"]) == 1
         assert f"{out} lies in the source, {place}, and would be read with it" in capsys.readouterr().err
     assert [path.name for path in words.parent.iterdir()] == ["words.jsonl"]
+    assert run(["data", "convert", str(words.parent), "-o", "o/x.jsonl"]) == 0  # tables below it are not read
+    assert open_source(words.parent).count() == 6
     assert run(["data", "convert", str(words), "-o", str(words.parent / "x.jsonl")]) == 0
 
 

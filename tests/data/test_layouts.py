@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def given(text: str, role: str = "user") -> tuple[str, str, bool]:
 
 def learned(text: str) -> tuple[str, str, bool]:
     return text, "assistant", True
+
+
+def turn(text: Any, role: str = "human") -> dict[str, Any]:
+    return {"from": role, "value": text}
 
 
 EDIT = [given("<a.png>"), given("make it red"), learned("<b.png>")]
@@ -111,6 +116,15 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
         [given("<a.png>"), given("and"), given("<b.png>"), given(":"), learned("x"), given("now"), given("<c.png>"),
          learned("<d.png>"), learned("here")],
     ),
+    (  # turns that say again what the row says
+        {"image": "a.png", "conversations": [turn("<image>\nwhat?") | {"image": "a.png"}, turn("a", "gpt")]},
+        [given("<a.png>"), given("what?"), learned("a")],
+    ),
+    (
+        {"images": ["a.png", "b.png"], "image": "a.png", "conversations": [
+            turn("<image><image> which?") | {"image": ""}, turn("a", "gpt") | {"image": {"bytes": None}, "images": [{}]}]},
+        [given("<a.png>"), given("<b.png>"), given("which?"), learned("a")],
+    ),
     (  # parts that name their pictures, as transformers and OpenAI have it
         {"messages": [
             {"role": "user", "content": [
@@ -118,6 +132,22 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
                 {"type": "image_url", "image_url": {"url": "c.png", "detail": "low"}}, {"type": "text", "text": "what?"}]},
             {"role": "assistant", "content": "a"}]},
         [given("<a.png>"), given("<b.png>"), given("<c.png>"), given("what?"), learned("a")],
+    ),
+    (  # what transformers and OpenAI have besides, and one picture under two keys
+        {"messages": [
+            {"role": "user", "content": [
+                {"type": "image", "image": "a.png", "min_pixels": 50176, "text": "alt", "cache_control": {"type": "x"}},
+                {"type": "image", "image": {"bytes": None, "path": "b.png"}, "path": "b.png", "vendor": "x"},
+                {"type": "image_url", "image_url": {"url": "c.png"}, "url": "c.png", "path": "", "detail": "low"},
+                {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "a"}]},
+        [given("<a.png>"), given("<b.png>"), given("<c.png>"), given("what?"), learned("a")],
+    ),
+    (  # an index that begins anew in every turn
+        {"images": ["a.png", "b.png", "c.png"], "messages": [
+            turn([{"type": "image", "index": 0, "max_pixels": 1, "text": "alt"}]), turn("a", "gpt"),
+            turn([{"type": "image", "index": 0}, {"type": "image", "index": 1}]), turn("b", "gpt")]},
+        [given("<a.png>"), learned("a"), given("<b.png>"), given("<c.png>"), learned("b")],
     ),
     (
         {"images": [], "image": "a.png", "messages": [
@@ -130,6 +160,11 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
                       {"role": "user", "content": "y"}, {"role": "assistant", "content": "good", "weight": 1}]},
         [given("x"), given("bad", "assistant"), given("y"), learned("good")],
     ),
+    (  # a weight that is none, as pandas has it, and one that only says more or less
+        {"messages": [turn("x") | {"weight": math.nan}, turn("a", "gpt") | {"weight": math.nan}, turn("y"),
+                      turn("b", "gpt") | {"weight": 0.5}]},
+        [given("x"), learned("a"), given("y"), learned("b")],
+    ),
     ({"image": "a.png", "text": "a dog"}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "text": "a dog", "caption": None}, [given("a dog"), learned("<a.png>")]),
     ({"image": "a.png", "prompt": "what?", "response": "a dog"}, [given("<a.png>"), given("what?"), learned("a dog")]),
@@ -139,10 +174,6 @@ LAYOUTS: list[tuple[dict[str, Any], list[tuple[str, str, bool]]]] = [
 @pytest.mark.parametrize(("values", "wanted"), LAYOUTS)
 def test_layouts_are_rows(values: dict[str, Any], wanted: list[tuple[str, str, bool]]) -> None:
     assert told(parse_row(values, "x:1", Path("/data"))) == wanted
-
-
-def turn(text: Any, role: str = "human") -> dict[str, Any]:
-    return {"from": role, "value": text}
 
 
 @pytest.mark.parametrize(
@@ -165,14 +196,18 @@ def turn(text: Any, role: str = "human") -> dict[str, Any]:
         ),
         ({"images": ["a.png"], "image": "b.png", "messages": [turn("<image> what?"), turn("a", "gpt")]},
          "images and image both name pictures"),
+        ({"image": "a.png", "conversations": [turn("<image>") | {"image": "b.png"}, turn("a", "gpt")]},
+         "1 images and 0 <image> marks"),
         ({"messages": [turn("<image>?") | {"images": ["a.png"], "image": "b.png"}]}, "turn 0: images and image both name"),
         ({"messages": [turn([{"type": "image", "source": {"data": "x"}}])]}, "turn 0: nothing reads 'source' of a part"),
         ({"messages": [turn([{"type": "image", "url": "a.png", "path": "b.png"}])]}, "one of path and url"),
+        ({"messages": [turn([{"type": "image", "min_pixels": 4, "data": "x"}])]}, "turn 0: nothing reads 'data' of a part"),
         ({"messages": [turn([{"type": "image_url", "image_url": {}}])]}, "turn 0: image_url is empty"),
         ({"messages": [turn([{"type": "image", "image_url": {"url": None}}])]}, "turn 0: image_url is empty"),
         ({"images": ["a.png", "b.png"], "messages": [turn([{"type": "image", "index": 1}, {"type": "image", "index": 0}])]},
          "turn 0: its image has index 1, and is number 0 of the row"),
-        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0.5}]}, "turn 1: weight is 0 .* or 1, got 0.5"),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": -1}]}, "turn 1: weight is 0 .* or 1, got -1"),
+        ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": "0"}]}, "turn 1: weight is 0 .* or 1, got '0'"),
         ({"conversations": [turn("hi"), turn("a", "gpt") | {"weight": 0}]}, "nothing in it is supervised"),
         ({"images": ["a.png", None], "texts": ["a"]}, "2 images and 1 texts: the lists are to be equally long"),
         ({"images": ["a.png", None], "texts": ["a", "b"]}, "place 0 of images and texts holds both"),
@@ -199,6 +234,11 @@ def test_keys_of_a_layout_that_nothing_reads_are_told() -> None:
         ({"id": 1, "conversations": turns}, {"id"}),
         ({"messages": [turns[0] | {"name": "x", "weight": 1}, turns[1] | {"loss": False}]},
          {"messages.name", "messages.loss"}),
+        ({"messages": [turn([{"type": "image", "image": "a.png", "index": 3, "url": None, "max_pixels": 9, "text": ""},
+                             {"type": "text", "text": "b", "image": "", "cache_control": {"type": "x"}}]), turns[1]]},
+         {"messages.value.max_pixels", "messages.value.cache_control"}),
+        ({"messages": [turns[0], turns[1] | {"weight": 0.5}]}, {"messages.weight"}),
+        ({"messages": [turns[0], turns[1] | {"weight": math.nan}]}, set()),
         ({"src_img": "a.png", "edited_img": "b.png", "edit": "red", "promt": "x", "url": None}, {"promt"}),
         ({"images": ["a.png", None], "texts": [None, "a"], "metadata": "x"}, {"metadata"}),
         ({"image": "a.png", "text": "a dog", "id": 3}, {"id"}),
@@ -223,12 +263,19 @@ def test_pictures_written_into_the_row(head: str) -> None:
     ):
         (ref,) = parse_row(values, "x:1", Path("/data")).pictures
         assert ref.size() == (8, 9) and len(ref.name) < 40
-    with pytest.raises(RowError, match="reads 'img', which is a picture"):
-        parse_row({"img": told_of, "text": "a dog"}, "x:1")
+    for cut in (told_of, told_of[:-3]):
+        with pytest.raises(RowError, match="reads 'img', which is a picture"):
+            parse_row({"img": cut, "text": "a dog"}, "x:1")
     with pytest.raises(
         RowError, match=r"x:1: image: a picture in base64 is cut short or damaged, got '.{,200}$"
     ):
         parse_row({"image": told_of[:-1], "caption": "a"}, "x:1")
+
+
+def test_words_that_begin_like_a_picture_are_words() -> None:
+    for beside in ("Qk" + "a" * 70, "/9j/" + "a" * 70, "Qk" + " " * 200_000 + "?"):
+        row = parse_row({"text": "hello", "profile_id": beside}, "x:1")
+        assert told(row) == [learned("hello")] and row.ignored == {"profile_id"}
 
 
 @pytest.mark.parametrize(

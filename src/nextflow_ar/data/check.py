@@ -98,7 +98,7 @@ def check_rows(
     (:class:`~nextflow_ar.config.ModelConfig`).
     """
     report = CheckReport()
-    missing: Counter[str] = Counter()
+    doubts: Counter[str] = Counter()
     for row in source.rows():
         report.rows += 1
         progress(report.rows)
@@ -106,7 +106,7 @@ def check_rows(
             (report.left_out if isinstance(row, LeftOut) else report.problems).append(str(row))
             continue
         report.ignored.update(map(printable, row.ignored))
-        missing.update(row.missing)
+        doubts.update(row.doubts)
         length, told = _measure(row, num_scales, count_text, deep, dialogue, context_images, report)
         length += _marks(row, count_text) if dialogue else 0
         if length > most_tokens and not told:
@@ -115,10 +115,7 @@ def check_rows(
         if not told:
             report.lengths.append(length)
             report.kinds[_kind(row)] += 1
-    report.warnings += [
-        f"{n} rows are words alone and have {key} null: rows without a picture, or is it missing?"
-        for key, n in missing.items()
-    ]
+    report.warnings += [f"{n} rows {doubt}" for doubt, n in doubts.items()]
     report.warnings += map(printable, getattr(source, "notes", ()))
     return report
 

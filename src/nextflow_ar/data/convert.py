@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nextflow_ar.data.picture_folder import FolderSource
 from nextflow_ar.data.rows import PicturePart, Row, RowError, TextPart
 from nextflow_ar.data.sources import Source, SourceError, spans_of
 from nextflow_ar.data.video import VideoSource
@@ -63,7 +64,7 @@ def convert(
     kind = _WRITERS.get(out.suffix.lower())
     if kind is None:
         raise SourceError(f"{out}: data is written as {', '.join(_WRITERS)}")
-    _apart(out, place)
+    _apart(out, place, source)
     video = asdict(source.config) if isinstance(source, VideoSource) else None
     journal = _Journal(out, {"place": _whole(place), "most_bytes": most_bytes, "video": video}, source)
     written, broken = 0, dict(journal.broken)
@@ -92,10 +93,16 @@ def convert(
     return Converted(journal.files, written, broken)
 
 
-def _apart(out: Path, place: Path | str) -> None:
+def _apart(out: Path, place: Path | str, source: Source) -> None:
     """Raises StorageError where what is written would be read as rows of the source at ``place``."""
-    source = None if not place or str(place).startswith("hf://") else Path(place).resolve()
-    if source is not None and source.is_dir() and out.resolve().is_relative_to(source):
+    folder = None if not place or str(place).startswith("hf://") else Path(place).resolve()
+    if folder is None or not folder.is_dir():
+        return
+    held = out.resolve().parent
+    below = isinstance(source, FolderSource | VideoSource) and held.is_relative_to(
+        folder
+    )  # read with all below
+    if held == folder or below:
         raise StorageError(
             f"{out} lies in the source, {place}, and would be read with it: name another folder"
         )

@@ -33,16 +33,18 @@ _TURN = frozenset({"from", "role", "value", "content", "image", "images", "weigh
 """What is read of a turn of a dialogue."""
 _PART = ("image", "path", "url", "image_url")
 """Where a part of a turn of type image or image_url has its picture."""
+_BESIDE = (
+    "index", "text", "detail", "cache_control", "min_pixels", "max_pixels", "resized_height", "resized_width",
+)  # fmt: skip
+"""What such a part may have besides that is no picture, though nothing reads it."""
 _EDITS = (
     ("source", "src_img", "source_img", "source_image", "original_image", "input_image"),
     ("target", "edited_img", "target_img", "target_image", "edited_image", "output_image"),
     ("instruction", "edited_prompt_list", "edit_prompt", "edit_instruction", "edit"),
 )
-
-
 _HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 """How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64."""
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+(?:=[=\s]*)?")  # linear also in runs of blanks
 _UNREAD = frozenset(
     {
         ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
@@ -90,8 +92,19 @@ def unread_of_turns(values: Mapping[str, Any]) -> frozenset[str]:
     key = next((key for key in ("conversations", "messages") if values.get(key) is not None), "")
     turns = values.get(key) if key and values.get("segments") is None else None
     told = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-    found = {str(name) for turn in told for name, value in turn.items() if value is not None}
-    return frozenset(f"{key}.{name}" for name in found - _TURN)
+    found = {str(name) for turn in told for name, value in turn.items() if value is not None} - _TURN
+    for turn in told:
+        weight = turn.get("weight")
+        if weight not in (None, 0, 1) and weight == weight:  # pandas says by NaN that there is none
+            found.add("weight")
+        at = "value" if turn.get("value") is not None else "content"
+        parts = turn[at] if isinstance(turn.get(at), list) else []
+        for part in (part for part in parts if isinstance(part, Mapping)):
+            read = {"type", "text"} if part.get("type") == "text" else {"type", "index", *_PART}
+            found |= {
+                f"{at}.{name}" for name, value in part.items() if not _empty(value) and name not in read
+            }
+    return frozenset(f"{key}.{name}" for name in found)
 
 
 def image_folder(values: Mapping[str, Any], listed: bool = False) -> dict[str, Any]:
@@ -133,8 +146,7 @@ def holds_picture(key: str, value: object) -> bool:
         return any(holds_picture(key, one) for one in value)
     if isinstance(value, str):
         said = re.search("image|img|pic|photo|frame|video|clip|file|path|jpe?g|png", key.lower())
-        inline = value.startswith(("data:image/", *_HEADS)) and len(value) >= 64
-        return said is not None and (names_picture(value) or inline)
+        return said is not None and (names_picture(value) or _is_inline(value))
     if isinstance(value, bytes | bytearray):
         return "." + key.rpartition(".")[2] in VIDEO_SUFFIXES or _is_picture(bytes(value))
     return isinstance(value, PILImage.Image)
@@ -158,6 +170,15 @@ def inline_picture(value: str) -> bytes | None:
         return base64.b64decode("".join(told.split()), validate=True)
     except ValueError:
         raise LayoutError(f"a picture in base64 is cut short or damaged, got {shown(value)}") from None
+
+
+def _is_inline(value: str) -> bool:
+    if len(value) < 64 or value.startswith("data:image/"):
+        return len(value) >= 64
+    if not value.startswith(_HEADS) or not _BASE64.fullmatch(value):
+        return False
+    told = "".join(value.split()).rstrip("=")  # its head is enough, the end may be cut
+    return _is_picture(base64.b64decode(told[: len(told) // 4 * 4]))
 
 
 def _is_picture(data: bytes) -> bool:
@@ -248,21 +269,26 @@ def _dialogue(values: Mapping[str, Any]) -> dict[str, Any]:
     segments: list[dict[str, Any]] = []
     if isinstance(system := values.get("system"), str) and system.strip():
         segments.append({"text": system, "role": "system", "supervised": False})
-    used = 0
+    used, own = 0, []
     for i, turn in enumerate(turns):
         role, supervised, pieces = _turn(turn, f"turn {i}")
+        own += [piece["image"] for piece in pieces if "image" in piece and not _is_mark(piece)]
         if not pieces and role != "system":  # many dialogues begin with a system turn that says nothing
             raise LayoutError(f"turn {i}: {'the response' if role == 'assistant' else 'it'} is empty")
+        before = used
         for piece in pieces:
             if _is_mark(piece):
-                if piece.get("index", used) != used:
+                if piece.get("index", used) not in (
+                    used,
+                    used - before,
+                ):  # counted in the row, or in every turn
                     raise LayoutError(
                         f"turn {i}: its image has index {shown(piece['index'])}, and is number {used} of the row"
                     )
                 piece = {"image": pictures[used] if used < len(pictures) else None}
                 used += 1
             segments.append(piece | {"role": role, "supervised": supervised})
-    if used != len(pictures):
+    if used != len(pictures) and (used or own != pictures):  # turns may say again what the row does
         raise LayoutError(f"{len(pictures)} images and {used} {MARK} marks: there is to be one mark an image")
     return {"segments": segments}
 
@@ -277,9 +303,18 @@ def _pictures(values: Mapping[str, Any], place: str) -> list[Any]:
         list(given) if isinstance(given, list) else [] if given is None else [given]
         for given in (values.get("images"), values.get("image"))
     ]
-    if all(found) and found[0] != found[1]:
+    if place:
+        found = [[one for one in given if not _empty(one)] for given in found]
+    if all(found) and not all(one in found[0] for one in found[1]):
         raise LayoutError(f"{place}images and image both name pictures: one of them is to have all")
     return found[0] or found[1]
+
+
+def _empty(value: object) -> bool:
+    """Whether a value of a turn is what a table has where there is none."""
+    if isinstance(value, Mapping):
+        return not any(value.values())
+    return value is None or (isinstance(value, str | bytes) and not value)
 
 
 def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
@@ -292,7 +327,7 @@ def _turn(turn: object, place: str) -> tuple[str, bool, list[dict[str, Any]]]:
     if not isinstance(name, str) or name not in _ROLES:
         raise LayoutError(f"{place}: from (or role) is one of {', '.join(_ROLES)}, got {shown(name)}")
     weight = turn.get("weight")
-    if weight is not None and weight not in (0, 1):
+    if not isinstance(weight, int | float | None) or (weight is not None and weight < 0):
         raise LayoutError(f"{place}: weight is 0 (not trained) or 1, got {shown(weight)}")
     pieces = _content(turn.get("value") if turn.get("value") is not None else turn.get("content"), place)
     if pictures := _pictures(turn, f"{place}: "):
@@ -337,23 +372,33 @@ def _content(content: object, place: str) -> list[dict[str, Any]]:
 def _shown(part: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The picture of a part of a turn; without one it is a mark, maybe with its ``index`` in the row's list."""
     given = {key: value for key, value in part.items() if value is not None and key != "type"}
-    unread = sorted(set(given) - {*_PART, "index", *(["text"] if given.get("text") == "" else [])})
-    if unread:
-        raise LayoutError(
-            f"{place}: nothing reads {shown(unread[0])} of a part with an image; accepted: {', '.join(_PART)}"
-        )
-    named = [key for key in _PART if given.get(key)]
-    if len(named) > 1:
-        raise LayoutError(f"{place}: a part with an image has one of {' and '.join(named)}")
+    named = [key for key in _PART if not _empty(given.get(key))] or [key for key in _PART if given.get(key)]
     if not named:
+        known = {*_PART, *_BESIDE}
+        unread = sorted(k for k, v in given.items() if k not in known and isinstance(v, str | Mapping) and v)
+        if unread:
+            raise LayoutError(
+                f"{place}: nothing reads {shown(unread[0])} of a part with an image; accepted: {', '.join(_PART)}"
+            )
         if part["type"] == "image_url":
             raise LayoutError(f"{place}: image_url is empty")
         return {"image": None} | ({"index": given["index"]} if "index" in given else {})
+    if len({_name(given[key]) for key in named} - {None}) > 1:
+        raise LayoutError(f"{place}: a part with an image has one of {' and '.join(named)}")
     found = given[named[0]]
     found = found["url"] if isinstance(found, Mapping) and "url" in found else found
     if not found:
         raise LayoutError(f"{place}: {named[0]} is empty")
     return {"image": found}
+
+
+def _name(picture: object) -> str | None:
+    """What a picture of a part is called; None where it is there itself."""
+    if isinstance(picture, Mapping):
+        picture = (
+            picture["url"] if "url" in picture else None if picture.get("bytes") else picture.get("path")
+        )
+    return picture if isinstance(picture, str) else None
 
 
 def _pieces(text: str) -> list[dict[str, Any]]:

@@ -122,13 +122,13 @@ Part = TextPart | PicturePart
 @dataclass(frozen=True)
 class Row:
     """One document. ``where``: file and place, for messages; ``ignored``: keys beside its form that nothing reads;
-    ``missing``: keys of pictures that are null though it is words alone.
+    ``doubts``: what may be amiss with it though it can be read, as "n rows ..." goes on.
     """
 
     parts: tuple[Part, ...]
     where: str
     ignored: frozenset[str] = field(default=frozenset(), compare=False)
-    missing: frozenset[str] = field(default=frozenset(), compare=False)
+    doubts: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def pictures(self) -> list[PictureRef]:
@@ -164,12 +164,11 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
                     f"{where}: a picture is drawn from {' + '.join(sorted(needed))}, and nothing reads {answers[0]!r}: "
                     "question + answer or prompt + response are about a picture"
                 )
-            if form is _drawing and (unsaid := _unsaid(given)):
-                raise RowError(
-                    f"{where}: {unsaid} is null: image + prompt with an empty response teaches nothing about the picture "
-                    "(of a picture to be drawn the words are its caption)"
-                )
-            return reader.sound(form(reader, values), given, left)
+            row = reader.sound(form(reader, values), given, left)
+            if form is _drawing and (unsaid := _unsaid(given)):  # a table may hold rows of both kinds
+                doubt = f"with a picture and a prompt have {unsaid} null: drawn, or is the answer missing?"
+                row = replace(row, doubts=row.doubts | {doubt})
+            return row
     accepted = "; ".join(" + ".join(sorted(needed)) for needed, _ in _FORMS)
     empty = sorted(_READ & {key for key, value in given.items() if value is None})
     null = f" ({', '.join(empty)} {'are' if len(empty) > 1 else 'is'} null)" if empty else ""
@@ -179,7 +178,7 @@ def parse_row(values: Mapping[str, Any], where: str, folder: Path | None = None)
 
 
 def _unsaid(given: Mapping[str, Any]) -> str:
-    """The key whose null is a response that was lost; not where the question to it is null as well (another form's)."""
+    """The key whose null may be a response that was lost; not where the question to it is null as well (another form's)."""
     null = {key for key, value in given.items() if value is None}
     return next(iter(sorted(null & _ANSWERS - ({"answer"} if "question" in null else set()))), "")
 
@@ -245,8 +244,11 @@ class _Reader:
             raise self.fail(
                 f"it has words alone, and nothing reads {shown(lost[0])}, which is a picture: name it image (or file_name)"
             )
-        null = {key for key in _PICTURES if key in given and given[key] is None}
-        return replace(row, ignored=frozenset(left), missing=frozenset(() if row.pictures else null))
+        null = {key for key in _PICTURES if key in given and given[key] is None and not row.pictures}
+        lacking = {
+            f"are words alone and have {key} null: rows without a picture, or is it missing?" for key in null
+        }
+        return replace(row, ignored=frozenset(left), doubts=row.doubts | lacking)
 
     def full(self, segments: object) -> Row:
         if not isinstance(segments, list) or not segments:
@@ -291,31 +293,42 @@ class _Reader:
     def row(self, *parts: Part) -> Row:
         if not any(part.supervised for part in parts):
             raise self.fail("nothing in it is supervised, so it teaches nothing")
-        return Row(tuple(self.at_marks(parts)), self.where)
+        placed = self.at_marks(parts)
+        quotes = any(isinstance(part, TextPart) and MARK in part.text for part in placed)
+        return Row(tuple(placed), self.where, doubts=frozenset({_QUOTES} if quotes else ()))
 
     def at_marks(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts with pictures where the ``<image>`` marks of the texts beside them say. A mark at the end of a text may
-        be that of the picture behind it; the others are of the pictures of the same turn before it, one each.
+        """The parts with pictures where the ``<image>`` marks of the texts beside them say: one each of those of the same
+        turn before a text, or of those behind it; one at its end may be that of a picture of the next turn. A response
+        with neither quotes the tag.
         """
         found: list[Part] = []
         free = 0  # pictures at the end of what is found that have no mark yet
-        marked = False
+        marked = 0  # pictures that come next and have one
+        placed = 0  # of these, those that stand already
         for i, part in enumerate(parts):
             if isinstance(part, PicturePart):
-                found.append(part)
-                free, marked = free + (not marked), False
+                found += [] if placed else [part]
+                free, marked, placed = free + (not marked), max(0, marked - 1), max(0, placed - 1)
                 continue
             marks = part.text.count(MARK)
             before = self.together(found[len(found) - free :][::-1], part.role)[::-1]
             behind = self.together(parts[i + 1 :], parts[i + 1].role if i + 1 < len(parts) else part.role)
             ends = marks == 1 == len(behind) and part.text.endswith(MARK)
-            if not marks:
+            same = bool(behind) and behind[0].role == part.role
+            beside = bool(behind) or bool(
+                self.together(found[-1:], part.role)
+            )  # a given picture may lie before
+            if not marks or (part.supervised and not beside):
                 found.append(part)
-            elif ends and (behind[0].role == part.role or not before):
+            elif ends and not same and not before:
                 found += self.pieces(part, [])
-                marked = True
-            elif marks == len(before):
+                marked = 1
+            elif marks == len(before) and not (ends and same):
                 found[len(found) - marks :] = self.pieces(part, before)
+            elif marks == len(behind) and same:
+                found += self.pieces(part, behind)
+                marked = placed = marks
             else:
                 raise self.fail(
                     f"{len(before)} images and {marks} {MARK} marks ({part.text[:40]!r}): "
@@ -331,7 +344,7 @@ class _Reader:
     def pieces(self, part: TextPart, pictures: Sequence[Part]) -> list[Part]:
         """A text around its marks, at which ``pictures`` stand."""
         texts = [text.strip() for text in part.text.split(MARK)]
-        if not any(texts):
+        if not any(texts) and not pictures:
             raise self.fail(f"a text is nothing but {MARK} marks")
         found: list[Part] = []
         for text, picture in zip_longest(texts, pictures):
@@ -353,6 +366,8 @@ def _story(r: _Reader, v: Mapping[str, Any]) -> Row:
 
 
 def _edit(r: _Reader, v: Mapping[str, Any]) -> Row:
+    if isinstance(v["instruction"], str) and not v["instruction"].replace(MARK, "").strip():
+        raise r.fail(f"instruction is {'nothing but ' + MARK if v['instruction'].strip() else 'empty'}")
     return r.row(
         r.picture(v["source"], "source", supervised=False),
         r.text(v["instruction"], "instruction", supervised=False),
@@ -383,15 +398,13 @@ def _answer(r: _Reader, v: Mapping[str, Any]) -> Row:
 
 
 def _drawing(r: _Reader, v: Mapping[str, Any]) -> Row:
-    return r.row(
-        r.text(v["prompt"], "prompt", supervised=False), r.picture(v["image"], "image", supervised=True)
-    )
+    return _captioned(r, v, "prompt")
 
 
-def _captioned(r: _Reader, v: Mapping[str, Any]) -> Row:
-    told = r.text(v["caption"], "caption", supervised=False)
+def _captioned(r: _Reader, v: Mapping[str, Any], key: str = "caption") -> Row:
+    told = r.text(v[key], key, supervised=False)
     if told.text.count(MARK) == 1 and told.text.startswith(MARK):  # its picture, as if it were given
-        told = r.text(told.text.removeprefix(MARK), "caption", supervised=False)
+        told = r.text(told.text.removeprefix(MARK), key, supervised=False)
     return r.row(told, r.picture(v["image"], "image", supervised=True))
 
 
@@ -405,6 +418,7 @@ def _plain(r: _Reader, v: Mapping[str, Any]) -> Row:
     return r.row(r.text(v["text"], "text", supervised=True))
 
 
+_QUOTES = f"have words that say {MARK} with no picture beside them, kept as words: or is a picture missing?"
 _PICTURES = ("image", "images", "file_name")
 _ANSWERS = frozenset({"answer", "response", "output"})
 _FORMS = (
