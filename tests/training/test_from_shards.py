@@ -49,6 +49,7 @@ from nextflow_ar.training.selftest import (
     check_lengths,
     check_manner,
     check_size,
+    check_turns,
     self_test,
 )
 from nextflow_ar.types import Codes, Document, Image, Mark, Text
@@ -853,25 +854,33 @@ def test_a_size_that_no_picture_has_is_told_before_any_step(
     assert check_size(written, {}, trainer.image_tokenizer.config) == []
 
 
-def test_turns_without_marks_are_told() -> None:
+def test_turns_without_marks_are_told(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     turns = [
         Text("what is 2?"),
         Text("a number", supervised=True),
         Text("and 3?"),
         Text("so, too", supervised=True),
     ]
-    (*_, line) = check_data([Document(tuple(turns)), Document(tuple(turns[:2]))])
-    assert line == (
-        "1 of the first 2 documents go on asking behind an answer, without a mark between the turns: set the folder's "
-        "dialogue: true"
+    marked = Document((Mark(TURN_START), *turns, Mark(TURN_END)))
+    line = (
+        "1 of the first 3 documents of the shards go on asking behind an answer, without a mark between the turns: set the "
+        "folder's dialogue: true"
     )
-    marked = [Document((Mark(TURN_START), *turns, Mark(TURN_END)))]
-    for told in (
-        check_data(marked),
-        check_data([Document(tuple(turns[:2]))]),
-        check_data(marked, dialogue=True),
-    ):
-        assert not any("go on asking" in one for one in told)
+    assert check_turns([Document(tuple(turns)), Document(tuple(turns[:2])), marked]) == [line]
+    assert check_turns([Document(tuple(turns[:2])), marked]) == check_turns([]) == []
+    chats = [
+        {"messages": [{"role": role, "content": f"{role} {i}"} for role in ("user", "assistant") * 2]}
+        for i in range(6)
+    ]
+    folder = make_shards(tmp_path / "chats", chats, tiny_image_tokenizer())
+    (shards,) = recipe(place, tmp_path)["sources"]
+    made = maker(place, tmp_path)
+    for name, dialogue in (("plain", False), ("spoken", True)):
+        caplog.clear()
+        source = shards | {"folders": [{"folder": str(folder), "dialogue": dialogue}]}
+        with caplog.at_level(logging.WARNING):
+            made(name, sources=[source], generation={"dialogue": dialogue}).self_test()
+        assert any("go on asking behind an answer" in r.getMessage() for r in caplog.records) is not dialogue
 
 
 def test_what_a_step_never_used_moves_on_one_process_as_on_several(make: Make, place: Path) -> None:

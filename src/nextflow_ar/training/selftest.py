@@ -206,8 +206,8 @@ def check_material(
     room: Room,
 ) -> list[str]:
     """:func:`check_data`, :func:`check_lengths`, :func:`check_size` and :func:`check_guidance` of ``documents``, those of
-    every one of the ``sources``, :func:`check_manner` of the first of every loader, and a warning for every folder of
-    shards that lacks some.
+    every one of the ``sources``, :func:`check_turns` and :func:`check_manner` of the first of every loader, and a warning
+    for every folder of shards that lacks some.
     """
     of_each, sources, shards = [list(some) for some in documents], list(sources), list(loaders)
     seen = [one for some in of_each for one in some]
@@ -221,7 +221,10 @@ def check_material(
         told += check_guidance(
             [*plain, *(pair for one in shards for pair in one.peek_folders(LOOK))], generation
         )
-    return lacking + told + check_manner((d for one in shards for d in one.peek(LOOK)), generation)
+    of_shards = [d for one in shards for d in one.peek(LOOK)]
+    if not generation.get("dialogue"):
+        told += check_turns(of_shards)
+    return lacking + told + check_manner(of_shards, generation)
 
 
 def check_lengths(documents: Iterable[Document], sources: Iterable[AnySource], room: Room) -> list[str]:
@@ -276,8 +279,7 @@ def _holds(source: AnySource) -> float:
 
 def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list[str]:
     """Warnings, one line each (logged too), where nothing among ``documents`` teaches drawing, or reading, and where some
-    have no chat marks although the model is one of ``dialogue``, or have them although it is not, or are conversations
-    without them.
+    have no chat marks although the model is one of ``dialogue``, or have them although it is not.
     """
     seen = list(documents)
     told = []
@@ -295,24 +297,9 @@ def check_data(documents: Iterable[Document], *, dialogue: bool = False) -> list
             f"{len(seen) - plain} of the first {len(seen)} documents have chat marks, which this model is not asked with: "
             "set generation: {dialogue: true}"
         )
-    turns = 0 if dialogue else sum(map(_turns, seen))
-    if turns:
-        told.append(
-            f"{turns} of the first {len(seen)} documents go on asking behind an answer, without a mark between the turns: "
-            "set the folder's dialogue: true"
-        )
     for line in told:
         _LOG.warning("self-test: %s", line)
     return told
-
-
-def _turns(document: Document) -> bool:
-    """Whether it has a text that is given right behind one that is learnt, and no chat marks."""
-    some = document.segments
-    return not any(isinstance(s, Mark) for s in some) and any(
-        isinstance(a, Text) and a.supervised and isinstance(b, Text) and not b.supervised
-        for a, b in pairwise(some)
-    )
 
 
 def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -> list[str]:
@@ -358,6 +345,30 @@ def check_manner(documents: Iterable[Document], generation: Mapping[str, Any]) -
     for line in told:
         _LOG.warning("self-test: %s", line)
     return told
+
+
+def check_turns(documents: Iterable[Document]) -> list[str]:
+    """A warning (logged too) where some of shards' ``documents`` are conversations without chat marks.
+
+    These have a text that is given right behind one that is learnt. (Episodes have such exercises in plain text, too.)
+    """
+    seen = list(documents)
+    turns = sum(
+        any(
+            isinstance(a, Text) and a.supervised and isinstance(b, Text) and not b.supervised
+            for a, b in pairwise(document.segments)
+        )
+        for document in seen
+        if not any(isinstance(s, Mark) for s in document.segments)
+    )
+    if not turns:
+        return []
+    line = (
+        f"{turns} of the first {len(seen)} documents of the shards go on asking behind an answer, without a mark between "
+        "the turns: set the folder's dialogue: true"
+    )
+    _LOG.warning("self-test: %s", line)
+    return [line]
 
 
 def _form(segments: list[Text | Image], shown: int, drawn: int) -> str:
