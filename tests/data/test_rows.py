@@ -729,13 +729,6 @@ def test_folders_with_captions_beside_pictures_or_in_a_table(tmp_path: Path) -> 
 
 
 def test_shards_of_webdataset(tmp_path: Path) -> None:
-    def shard(path: Path, members: dict[str, bytes]) -> None:
-        with tarfile.open(path, "w") as tar:
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
     shard(
         tmp_path / "0.tar",
         {"d/1.jpg": png(), "d/1.txt": b"one", "d/2.png": png(), "d/2.json": b'{"caption": "two"}'},

@@ -99,10 +99,8 @@ def _apart(out: Path, place: Path | str, source: Source) -> None:
     if folder is None or not folder.is_dir():
         return
     held = out.resolve().parent
-    below = isinstance(source, FolderSource | VideoSource) and held.is_relative_to(
-        folder
-    )  # read with all below
-    if held == folder or below:
+    deep = isinstance(source, FolderSource | VideoSource)  # read with all that lies below
+    if held == folder or (deep and held.is_relative_to(folder)):
         raise StorageError(
             f"{out} lies in the source, {place}, and would be read with it: name another folder"
         )

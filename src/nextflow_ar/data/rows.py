@@ -316,9 +316,8 @@ class _Reader:
             behind = self.together(parts[i + 1 :], parts[i + 1].role if i + 1 < len(parts) else part.role)
             ends = marks == 1 == len(behind) and part.text.endswith(MARK)
             same = bool(behind) and behind[0].role == part.role
-            beside = bool(behind) or bool(
-                self.together(found[-1:], part.role)
-            )  # a given picture may lie before
+            # a picture that is given, before a response, is not the response's own
+            beside = bool(behind) or bool(self.together(found[-1:], part.role))
             if not marks or (part.supervised and not beside):
                 found.append(part)
             elif ends and not same and not before:
